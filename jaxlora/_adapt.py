@@ -1,0 +1,449 @@
+"""From parameters to a combined tree and back: `adapt`, `split`, `join`, `merge`, `strip`."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import _paths, _probe
+from jaxlora._config import ALL_LINEAR, ATTENTION, LeafPlan, LoraConfig, first_match, leaf_plan
+from jaxlora._initializers import INITIALIZERS, leaf_key
+from jaxlora._transform import typed_key
+from jaxlora._weight import FullWeight, LoraWeight, check_weight, factor_shape, is_adapted
+
+# Names by which the presets go where no probe tells. They are components of paths, matched whole.
+_NOT_KERNELS = {"bias", "scale", "mean", "var", "gamma", "beta", "b"}
+_HEADS = {"head", "heads", "lm_head", "classifier", "score", "logits", "output_projection", "qa_outputs"}
+_ATTENTION_PROJECTIONS = re.compile(
+  r"(?:query|key|value|qkv|kv|q|k|v|(?:q|k|v|o|in|out|qkv|kv)_?proj|to_(?:q|k|v|out|qkv)|w?(?:q|k|v|o)|c_attn)"
+)
+_ATTENTION_MODULE = re.compile(r".*(?:attn|attention).*", re.IGNORECASE)
+
+
+def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[Any], Any] | None = None) -> Any:
+  """Puts a `LoraWeight` in the place of every targeted leaf; the function of the tree stays what it was, bit for bit.
+
+      W -> (W, A, B),   A as `config.init` says,  B = 0
+
+  Every leaf has a random key of its own, made from its path: other targets change nothing in it. The roles of a
+  weight's axes come from `config.axes`, then from the probe, and are `"io"` for a matrix that neither tells of.
+
+  Args:
+    params: any pytree of arrays: a Flax parameter dict, `flax.nnx` state, lists, dataclasses.
+    config: what to adapt, and how.
+    key: a random key, typed or raw uint32.
+    probe: a function of `params` alone, such as `lambda p: model.apply({"params": p}, x)`. It is traced abstractly and
+      never run, to learn which axes of each weight are contracted. Needed for kernels of more than two axes, unless
+      `config.axes` has their roles.
+
+  Returns:
+    A tree of the same nesting with `LoraWeight` and, for `config.train`, `FullWeight` nodes.
+
+  Raises:
+    ValueError: naming the leaf or the field, what was found, what was expected and what to do: an empty or already
+      adapted tree, a pattern without a match, a leaf that cannot be adapted, a rank too large.
+    TypeError: if `key` is no random key.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> tree = jaxlora.adapt({"dense": {"kernel": jnp.ones((16, 8))}}, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> tree["dense"]["kernel"].a.shape, tree["dense"]["kernel"].b.shape
+    ((2, 16), (2, 8))
+
+  Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+  """
+  if not isinstance(config, LoraConfig):
+    raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
+  key = typed_key(key, "adapt: key")
+  nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+  if not nodes:
+    raise ValueError("adapt: the tree has no leaves; pass the model's parameters.")
+  leaves = {_paths.path_string(path): leaf for path, leaf in nodes}
+  if len(leaves) != len(nodes):
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in nodes}
+  for path, leaf in leaves.items():
+    if is_adapted(leaf):
+      raise ValueError(f"adapt: {path} is adapted already. Merge first (jaxlora.merge), or adapt the original tree.")
+  evidence = None
+  if probe is not None:
+    evidence = dict(zip(leaves, _probe.study(probe, params), strict=True))
+
+  whole = _pick(config.train, "train", leaves, evidence, kernels_only=False) if config.train is not None else set()
+  targets = _targets(config, leaves, evidence) - whole
+  if config.exclude is not None:
+    targets -= _pick(config.exclude, "exclude", leaves, evidence, kernels_only=False)
+  if not targets and not whole:
+    raise ValueError(
+      f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r}. Leaves:"
+      f" {_some(list(leaves))}."
+    )
+  for field in ("overrides", "axes"):
+    for pattern in getattr(config, field) or {}:
+      if not any(re.fullmatch(pattern, path) for path in targets):
+        raise _paths.no_match_error(f"{field}[{pattern!r}]", pattern, sorted(targets) or list(leaves))
+
+  plans = {path: leaf_plan(config, path) for path in targets}
+  roles = {path: _roles(path, leaves[path], config, evidence) for path in targets}
+  for path in leaves:  # every check before the first array is made
+    if path in targets:
+      _check_rank(path, leaves[path], roles[path], plans[path])
+    elif path in whole:
+      _check_trainable(path, leaves[path])
+  new = [
+    _factored(leaf, roles[path], plans[path], leaf_key(key, path))
+    if path in targets
+    else FullWeight(base=leaf, value=jnp.array(leaf, copy=True))
+    if path in whole
+    else leaf
+    for path, leaf in leaves.items()
+  ]
+  return jax.tree_util.tree_unflatten(treedef, new)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which leaves.
+
+_Leaves = dict[str, Any]
+_Evidence = dict[str, _probe.Evidence] | None
+
+
+def _some(paths: Sequence[str], count: int = 6) -> str:
+  return ", ".join(paths[:count]) + (f", ... ({len(paths)} in all)" if len(paths) > count else "")
+
+
+def _targets(config: LoraConfig, leaves: _Leaves, evidence: _Evidence) -> set[str]:
+  if not (isinstance(config.targets, str) and config.targets in (ALL_LINEAR, ATTENTION)):
+    return _pick(config.targets, "targets", leaves, evidence, kernels_only=True)
+  kernels = {path for path, leaf in leaves.items() if _is_kernel(path, leaf, evidence)}
+  preset = _all_linear if config.targets == ALL_LINEAR else _attention
+  picked = preset(kernels, evidence)
+  if not picked:
+    raise ValueError(
+      f"LoraConfig.targets: the preset {config.targets!r} finds nothing among {_some(list(leaves))}. Name the leaves"
+      " by a regex over whole paths, or pass probe= so that their use tells."
+    )
+  return picked
+
+
+def _all_linear(kernels: set[str], evidence: _Evidence) -> set[str]:
+  """Every contracted kernel but the last classifier, told by the probe or, without one, by name."""
+  if evidence is None:
+    heads = {path for path in kernels if _HEADS & set(_paths.components(path))}
+  else:
+    heads = {path for path in kernels if evidence[path].is_classifier}
+  return kernels - heads or kernels
+
+
+def _attention(kernels: set[str], evidence: _Evidence) -> set[str]:
+  del evidence
+
+  def in_attention(path: str) -> bool:
+    *modules, leaf = _paths.components(path)
+    projections = [name for name in (*modules, leaf) if _ATTENTION_PROJECTIONS.fullmatch(name)]
+    return bool(projections) or any(_ATTENTION_MODULE.fullmatch(name) for name in modules)
+
+  return {path for path in kernels if in_attention(path)}
+
+
+def _is_kernel(path: str, leaf: Any, evidence: _Evidence) -> bool:
+  """Whether a leaf can be a kernel for the presets and for names of modules."""
+  if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    return False
+  if evidence is not None and (evidence[path].contracted is not None or evidence[path].looked_up is not None):
+    return evidence[path].is_kernel
+  *modules, name = _paths.components(path)
+  if evidence is not None and evidence[path].used:
+    return False
+  return name not in _NOT_KERNELS and not any("embed" in part.lower() for part in (*modules[-1:], name))
+
+
+def _pick(pattern: _paths.Pattern, field: str, leaves: _Leaves, evidence: _Evidence, *, kernels_only: bool) -> set[str]:
+  """The paths that a pattern picks; every pattern, and every name in a list, must pick at least one."""
+  if callable(pattern):
+    picked = {path for path, leaf in leaves.items() if pattern(path, leaf)}
+    if not picked:
+      raise _paths.no_match_error(field, pattern, list(leaves))
+  elif isinstance(pattern, str):
+    picked = {path for path in leaves if re.fullmatch(pattern, path)}
+    if not picked:
+      raise _paths.no_match_error(field, pattern, list(leaves))
+  else:
+    picked = set()
+    for name in pattern:
+      found = {path for path in leaves if _named(name, path, leaves[path], evidence, kernels_only)}
+      if not found:
+        raise _paths.no_match_error(f"{field} names", name, list(leaves))
+      picked |= found
+  return picked
+
+
+def _named(name: str, path: str, leaf: Any, evidence: _Evidence, kernels_only: bool) -> bool:
+  """A name picks the leaf it names, and the kernels (for `train`, all leaves) under a module it names."""
+  matches, is_leaf = _paths.name_matches(name, path)
+  if not matches:
+    return False
+  looked_up = evidence is not None and evidence[path].looked_up is not None
+  named_table = name.split("/")[-1] in _paths.components(path)[-2:] and _is_table(path, leaf)
+  return not kernels_only or is_leaf or looked_up or named_table or _is_kernel(path, leaf, evidence)
+
+
+def _is_table(path: str, leaf: Any) -> bool:
+  return len(leaf.shape) == 2 and _paths.components(path)[-1] == "embedding"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How each is adapted.
+
+
+def _check_trainable(path: str, leaf: Any) -> None:
+  if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    raise ValueError(
+      f"{path}: dtype {leaf.dtype} cannot be trained; expected a floating dtype. Narrow LoraConfig.targets or .train,"
+      " or exclude the leaf."
+    )
+
+
+def _roles(path: str, leaf: Any, config: LoraConfig, evidence: _Evidence) -> str:
+  _check_trainable(path, leaf)
+  shape = tuple(leaf.shape)
+  if len(shape) < 2:
+    raise ValueError(
+      f"{path}: shape {shape} has fewer than two axes; a low-rank update lies between an input and an output axis."
+      " Train it whole (LoraConfig.train), or exclude it."
+    )
+  if 0 in shape:
+    raise ValueError(f"{path}: shape {shape} holds nothing to adapt; exclude the leaf.")
+  given = first_match(config.axes, path)
+  if given is not None:
+    if len(given) != len(shape):
+      raise ValueError(
+        f"LoraConfig.axes: {given!r} has {len(given)} letters for {path}, whose shape {shape} has {len(shape)} axes;"
+        " expected one letter per axis."
+      )
+    return given
+  seen = evidence[path] if evidence is not None else None
+  found = seen.roles() if seen is not None else None
+  if found is not None:
+    return found
+  if len(shape) == 2 and (seen is None or not (seen.stacked or (seen.used and seen.contracted is None))):
+    return "io"
+  remedy = f"Say them: LoraConfig(axes={{{re.escape(path)!r}: 'one of i, o, s per axis'}})"
+  if seen is None:
+    raise ValueError(
+      f"{path}: shape {shape} has {len(shape)} axes, and nothing tells which are contracted. {remedy}, or pass"
+      " probe=lambda p: model.apply({'params': p}, x) to adapt, which learns them from one abstract trace."
+    )
+  how = (
+    f"the probe uses it in {', '.join(sorted(set(seen.used)))}" if seen.used else "the probe does not multiply by it"
+  )
+  raise ValueError(
+    f"{path}: shape {shape}: no product tells which axes are contracted: {how}. {remedy}, train it whole"
+    " (LoraConfig.train), or exclude it."
+  )
+
+
+def _fans(shape: Sequence[int], roles: str) -> tuple[int, int]:
+  fans = {"i": 1, "o": 1, "s": 1}
+  for size, role in zip(shape, roles, strict=True):
+    fans[role] *= size
+  return fans["i"], fans["o"]
+
+
+def _check_rank(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
+  fan_in, fan_out = _fans(leaf.shape, roles)
+  if plan.rank > min(fan_in, fan_out):
+    raise ValueError(
+      f"{path}: rank {plan.rank} is larger than the smaller side of the weight: shape {tuple(leaf.shape)} with roles"
+      f" {roles!r} has fan-in {fan_in} and fan-out {fan_out}. Use a rank of at most {min(fan_in, fan_out)} for it"
+      f" (LoraConfig(overrides={{{re.escape(path)!r}: {{'rank': {min(fan_in, fan_out)}}}}})), or exclude it."
+    )
+
+
+def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array) -> LoraWeight:
+  shape, dtype = tuple(base.shape), plan.dtype or base.dtype
+  fan_in, _ = _fans(shape, roles)
+  return LoraWeight(
+    base=base,
+    a=INITIALIZERS[plan.init](key, factor_shape(shape, roles, "i", plan.rank), dtype, fan_in, plan.rank),
+    b=jnp.zeros(factor_shape(shape, roles, "o", plan.rank), dtype),
+    roles=roles,
+    rank=plan.rank,
+    alpha=plan.alpha,
+    scaling=plan.scaling,
+    dropout=plan.dropout,
+  )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Halves, and plain parameters again.
+
+
+def _is_half_leaf(node: Any) -> bool:
+  return node is None or is_adapted(node)
+
+
+def map_adapted(lora: Callable[[Any], Any], full: Callable[[Any], Any], plain: Callable[[Any], Any], tree: Any) -> Any:
+  """Maps the nodes of a combined tree by kind."""
+
+  def one(node):
+    if isinstance(node, LoraWeight):
+      return lora(node)
+    return full(node) if isinstance(node, FullWeight) else plain(node)
+
+  return jax.tree_util.tree_map(one, tree, is_leaf=is_adapted)
+
+
+def adapted_leaves(tree: Any) -> dict[str, Any]:
+  """The adapted nodes of a tree by path."""
+  nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
+  return {_paths.path_string(path): node for path, node in nodes if is_adapted(node)}
+
+
+def check_adapted(tree: Any, what: str) -> None:
+  """Raises unless the tree has an adapted leaf."""
+  if not adapted_leaves(tree):
+    raise ValueError(f"{what}: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
+
+
+def split(tree: Any) -> tuple[Any, Any]:
+  """Splits a combined tree into what stays and what trains.
+
+  Both halves have the tree's nesting, with `None` in the places that the other half holds, so that the trainable half
+  can be differentiated, optimised, donated and saved by itself. `join(*split(tree))` is `tree`.
+
+  Args:
+    tree: what `adapt` returned.
+
+  Returns:
+    `(frozen, trainable)`.
+
+  Raises:
+    ValueError: if the tree has no adapted leaf.
+
+  Example:
+    >>> frozen, trainable = split(tree)  # doctest: +SKIP
+    >>> opt_state = optax.adamw(1e-4).init(trainable)  # doctest: +SKIP
+  """
+  check_adapted(tree, "split")
+  frozen = map_adapted(
+    lambda w: dataclasses.replace(w, a=None, b=None), lambda w: dataclasses.replace(w, value=None), lambda x: x, tree
+  )
+  trainable = map_adapted(
+    lambda w: dataclasses.replace(w, base=None), lambda w: dataclasses.replace(w, base=None), lambda x: None, tree
+  )
+  return frozen, trainable
+
+
+def join(frozen: Any, trainable: Any) -> Any:
+  """Puts the halves of a tree together: the inverse of `split`.
+
+  Args:
+    frozen: the half with the bases and the frozen leaves.
+    trainable: the half with the factors and the leaves trained whole; any that fits the base, such as another task's.
+
+  Returns:
+    The combined tree.
+
+  Raises:
+    ValueError: if the halves are of different trees, naming the leaves and how they differ.
+  """
+  left, left_def = jax.tree_util.tree_flatten_with_path(frozen, is_leaf=_is_half_leaf)
+  right, right_def = jax.tree_util.tree_flatten_with_path(trainable, is_leaf=_is_half_leaf)
+  if left_def != right_def:
+    ours, theirs = ({_paths.path_string(path) for path, _ in side} for side in (left, right))
+    raise ValueError(
+      "join: the halves are of different trees."
+      f" Only in the frozen half: {_some(sorted(ours - theirs)) or 'nothing'};"
+      f" only in the trainable half: {_some(sorted(theirs - ours)) or 'nothing'}."
+      + ("" if ours != theirs else f" Containers differ: {left_def} and {right_def}.")
+    )
+  return jax.tree_util.tree_unflatten(
+    left_def, [_joined(_paths.path_string(path), f, t) for (path, f), (_, t) in zip(left, right, strict=True)]
+  )
+
+
+def _kind(node: Any) -> str:
+  if is_adapted(node):
+    return type(node).__name__
+  return "nothing" if node is None else "a plain leaf"
+
+
+def _joined(path: str, frozen: Any, trainable: Any) -> Any:
+  if isinstance(frozen, LoraWeight) and isinstance(trainable, LoraWeight):
+    if frozen.a is not None or frozen.b is not None or trainable.base is not None:
+      raise ValueError(f"join: {path}: expected (frozen, trainable) as split returns them; a half is whole or swapped.")
+    if frozen.roles != trainable.roles:
+      raise ValueError(
+        f"join: {path}: roles {frozen.roles!r} in the frozen half, {trainable.roles!r} in the trainable half: the"
+        " halves are of different trees."
+      )
+    whole = dataclasses.replace(trainable, base=frozen.base)
+    if all(hasattr(part, "shape") for part in (whole.base, whole.a, whole.b)):
+      check_weight(whole, f"join: {path}")
+    return whole
+  if isinstance(frozen, FullWeight) and isinstance(trainable, FullWeight):
+    shapes = [getattr(part, "shape", None) for part in (frozen.base, trainable.value)]
+    if shapes[0] != shapes[1]:
+      raise ValueError(
+        f"join: {path}: shape {shapes[0]} frozen, {shapes[1]} trained: the halves are of different trees."
+      )
+    return dataclasses.replace(frozen, value=trainable.value)
+  if is_adapted(frozen) or is_adapted(trainable) or trainable is not None:
+    raise ValueError(
+      f"join: {path}: {_kind(frozen)} in the frozen half, {_kind(trainable)} in the trainable half: the halves are of"
+      " different trees, or are not halves as split returns them."
+    )
+  return frozen
+
+
+def merge(tree: Any) -> Any:
+  """Folds every update into its weight: plain parameters again, at no cost to inference.
+
+      W' = W + scale * A B
+
+  Args:
+    tree: what `adapt` returned, trained or not.
+
+  Returns:
+    Parameters of the original nesting, shapes and dtypes.
+
+  Raises:
+    ValueError: where factors are NaN or infinite (checked outside `jit`, where values are known), naming the leaves, or
+      where they do not fit their base.
+  """
+  for path, node in adapted_leaves(tree).items():
+    if isinstance(node, LoraWeight):
+      check_weight(node, f"merge: {path}")
+  broken = [
+    f"{path} ({name})"
+    for path, node in adapted_leaves(tree).items()
+    for name in ("a", "b", "value")
+    if _has_nan(getattr(node, name, None))
+  ]
+  if broken:
+    raise ValueError(
+      f"merge: found NaN or infinite values in {_some(broken)}, expected finite factors. Training has diverged: go"
+      " back to an earlier checkpoint; nothing was merged."
+    )
+  return map_adapted(lambda w: w.materialize(), lambda w: w.value, lambda x: x, tree)
+
+
+def _has_nan(value: Any) -> bool:
+  if value is None or isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype"):
+    return False
+  return not bool(jnp.isfinite(value).all())
+
+
+def strip(tree: Any) -> Any:
+  """The base alone, as it was before `adapt`: exact, bit for bit, since it was kept and is not computed back.
+
+  Args:
+    tree: what `adapt` returned, trained or not.
+
+  Returns:
+    The original parameters.
+  """
+  return map_adapted(lambda w: w.base, lambda w: w.base, lambda x: x, tree)

@@ -1,0 +1,92 @@
+"""Leaf paths, the patterns that pick leaves by path, and suggestions for a pattern that picked nothing."""
+
+from collections.abc import Callable, Iterable, Sequence
+import difflib
+import re
+from typing import Any
+
+from jax import tree_util
+
+Predicate = Callable[[str, Any], bool]
+# What may pick leaves: a regex over the whole path, names of modules or leaves, or a function of (path, leaf).
+Pattern = str | Sequence[str] | Predicate
+
+
+def path_string(path: Sequence[Any]) -> str:
+  """The "/"-joined path of a leaf, such as `encoder/layer_0/query/kernel`.
+
+  Boxes that hold one array in their `value` attribute (`flax.nnx.Param`, `flax.linen.Partitioned`) are not part of
+  the path: the same pattern then serves boxed and plain trees.
+  """
+  if path and isinstance(path[-1], tree_util.GetAttrKey) and path[-1].name == "value":
+    path = path[:-1]
+  return "/".join(_component(key) for key in path)
+
+
+def _component(key: Any) -> str:
+  for field in ("key", "idx", "name"):
+    if hasattr(key, field):
+      return str(getattr(key, field))
+  return str(key)
+
+
+def components(path: str) -> list[str]:
+  return path.split("/")
+
+
+def compile_regex(pattern: str, field: str) -> re.Pattern[str]:
+  """Compiles a regex, or says which field holds the broken one."""
+  try:
+    return re.compile(pattern)
+  except re.error as error:
+    raise ValueError(
+      f"LoraConfig.{field}: {pattern!r} is not a regular expression ({error}). Patterns match a whole"
+      " \"/\"-joined path, such as r'.*/(query|value)/kernel'."
+    ) from error
+
+
+def validate_pattern(pattern: Any, field: str) -> None:
+  """Raises unless `pattern` is a regex, a sequence of names or a callable."""
+  if callable(pattern):
+    return
+  if isinstance(pattern, str):
+    compile_regex(pattern, field)
+    return
+  if isinstance(pattern, Sequence) and pattern and all(isinstance(name, str) and name for name in pattern):
+    return
+  raise TypeError(
+    f"LoraConfig.{field}: found {pattern!r}, expected a regex over whole paths, a non-empty list of names, or a"
+    " callable (path, leaf) -> bool."
+  )
+
+
+def name_matches(name: str, path: str) -> tuple[bool, bool]:
+  """Whether `name` is a run of the path's components, and whether that run ends at the leaf itself."""
+  want, have = components(name.strip("/")), components(path)
+  starts = [k for k in range(len(have) - len(want) + 1) if have[k : k + len(want)] == want]
+  return bool(starts), bool(starts) and starts[-1] + len(want) == len(have)
+
+
+def nearest(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
+  """The paths that look most like a pattern that matched none of them."""
+  plain = re.sub(r"[^\w/]+", "", pattern.replace(".*", "")).strip("/")
+  paths = list(paths)
+
+  def likeness(path: str) -> float:
+    parts = components(path)
+    tails = ["/".join(parts[k:]) for k in range(len(parts))] + parts
+    return max(difflib.SequenceMatcher(None, plain, tail).ratio() for tail in tails)
+
+  return sorted(paths, key=likeness, reverse=True)[:count]
+
+
+def no_match_error(field: str, pattern: Any, paths: Sequence[str]) -> ValueError:
+  """The error for a pattern that picked no leaf."""
+  hint = nearest(pattern, paths) if isinstance(pattern, str) else list(paths[:3])
+  rule = (
+    "a name matches a run of whole path components" if field.endswith("names") else "a regex must match the whole path"
+  )
+  return ValueError(
+    f"LoraConfig.{field.removesuffix(' names')}: {pattern!r} matches none of the {len(paths)} leaves ({rule})."
+    f" Nearest: {', '.join(hint)}."
+  )

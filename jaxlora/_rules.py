@@ -1,0 +1,446 @@
+"""One rule per family of primitives: what an equation means for a weight that is `base + A B`.
+
+A rule takes the equation as an `Op` and its operands, of which at least one is `Factored`, and returns the results,
+which may be `Factored` in turn. What it cannot do in factored form it refuses with `Unfactorable` and a reason; the
+transform then materialises. Rules are keyed by primitive names, and use public JAX alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jax import lax
+import jax.numpy as jnp
+
+from jaxlora import _lowrank
+from jaxlora._lowrank import Factored, Labelled, Pairing
+from jaxlora._weight import RANK, factor_axes
+
+
+class Unfactorable(Exception):
+  """Why an equation needs the weight as one array."""
+
+
+class Op(NamedTuple):
+  """An equation as its rule sees it."""
+
+  name: str
+  params: dict[str, Any]
+  bind: Callable[..., list[Any]]  # the same primitive with the same parameters, on other operands
+  use: int  # how many products this weight went through before: picks its dropout mask
+
+
+Rule = Callable[[Op, Sequence[Any]], list[Any]]
+RULES: dict[str, Rule] = {}
+
+# Rules whose result holds the product of the weight with something; the others only rearrange the weight.
+PRODUCTS = ("dot_general", "conv_general_dilated", "gather")
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+  def register(fn: Rule) -> Rule:
+    RULES.update(dict.fromkeys(names, fn))
+    return fn
+
+  return register
+
+
+def only_weight(args: Sequence[Any]) -> Factored:
+  """The weight, where an equation takes it as its first operand and no other one."""
+  w, *rest = args
+  if not isinstance(w, Factored) or any(isinstance(arg, Factored) for arg in rest):
+    raise Unfactorable("an adapted weight is used as an index or a parameter")
+  return w
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layout: the axes of the weight move, and each factor follows with the axes it holds.
+
+
+def restricted(w: Factored, own: str, per_axis: Sequence[Any], rank_entry: Any) -> list[Any]:
+  """A per-axis parameter of the weight, cut down to the axes that a factor holds."""
+  return [rank_entry if d == RANK else per_axis[d] for d in factor_axes(w.roles, own)]
+
+
+@rule("transpose")
+def _transpose(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  permutation = tuple(int(d) for d in op.params["permutation"])
+  return [permuted(w, permutation, op.bind(w.base)[0])]
+
+
+def permuted(w: Factored, permutation: Sequence[int], base: Any) -> Factored:
+  """`w` with its axes in a new order; `base` is the base already in that order."""
+  roles = "".join(w.roles[d] for d in permutation)
+
+  def moved(factor, own):
+    wanted = [d if d == RANK else permutation[d] for d in factor_axes(roles, own)]
+    return Labelled(factor, factor_axes(w.roles, own)).ordered(wanted)
+
+  return w.replace(base=base, a=moved(w.a, "i"), b=moved(w.b, "o"), roles=roles)
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+  """Splits a reshape into its smallest independent pieces: which old axes become which new ones."""
+  groups: list[tuple[list[int], list[int]]] = []
+  i = j = 0
+  while i < len(old) or j < len(new):
+    left: list[int] = []
+    right: list[int] = []
+    left_size = right_size = 1
+    while True:
+      if left_size == right_size and (left or right):
+        break
+      if left_size <= right_size and i < len(old):
+        left_size *= old[i]
+        left.append(i)
+        i += 1
+      elif j < len(new):
+        right_size *= new[j]
+        right.append(j)
+        j += 1
+      else:
+        left_size *= old[i]
+        left.append(i)
+        i += 1
+    groups.append((left, right))
+  return groups
+
+
+def regrouped_roles(roles: str, old: Sequence[int], new: Sequence[int]) -> str | None:
+  """The roles after a reshape; `None` where it merges axes of different roles. Axes of size 1 fit any group."""
+  out = ["o"] * len(new)
+  for left, right in reshape_groups(old, new):
+    real = {roles[d] for d in left if old[d] != 1}
+    if len(real) > 1:
+      return None
+    role = real.pop() if real else (roles[left[0]] if left else "o")
+    for d in right:
+      out[d] = role
+  return "".join(out)
+
+
+@rule("reshape")
+def _reshape(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  new = tuple(int(size) for size in op.params["new_sizes"])
+  if op.params.get("dimensions") is not None or 0 in new:
+    raise Unfactorable("a reshape that also permutes, or of nothing")
+  roles = regrouped_roles(w.roles, w.shape, new)
+  if roles is None:
+    raise Unfactorable(f"a reshape from {w.shape} to {new} that merges axes of different roles ({w.roles!r})")
+  return [reshaped(w, new, roles, op.bind(w.base)[0])]
+
+
+def reshaped(w: Factored, shape: tuple[int, ...], roles: str, base: Any) -> Factored:
+  """`w` reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
+  rank = w.a.shape[w.roles.count("s")]
+
+  def sizes(own):
+    return tuple(rank if d == RANK else shape[d] for d in factor_axes(roles, own))
+
+  return w.replace(base=base, a=lax.reshape(w.a, sizes("i")), b=lax.reshape(w.b, sizes("o")), roles=roles)
+
+
+def with_roles(w: Factored, roles: str) -> Factored:
+  """`w` with other roles for its axes of size 1, which lie in both factors as well as in either."""
+  return w if roles == w.roles else reshaped(w, w.shape, roles, w.base)
+
+
+@rule("squeeze")
+def _squeeze(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  gone = {int(d) for d in op.params["dimensions"]}
+  base = op.bind(w.base)[0]
+  roles = "".join(role for d, role in enumerate(w.roles) if d not in gone)
+  return [reshaped(w, base.shape, roles, base)]
+
+
+@rule("broadcast_in_dim")
+def _broadcast(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  shape = tuple(int(size) for size in op.params["shape"])
+  source = {int(out): d for d, out in enumerate(op.params["broadcast_dimensions"])}
+  # A new axis only B needs to hold: its contraction and its batching then cost what they cost the base.
+  roles = "".join(w.roles[source[d]] if d in source else "o" for d in range(len(shape)))
+
+  def spread(factor, own):
+    before, after = factor_axes(w.roles, own), factor_axes(roles, own)
+    sizes = tuple(w.a.shape[w.roles.count("s")] if d == RANK else shape[d] for d in after)
+    places = tuple(after.index(d if d == RANK else int(op.params["broadcast_dimensions"][d])) for d in before)
+    return lax.broadcast_in_dim(factor, sizes, places)
+
+  return [w.replace(base=op.bind(w.base)[0], a=spread(w.a, "i"), b=spread(w.b, "o"), roles=roles)]
+
+
+@rule("slice")
+def _slice(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  start, limit = op.params["start_indices"], op.params["limit_indices"]
+  strides = op.params["strides"] or (1,) * len(start)
+
+  def cut(factor, own):
+    rank = factor.shape[w.roles.count("s")]
+    return lax.slice(
+      factor,
+      restricted(w, own, start, 0),
+      restricted(w, own, limit, rank),
+      restricted(w, own, strides, 1),
+    )
+
+  return [w.replace(base=op.bind(w.base)[0], a=cut(w.a, "i"), b=cut(w.b, "o"))]
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  starts = args[1:]
+  if len(starts) != len(w.roles):
+    raise Unfactorable("a dynamic slice with dynamic sizes")
+
+  def cut(factor, own):
+    rank = factor.shape[w.roles.count("s")]
+    zero = jnp.zeros((), jnp.asarray(starts[0]).dtype)
+    indices = restricted(w, own, starts, zero)
+    return lax.dynamic_slice(factor, indices, restricted(w, own, op.params["slice_sizes"], rank))
+
+  return [w.replace(base=op.bind(*args_with(args, w.base))[0], a=cut(w.a, "i"), b=cut(w.b, "o"))]
+
+
+def args_with(args: Sequence[Any], base: Any) -> list[Any]:
+  """The operands with the base in the weight's place."""
+  return [base if isinstance(arg, Factored) else arg for arg in args]
+
+
+@rule("split")
+def _split(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  axis, sizes = int(op.params["axis"]), [int(size) for size in op.params["sizes"]]
+  bases = op.bind(w.base)
+
+  def pieces(factor, own):
+    axes = factor_axes(w.roles, own)
+    return lax.split(factor, sizes, axis=axes.index(axis)) if axis in axes else [factor] * len(sizes)
+
+  parts = zip(bases, pieces(w.a, "i"), pieces(w.b, "o"), strict=True)
+  return [w.replace(base=base, a=a, b=b) for base, a, b in parts]
+
+
+@rule("rev")
+def _rev(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  dimensions = {int(d) for d in op.params["dimensions"]}
+
+  def reversed_(factor, own):
+    return lax.rev(factor, [k for k, d in enumerate(factor_axes(w.roles, own)) if d in dimensions])
+
+  return [w.replace(base=op.bind(w.base)[0], a=reversed_(w.a, "i"), b=reversed_(w.b, "o"))]
+
+
+@rule("sharding_constraint", "reshard", "mesh_cast")
+def _base_only(op: Op, args: Sequence[Any]) -> list[Any]:
+  """Where the weight lies: the base goes there, the factors are small and follow the compiler."""
+  w = only_weight(args)
+  return [w.replace(base=op.bind(w.base)[0])]
+
+
+@rule("copy", "copy_p", "name", "stop_gradient", "pvary")
+def _each(op: Op, args: Sequence[Any]) -> list[Any]:
+  """Identities on one value: what they say of the weight holds of its parts."""
+  w = only_weight(args)
+  return [w.replace(base=op.bind(w.base)[0], a=op.bind(w.a)[0], b=op.bind(w.b)[0])]
+
+
+@rule("optimization_barrier")
+def _barrier(op: Op, args: Sequence[Any]) -> list[Any]:
+  """An identity on several values at once: the parts of the weights take their places among them."""
+  parts = [(arg.base, arg.a, arg.b) if isinstance(arg, Factored) else (arg,) for arg in args]
+  out = iter(op.bind(*(part for group in parts for part in group)))
+  kept = [[next(out) for _ in group] for group in parts]
+  return [
+    arg.replace(base=group[0], a=group[1], b=group[2]) if isinstance(arg, Factored) else group[0]
+    for arg, group in zip(args, kept, strict=True)
+  ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Linear in the weight: casts, signs and scalar factors.
+
+
+@rule("convert_element_type")
+def _cast(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  dtype = op.params["new_dtype"]
+  if not jnp.issubdtype(dtype, jnp.inexact):
+    raise Unfactorable(f"a cast to {jnp.dtype(dtype).name}")
+  return [w.replace(base=op.bind(w.base)[0], a=w.a.astype(dtype), b=w.b.astype(dtype))]
+
+
+@rule("neg")
+def _neg(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  return [w.replace(base=op.bind(w.base)[0], b=-w.b)]
+
+
+@rule("mul", "div")
+def _scale(op: Op, args: Sequence[Any]) -> list[Any]:
+  """Times or over a scalar. Only one factor takes it: the product is linear in each."""
+  x, y = args
+  w, scalar = (x, y) if isinstance(x, Factored) else (y, x)
+  if isinstance(scalar, Factored) or jnp.ndim(scalar) != 0 or (op.name == "div" and w is y):
+    raise Unfactorable("a product with something that is not a scalar")
+  base = op.bind(*args_with(args, w.base))[0]
+  b = op.bind(*args_with(args, w.b))[0]
+  return [w.replace(base=base, b=b)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Products: the base's own product, and beside it the two thin ones.
+
+
+def matched_sizes(w: Factored, groups: Sequence[tuple[Sequence[int], str]]) -> Factored:
+  """Gives axes of size 1 the roles that a product wants of them; `groups` holds (axes, wanted role)."""
+  roles = list(w.roles)
+  for axes, role in groups:
+    for d in axes:
+      if w.shape[d] == 1:
+        roles[d] = role
+  return with_roles(w, "".join(roles))
+
+
+@rule("dot_general")
+def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
+  lhs, rhs = args
+  if isinstance(lhs, Factored) and isinstance(rhs, Factored):
+    raise Unfactorable("the product of two adapted weights")
+  weight_first = isinstance(lhs, Factored)
+  w, x = (lhs, rhs) if weight_first else (rhs, lhs)
+  (contract, batch) = op.params["dimension_numbers"]
+  x_of = [dict(zip(*(pair if weight_first else pair[::-1]), strict=True)) for pair in (contract, batch)]
+  pairing = Pairing(*({int(d): int(k) for d, k in pairs.items()} for pairs in x_of))
+  summed = {w.roles[d] for d in pairing.contracted if w.shape[d] != 1} - {"s"}
+  if len(summed) > 1:
+    raise Unfactorable(f"a contraction across roles {sorted(summed)} of a weight with roles {w.roles!r}")
+  if not summed:
+    if any(w.shape[d] != 1 for d in pairing.contracted) or not pairing.contracted:
+      raise Unfactorable("a product that contracts neither the input axes nor the output axes of the weight")
+    summed = {"i"}
+  w = matched_sizes(w, [(tuple(pairing.contracted), next(iter(summed)))])
+  base = op.bind(*((w.base, x) if weight_first else (x, w.base)))[0]
+  delta = _lowrank.dot(
+    _lowrank.dropped(x, w, op.use), w, pairing, weight_first=weight_first, precision=op.params["precision"]
+  )
+  return [_lowrank.add(base, delta)]
+
+
+@rule("conv_general_dilated")
+def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
+  """A convolution with A as a kernel of `rank` output features, then B on that axis alone.
+
+  With feature groups every group has its own output features but shares A: the A kernel is laid out once per group.
+  """
+  x, w = args
+  if not isinstance(w, Factored) or isinstance(x, Factored):
+    raise Unfactorable("a convolution that has an adapted weight as its input")
+  if op.params["batch_group_count"] != 1:
+    raise Unfactorable("a convolution with batch groups")
+  numbers = op.params["dimension_numbers"]
+  out_axis, in_axes = numbers.rhs_spec[0], [d for d in range(len(w.roles)) if d != numbers.rhs_spec[0]]
+  w = matched_sizes(w, [((out_axis,), "o"), (in_axes, "i")])
+  if w.roles[out_axis] != "o" or any(w.roles[d] != "i" for d in in_axes):
+    raise Unfactorable(f"a convolution whose kernel has roles {w.roles!r}, not one 'o' at axis {out_axis}")
+  base = op.bind(x, w.base)[0]
+
+  groups, rank = op.params["feature_group_count"], w.a.shape[0]
+  kernel = jnp.moveaxis(w.a, 0, out_axis)
+  if groups > 1:
+    kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
+  h = lax.conv_general_dilated(
+    _lowrank.dropped(x, w, op.use),
+    kernel.astype(x.dtype),
+    window_strides=op.params["window_strides"],
+    padding=op.params["padding"],
+    lhs_dilation=op.params["lhs_dilation"],
+    rhs_dilation=op.params["rhs_dilation"],
+    dimension_numbers=numbers,
+    feature_group_count=groups,
+    precision=op.params["precision"],
+  )
+  feature = numbers.out_spec[1]
+  delta = _per_group(h, w.b.astype(x.dtype), feature, groups, rank, op.params["precision"])
+  return [_lowrank.add(base, delta)]
+
+
+def _per_group(h: Any, b: Any, feature: int, groups: int, rank: int, precision: Any) -> Any:
+  """`h B` along the feature axis, each group of `h` with its own slice of B's columns."""
+  labels: list[Any] = [("x", k) for k in range(h.ndim)]
+  before, after = labels[:feature], labels[feature + 1 :]
+  if groups == 1:
+    out = _lowrank.contract(Labelled(h, (*before, RANK, *after)), Labelled(b, (RANK, "out")), [RANK], precision)
+    return out.ordered([*before, "out", *after])
+  spread = h.reshape(*h.shape[:feature], groups, rank, *h.shape[feature + 1 :])
+  columns = Labelled(b.reshape(rank, groups, -1), (RANK, "group", "out"))
+  out = _lowrank.contract(Labelled(spread, (*before, "group", RANK, *after)), columns, [RANK], precision)
+  laid_out = out.ordered([*before, "group", "out", *after])
+  return laid_out.reshape(*h.shape[:feature], b.shape[1], *h.shape[feature + 1 :])
+
+
+@rule("gather")
+def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
+  """A lookup along one axis: `take(W, ids) = take(base, ids) + take(A, ids) B` for an axis of role `i`."""
+  w = only_weight(args)
+  indices = args[1]
+  numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
+  batching = tuple(numbers.operand_batching_dims)
+  looked_up = tuple(numbers.start_index_map)
+  if len(looked_up) != 1 or tuple(numbers.collapsed_slice_dims) != looked_up or sizes[looked_up[0]] != 1:
+    raise Unfactorable("a gather of more than whole slices along one axis")
+  axis = looked_up[0]
+  whole = [d for d in range(len(w.roles)) if d != axis and d not in batching]
+  if any(sizes[d] != w.shape[d] for d in whole):
+    raise Unfactorable("a gather of parts of slices")
+  if any(w.roles[d] != "s" for d in batching):
+    raise Unfactorable("a gather batched over an axis that is not stacked")
+
+  # Labels of the result: the gathered axes stand where offset_dims says, the index's own axes fill the rest in order.
+  rank_of_result = len(numbers.offset_dims) + indices.ndim - 1
+  offsets = dict(zip(numbers.offset_dims, whole, strict=True))
+  index_labels: list[Any] = [("x", k) for k in range(indices.ndim - 1)]
+  for d, k in zip(batching, numbers.start_indices_batching_dims, strict=True):
+    index_labels[k] = d
+  remaining = iter(index_labels)
+  result_labels = [offsets[k] if k in offsets else next(remaining) for k in range(rank_of_result)]
+
+  def looked_up_in(factor, own):
+    """The factor's rows: index axes, then its own other axes; whole where it lacks the axis."""
+    axes = factor_axes(w.roles, own)
+    if axis not in axes:
+      return Labelled(factor, axes)
+    kept = [d for d in axes if d != axis and d not in batching]
+    out = lax.gather(
+      factor,
+      indices,
+      lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(len(index_labels), len(index_labels) + len(kept))),
+        collapsed_slice_dims=(axes.index(axis),),
+        start_index_map=(axes.index(axis),),
+        operand_batching_dims=tuple(axes.index(d) for d in batching),
+        start_indices_batching_dims=numbers.start_indices_batching_dims,
+      ),
+      slice_sizes=tuple(1 if d == axis or d in batching else factor.shape[k] for k, d in enumerate(axes)),
+      mode=op.params["mode"],
+      fill_value=op.params["fill_value"],
+    )
+    return Labelled(out, (*index_labels, *kept))
+
+  base = op.bind(*args_with(args, w.base))[0]
+  a, b = looked_up_in(w.a, "i"), looked_up_in(w.b, "o")
+  if w.roles[axis] != "s":
+    return [_lowrank.add(base, _lowrank.contract(a, b, [RANK]).ordered(result_labels))]
+
+  # Along a stacked axis the result is again a weight: which expert, which layer.
+  roles = "".join("s" if isinstance(label, tuple) else w.roles[label] for label in result_labels)
+
+  def laid_out(factor, own):
+    return factor.ordered([d if d == RANK else result_labels[d] for d in factor_axes(roles, own)])
+
+  return [w.replace(base=base, a=laid_out(a, "i"), b=laid_out(b, "o"), roles=roles)]

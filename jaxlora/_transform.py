@@ -1,0 +1,545 @@
+"""`wrap`: any function, unmodified, on trees that hold adapted weights.
+
+The function is traced with plain arrays in their places, and its jaxpr is walked. An equation that no adapted weight
+reaches is bound again unchanged; where one does, the rule of its primitive says what becomes of it; control flow is
+rebuilt with the public calls that made it. What no rule can do is done on the materialised weight, and reported.
+
+Reading order: values and their record -> the walk -> control flow -> the public function.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+import warnings
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora import _compat, _lowrank, _paths
+from jaxlora._initializers import leaf_key
+from jaxlora._lowrank import Factored
+from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable
+from jaxlora._weight import FullWeight, LoraWeight, check_weight, is_adapted
+
+ON_MATERIALIZE = ("ignore", "warn", "error")
+
+
+class MaterializeWarning(UserWarning):
+  """An adapted weight was formed as one array, because something needs it whole. Right, but slower and larger."""
+
+
+class MaterializeError(ValueError):
+  """The same where `on_materialize="error"` forbids it."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values and their record.
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """One thing that happened to an adapted weight.
+
+  Attributes:
+    path: the leaf's path among the arguments.
+    primitive: the JAX primitive.
+    factored: whether the weight stayed factored.
+    source: the user's source line.
+    reason: why it was materialised; empty where it was not.
+  """
+
+  path: str
+  primitive: str
+  factored: bool
+  source: str
+  reason: str = ""
+
+
+class Record:
+  """What one traced call did: the uses of each weight, and what to do when one must be materialised.
+
+  `seen` outlives the call: each place is warned about once per wrapped function, however often it is traced.
+  """
+
+  def __init__(self, on_materialize: str, seen: set[tuple[str, str, str]]):
+    self.on_materialize = on_materialize
+    self.seen = seen
+    self.uses: list[Use] = []
+    self.products: collections.Counter[str] = collections.Counter()
+
+  def materialize(self, w: Factored, primitive: str, source: str, reason: str) -> jax.Array:
+    """Forms the weight, and says so."""
+    self.uses.append(Use(w.path, primitive, False, source, reason))
+    message = (
+      f"{w.path}: base + A B was formed as one array at `{primitive}` ({source}): {reason}. The result is right, but"
+      " this costs a weight's worth of memory and gradient"
+    )
+    if w.key is not None:
+      message += ", and the adapter's dropout does not act there"
+    if self.on_materialize == "error":
+      raise MaterializeError(
+        f"{message}. Exclude the leaf, rewrite that line, or allow it with wrap(..., on_materialize='warn')."
+      )
+    if self.on_materialize == "warn" and (w.path, primitive, source) not in self.seen:
+      self.seen.add((w.path, primitive, source))
+      warnings.warn(
+        f"{message}. Exclude the leaf, or silence this with wrap(..., on_materialize='ignore').",
+        MaterializeWarning,
+        stacklevel=2,
+      )
+    return _lowrank.materialize(w)
+
+
+def weights_in(values: Sequence[Any]) -> list[Factored]:
+  return [value for value in values if isinstance(value, Factored)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The walk.
+
+
+def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+  """Evaluates a jaxpr on values of which some are `Factored`; its results may be, too."""
+  env: dict[Any, Any] = {}
+
+  def read(atom: Any) -> Any:
+    return atom.val if isinstance(atom, _compat.Literal) else env[atom]
+
+  env.update(zip(jaxpr.constvars, consts, strict=True))
+  env.update(zip(jaxpr.invars, args, strict=True))
+  freed_after = _last_uses(jaxpr)
+  for k, eqn in enumerate(jaxpr.eqns):
+    values = [read(atom) for atom in eqn.invars]
+    with _compat.equation_context(eqn):
+      out = apply(record, eqn, values) if weights_in(values) else _compat.bind(eqn, values)
+    env.update(zip(eqn.outvars, out, strict=True))
+    for var in freed_after.get(k, ()):
+      del env[var]
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+  """Equation number -> the variables that nothing after it reads: a walk holds no more memory than a plain call."""
+  last: dict[Any, int] = {}
+  for k, eqn in enumerate(jaxpr.eqns):
+    last.update((atom, k) for atom in eqn.invars if not isinstance(atom, _compat.Literal))
+  for atom in jaxpr.outvars:
+    if not isinstance(atom, _compat.Literal):
+      last.pop(atom, None)
+  freed: dict[int, list[Any]] = collections.defaultdict(list)
+  for var, k in last.items():
+    freed[k].append(var)
+  return freed
+
+
+def apply(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  """One equation that adapted weights reach: by its rule, or on materialised weights."""
+  name = eqn.primitive.name
+  try:
+    if name in CONTROL_FLOW:
+      return CONTROL_FLOW[name](record, eqn, values)
+    if name not in RULES:
+      raise Unfactorable(_why_no_rule(name))
+    return _by_rule(record, eqn, values)
+  except Unfactorable as why:
+    source = _compat.source_line(eqn)
+    plain = [
+      record.materialize(value, name, source, str(why)) if isinstance(value, Factored) else value for value in values
+    ]
+    return _compat.bind(eqn, plain)
+
+
+def _by_rule(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  name, paths = eqn.primitive.name, [w.path for w in weights_in(values)]
+  op = Op(name, eqn.params, lambda *args: _compat.bind(eqn, args), record.products[paths[0]])
+  out = RULES[name](op, values)
+  if name in PRODUCTS and not weights_in(out):
+    record.products[paths[0]] += 1
+    record.uses.append(Use(paths[0], name, True, _compat.source_line(eqn)))
+  return out
+
+
+def _why_no_rule(name: str) -> str:
+  if name.startswith("custom_"):
+    return "the function has a derivative or batching rule of its own, which must hold"
+  return f"no rule keeps a weight factored through `{name}`"
+
+
+def plain_outputs(record: Record, values: Sequence[Any], eqn: Any, what: str) -> list[Any]:
+  """Results that must be arrays: weights among them are formed where they leave."""
+  name, source = eqn.primitive.name, _compat.source_line(eqn)
+  return [
+    record.materialize(value, name, source, f"it leaves {what} as a result") if isinstance(value, Factored) else value
+    for value in values
+  ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Control flow: weights go through, rebuilt with public calls. A `Factored` is a pytree, so those calls carry its parts.
+
+
+def closed(record: Record, jaxpr: Any) -> Callable[..., list[Any]]:
+  """An inner jaxpr as a function of values, every recursion's way in."""
+  inner, consts = _compat.open_jaxpr(jaxpr)
+  return lambda *args: run(record, inner, consts, args)
+
+
+def _named(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+  fn.__name__ = fn.__qualname__ = name
+  return fn
+
+
+def _jit(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  params = eqn.params
+  inner = closed(record, params["jaxpr"])
+
+  def pinned(value: Any, sharding: Any) -> Any:
+    """The inner jit's own sharding of an operand or a result, where the user gave one."""
+    sharding = _compat.specified_sharding(sharding)
+    if sharding is None:
+      return value
+    if isinstance(value, Factored):
+      return value.replace(base=lax.with_sharding_constraint(value.base, sharding))
+    return lax.with_sharding_constraint(value, sharding)
+
+  def body(*args):
+    out = inner(*(pinned(*pair) for pair in zip(args, params.get("in_shardings", (None,) * len(args)), strict=True)))
+    return [pinned(*pair) for pair in zip(out, params.get("out_shardings", (None,) * len(out)), strict=True)]
+
+  options = dict(params.get("compiler_options_kvs") or ())
+  return jax.jit(_named(body, params["name"]), compiler_options=options or None)(*values)
+
+
+def _call(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  return closed(record, eqn.params["call_jaxpr"])(*values)
+
+
+def _remat(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  inner = closed(record, eqn.params["jaxpr"])
+  again = jax.checkpoint(inner, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
+  return again(*values)
+
+
+def _cond(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  index, *operands = values
+  if isinstance(index, Factored):
+    raise Unfactorable("it decides which branch runs")
+
+  def branch(jaxpr: Any) -> Callable[..., list[Any]]:
+    inner = closed(record, jaxpr)
+    return lambda *args: plain_outputs(record, inner(*args), eqn, "a branch")
+
+  return lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands)
+
+
+def _passed_through(jaxpr: Any, offset: int, count: int, values: Sequence[Any]) -> list[int]:
+  """Which carried values are weights that the body hands on untouched: those are constants of the loop."""
+  inner, _ = _compat.open_jaxpr(jaxpr)
+  return [k for k in range(count) if isinstance(values[k], Factored) and inner.outvars[k] is inner.invars[offset + k]]
+
+
+def _carried_in(record: Record, values: Sequence[Any], kept: Sequence[int], eqn: Any) -> list[Any]:
+  """Initial carries: a weight that the body changes must be an array."""
+  name, source = eqn.primitive.name, _compat.source_line(eqn)
+  reason = "a loop carries it and changes it"
+  return [
+    record.materialize(value, name, source, reason) if isinstance(value, Factored) and k not in kept else value
+    for k, value in enumerate(values)
+  ]
+
+
+class _Carry:
+  """A loop's carry without the weights that only pass through it."""
+
+  def __init__(self, values: Sequence[Any], kept: Sequence[int]):
+    self.kept = {k: values[k] for k in kept}
+    self.count = len(values)
+    self.free = self.pack(values)
+
+  def pack(self, values: Sequence[Any]) -> list[Any]:
+    return [value for k, value in enumerate(values) if k not in self.kept]
+
+  def unpack(self, free: Sequence[Any], step: Any = None) -> list[Any]:
+    left = iter(free)
+    return [at_step(self.kept[k], step) if k in self.kept else next(left) for k in range(self.count)]
+
+
+def at_step(value: Any, step: Any) -> Any:
+  """A weight inside one step of a loop: every step has a dropout mask of its own."""
+  if step is None or not isinstance(value, Factored) or value.key is None:
+    return value
+  return value.replace(key=jax.random.fold_in(value.key, step))
+
+
+def _drops(values: Sequence[Any]) -> bool:
+  return any(w.key is not None for w in weights_in(values))
+
+
+def _scan(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  params = eqn.params
+  counts = _compat.scan_counts(params)
+  if counts is None:
+    raise Unfactorable("this version of JAX describes its scans in a way that cannot be read")
+  n_consts, n_carry = counts
+  consts, init, xs = values[:n_consts], values[n_consts : n_consts + n_carry], list(values[n_consts + n_carry :])
+  kept = _passed_through(params["jaxpr"], n_consts, n_carry, init)
+  carry = _Carry(_carried_in(record, init, kept, eqn), kept)
+  keys: dict[int, Any] = {}
+  for k, x in enumerate(xs):
+    if isinstance(x, Factored):
+      if x.roles[0] != "s":
+        xs[k] = record.materialize(
+          x,
+          "scan",
+          _compat.source_line(eqn),
+          f"a scan runs over its first axis, which has role {x.roles[0]!r}, not 's'",
+        )
+      else:
+        keys[k], xs[k] = x.key, x.replace(key=None)
+  steps = jnp.arange(params["length"]) if _drops(values) else None
+  inner = closed(record, params["jaxpr"])
+
+  def sliced(k: int, x: Any) -> Any:
+    return x.replace(roles=x.roles[1:], key=keys[k]) if isinstance(x, Factored) else x
+
+  def body(free, step_and_xs):
+    step, here = step_and_xs
+    here = [at_step(sliced(k, x), step) for k, x in enumerate(here)]
+    out = inner(*(at_step(const, step) for const in consts), *carry.unpack(free, step), *here)
+    new = plain_outputs(record, carry.pack(out[:n_carry]), eqn, "a scan")
+    return new, plain_outputs(record, out[n_carry:], eqn, "a scan")
+
+  options = {"_split_transpose": True} if params.get("_split_transpose") else {}
+  free, ys = lax.scan(
+    body,
+    carry.free,
+    (steps, xs),
+    length=params["length"],
+    reverse=params["reverse"],
+    unroll=params["unroll"],
+    **options,
+  )
+  return [*carry.unpack(free), *ys]
+
+
+def _while(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  params = eqn.params
+  n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+  cond_consts, body_consts, init = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
+  kept = _passed_through(params["body_jaxpr"], n_body, len(init), init)
+  carry = _Carry(_carried_in(record, init, kept, eqn), kept)
+  condition, body = closed(record, params["cond_jaxpr"]), closed(record, params["body_jaxpr"])
+  counted = _drops(values)
+
+  def holds(state):
+    free, _ = state
+    (holds_,) = plain_outputs(record, condition(*cond_consts, *carry.unpack(free)), eqn, "a loop's condition")
+    return holds_
+
+  def step(state):
+    free, count = state
+    at = count if counted else None
+    out = body(*(at_step(const, at) for const in body_consts), *carry.unpack(free, at))
+    return plain_outputs(record, carry.pack(out), eqn, "a loop"), count + 1 if counted else None
+
+  free, _ = lax.while_loop(holds, step, (carry.free, jnp.zeros((), jnp.int32) if counted else None))
+  return carry.unpack(free)
+
+
+def _shard_map(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  params = eqn.params
+  inner = closed(record, params["jaxpr"])
+
+  def specs(value: Any, spec: Any) -> Any:
+    """The specs of a weight's parts: each factor is split as the axes that it holds, and along the rank never."""
+    if not isinstance(value, Factored):
+      return spec
+    entries = (*spec, *(None,) * (len(value.roles) - len(spec)))
+
+    def of_factor(own):
+      axes = _lowrank.factor_axes(value.roles, own)
+      return jax.sharding.PartitionSpec(*(None if isinstance(d, str) else entries[d] for d in axes))
+
+    key = None if value.key is None else jax.sharding.PartitionSpec()
+    return value.replace(base=spec, a=of_factor("i"), b=of_factor("o"), key=key)
+
+  def body(*args):
+    return tuple(plain_outputs(record, inner(*args), eqn, "a shard_map"))
+
+  mapped = jax.shard_map(
+    body,
+    mesh=params["mesh"],
+    in_specs=tuple(specs(*pair) for pair in zip(values, params["in_specs"], strict=True)),
+    out_specs=tuple(params["out_specs"]),
+    axis_names=set(params["newly_manual_axes"]),
+    check_vma=params["check_vma"],
+  )
+  return list(mapped(*values))
+
+
+def _readable(control: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+  """A control-flow rule that gives way, instead of crashing, where a JAX to come names its parameters otherwise."""
+
+  @functools.wraps(control)
+  def rule(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    needed = _PARAMETERS[eqn.primitive.name]
+    missing = [name for name in needed if name not in eqn.params]
+    if missing:
+      raise Unfactorable(f"this version of JAX describes `{eqn.primitive.name}` without {', '.join(missing)}")
+    return control(record, eqn, values)
+
+  return rule
+
+
+_PARAMETERS: dict[str, tuple[str, ...]] = {}
+CONTROL_FLOW: dict[str, Callable[..., list[Any]]] = {}
+
+for _names, _control, _needed in (
+  (("jit", "pjit"), _jit, ("jaxpr", "name")),
+  (("closed_call", "core_call"), _call, ("call_jaxpr",)),
+  (("remat", "remat2", "checkpoint"), _remat, ("jaxpr", "policy", "prevent_cse")),
+  (("cond",), _cond, ("branches",)),
+  (("scan",), _scan, ("jaxpr", "length", "reverse", "unroll")),
+  (("while",), _while, ("cond_nconsts", "body_nconsts", "cond_jaxpr", "body_jaxpr")),
+  (("shard_map",), _shard_map, ("jaxpr", "mesh", "in_specs", "out_specs", "newly_manual_axes", "check_vma")),
+):
+  for _name in _names:
+    CONTROL_FLOW[_name] = _readable(_control)
+    _PARAMETERS[_name] = _needed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The public function.
+
+
+def wrap(
+  fn: Callable[..., Any], *, dropout_key: jax.Array | None = None, on_materialize: str = "warn"
+) -> Callable[..., Any]:
+  """Makes any function take trees that hold adapted weights.
+
+      wrap(fn)(tree) = fn(merge(tree)),    computed as  x W + s (x A) B,  never as  x (W + s A B)
+
+  The wrapped function has the same signature. It composes with `jax.jit`, `grad`, `vmap`, `jvp`, `checkpoint`, `scan`
+  and meshes on either side. Frozen bases are behind `stop_gradient`. Arrays among the arguments are traced, as in
+  `jax.jit`; everything else (strings, bools, Python numbers, callables) reaches `fn` as it is. Outside `jax.jit` each call
+  traces `fn` anew: put it under `jit`.
+
+  Args:
+    fn: a pure function of pytrees, such as `model.apply`. Any argument may hold `LoraWeight`s.
+    dropout_key: a random key, typed or raw uint32, for the dropout of adapters that have one; `None` means evaluation,
+      without dropout. Pass a new key every step: `wrap(fn, dropout_key=key)` is cheap.
+    on_materialize: what to do where a weight has to be formed as one array: `"warn"` once per place, `"ignore"`, or
+      `"error"`.
+
+  Returns:
+    A function with `fn`'s signature and results.
+
+  Raises:
+    ValueError: on another `on_materialize`; when called, on factors that do not fit their base, naming the leaf;
+      `MaterializeError` where materialising is forbidden.
+    TypeError: if `dropout_key` is no random key.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> jaxlora.wrap(lambda p, x: x @ p["kernel"])(tree, jnp.ones((2, 4))).shape
+    (2, 3)
+  """
+  if on_materialize not in ON_MATERIALIZE:
+    raise ValueError(
+      f"wrap: on_materialize is {on_materialize!r}, expected one of {', '.join(map(repr, ON_MATERIALIZE))}."
+    )
+  if dropout_key is not None:
+    dropout_key = typed_key(dropout_key, "wrap: dropout_key")
+  seen: set[tuple[str, str, str]] = set()
+
+  @functools.wraps(fn)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    return call(fn, Record(on_materialize, seen), dropout_key, args, kwargs)
+
+  return wrapped
+
+
+def call(
+  fn: Callable[..., Any], record: Record, dropout_key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+  """One call of a wrapped function: take the weights out, trace, walk."""
+  nodes, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+  leaves = [opened(node, argument_path(path), dropout_key) for path, node in nodes]
+  dynamic = [k for k, leaf in enumerate(leaves) if isinstance(leaf, (Factored, jax.Array, np.ndarray))]
+  if not weights_in(leaves):
+    plain_args, plain_kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
+    return fn(*plain_args, **plain_kwargs)
+
+  out_tree = None
+  static_out: dict[int, Any] = {}  # results that are no arrays come back as they are
+
+  def flat(*arrays):
+    nonlocal out_tree
+    full = list(leaves)
+    for k, array in zip(dynamic, arrays, strict=True):
+      full[k] = array
+    call_args, call_kwargs = jax.tree_util.tree_unflatten(treedef, full)
+    out, out_tree = jax.tree_util.tree_flatten(fn(*call_args, **call_kwargs))
+    static_out.update((k, leaf) for k, leaf in enumerate(out) if not isinstance(leaf, (jax.Array, np.ndarray)))
+    return [leaf for k, leaf in enumerate(out) if k not in static_out]
+
+  _named(flat, getattr(fn, "__name__", "wrapped"))
+  values = [leaves[k] for k in dynamic]
+  traced = jax.make_jaxpr(flat)(*(value.base if isinstance(value, Factored) else value for value in values))
+  out = run(record, *_compat.open_jaxpr(traced), values)
+  out = [
+    record.materialize(value, "return", "the function's result", "the function returns it")
+    if isinstance(value, Factored)
+    else value
+    for value in out
+  ]
+  assert out_tree is not None
+  arrays_out = iter(out)
+  full_out = [static_out[k] if k in static_out else next(arrays_out) for k in range(out_tree.num_leaves)]
+  return jax.tree_util.tree_unflatten(out_tree, full_out)
+
+
+def opened(node: Any, path: str, dropout_key: Any) -> Any:
+  """What stands for one argument leaf inside the walk."""
+  if isinstance(node, LoraWeight):
+    check_weight(node, path)
+    return _lowrank.enter(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
+  if isinstance(node, FullWeight):
+    if node.value is None:
+      raise ValueError(
+        f"{path}: value missing: this is the frozen half of a split tree. Put the halves together with"
+        " jaxlora.join(frozen, trainable)."
+      )
+    return node.value
+  return node
+
+
+def argument_path(path: Sequence[Any]) -> str:
+  """A leaf's path inside its argument: the argument's own position, `args/0` or `kwargs/name`, is left out."""
+  return _paths.path_string(path[2:]) or _paths.path_string(path[1:])
+
+
+# Raw keys say which generator they are for by their shape alone.
+_RAW_KEYS = {(2,): "threefry2x32", (4,): "rbg"}
+
+
+def typed_key(key: Any, what: str) -> jax.Array:
+  """`key` as a typed key; raw uint32 keys are taken, too.
+
+  Raises:
+    TypeError: if it is no random key, with what was found.
+  """
+  dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if shape == ():
+      return key
+  elif dtype == jnp.uint32 and shape in _RAW_KEYS:
+    return jax.random.wrap_key_data(jnp.asarray(key), impl=_RAW_KEYS[shape])
+  found = f"{type(key).__name__} {key!r}" if dtype is None else f"an array of shape {shape}, dtype {dtype}"
+  raise TypeError(f"{what}: found {found}, expected one random key, such as jax.random.key(0).")
