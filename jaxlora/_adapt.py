@@ -352,7 +352,7 @@ def join(frozen: Any, trainable: Any) -> Any:
   """
   left, left_def = jax.tree_util.tree_flatten_with_path(frozen, is_leaf=_is_half_leaf)
   right, right_def = jax.tree_util.tree_flatten_with_path(trainable, is_leaf=_is_half_leaf)
-  if left_def != right_def:
+  if not (left_def == right_def):  # type: ignore[operator]  # noqa: SIM201 (JAX types PyTreeDef as optional)
     ours, theirs = ({_paths.path_string(path) for path, _ in side} for side in (left, right))
     raise ValueError(
       "join: the halves are of different trees."

@@ -102,7 +102,8 @@ class Labelled:
 
   def expanded(self) -> "Labelled":
     """Every flattened run as its own axes again."""
-    runs = [label if isinstance(label, Run) else Run((label,), (n,)) for label, n in zip(self.labels, self.array.shape)]
+    pairs = zip(self.labels, self.array.shape, strict=True)
+    runs = [label if isinstance(label, Run) else Run((label,), (size,)) for label, size in pairs]
     labels = tuple(label for run in runs for label in run.labels)
     if labels == self.labels:
       return self
@@ -165,7 +166,7 @@ def dot(x: jax.Array, w: Factored, pairing: Pairing, *, weight_first: bool, prec
   labels = [paired.get(k, ("x", k)) for k in range(x.ndim)]
   x_free = [label for label in labels if isinstance(label, tuple)]
   w_free = [d for d in range(len(w.roles)) if d not in paired.values()]
-  inputs: list[Hashable] = sorted(d for d in pairing.contracted if w.roles[d] == "i")
+  inputs: list[Hashable] = [d for d in range(len(w.roles)) if d in pairing.contracted and w.roles[d] == "i"]
   stack = [d for d in pairing.contracted if w.roles[d] == "s"]
 
   dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else w.a.dtype

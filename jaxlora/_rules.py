@@ -123,12 +123,15 @@ def regrouped_roles(roles: str, old: Sequence[int], new: Sequence[int]) -> str |
 def _reshape(op: Op, args: Sequence[Any]) -> list[Any]:
   w = only_weight(args)
   new = tuple(int(size) for size in op.params["new_sizes"])
-  if op.params.get("dimensions") is not None or 0 in new:
-    raise Unfactorable("a reshape that also permutes, or of nothing")
+  given = w.base
+  if op.params.get("dimensions") is not None:  # a transposition first
+    w = permuted(w, op.params["dimensions"], lax.transpose(w.base, op.params["dimensions"]))
+  if 0 in new:
+    raise Unfactorable("a reshape of nothing")
   roles = regrouped_roles(w.roles, w.shape, new)
   if roles is None:
     raise Unfactorable(f"a reshape from {w.shape} to {new} that merges axes of different roles ({w.roles!r})")
-  return [reshaped(w, new, roles, op.bind(w.base)[0])]
+  return [reshaped(w, new, roles, op.bind(given)[0])]
 
 
 def reshaped(w: Factored, shape: tuple[int, ...], roles: str, base: Any) -> Factored:
@@ -334,28 +337,37 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
 
 @rule("conv_general_dilated")
 def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
-  """A convolution with A as a kernel of `rank` output features, then B on that axis alone.
+  """A convolution: A is a kernel of `rank` output features, and B acts on that axis alone.
 
-  With feature groups every group has its own output features but shares A: the A kernel is laid out once per group.
+  Where the kernel is used backwards (its `o` axis is contracted, as in the gradient of a convolution), B acts first and A
+  is a kernel of `rank` input features. With feature groups every group has its own output features but shares A: the A
+  kernel is laid out once per group.
   """
   x, w = args
   if not isinstance(w, Factored) or isinstance(x, Factored):
     raise Unfactorable("a convolution that has an adapted weight as its input")
   if op.params["batch_group_count"] != 1:
     raise Unfactorable("a convolution with batch groups")
-  numbers = op.params["dimension_numbers"]
-  out_axis, in_axes = numbers.rhs_spec[0], [d for d in range(len(w.roles)) if d != numbers.rhs_spec[0]]
-  w = matched_sizes(w, [((out_axis,), "o"), (in_axes, "i")])
-  if w.roles[out_axis] != "o" or any(w.roles[d] != "i" for d in in_axes):
-    raise Unfactorable(f"a convolution whose kernel has roles {w.roles!r}, not one 'o' at axis {out_axis}")
+  numbers, groups = op.params["dimension_numbers"], op.params["feature_group_count"]
+  out_axis, in_axis, *spatial = numbers.rhs_spec
+  if any(w.roles[d] == "o" for d in spatial if w.shape[d] != 1):
+    w = w.flipped()
+  backwards = w.roles[out_axis] == "i" and w.roles[in_axis] == "o" and w.shape[out_axis] != 1
+  thin = in_axis if backwards else out_axis  # the axis that B holds
+  w = matched_sizes(w, [((thin,), "o"), ([d for d in range(len(w.roles)) if d != thin], "i")])
+  if w.roles != "".join("o" if d == thin else "i" for d in range(len(w.roles))) or (backwards and groups > 1):
+    raise Unfactorable(f"a convolution with {groups} feature groups and a kernel of roles {w.roles!r}")
   base = op.bind(x, w.base)[0]
 
-  groups, rank = op.params["feature_group_count"], w.a.shape[0]
-  kernel = jnp.moveaxis(w.a, 0, out_axis)
+  rank, precision = w.a.shape[0], op.params["precision"]
+  u, b = _lowrank.dropped(x, w, op.use), w.b.astype(x.dtype)
+  if backwards:
+    u = _along_features(u, b.T, numbers.lhs_spec[1], precision)
+  kernel = jnp.moveaxis(w.a, 0, thin)
   if groups > 1:
-    kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
+    kernel = jnp.concatenate([kernel] * groups, axis=thin)
   h = lax.conv_general_dilated(
-    _lowrank.dropped(x, w, op.use),
+    u,
     kernel.astype(x.dtype),
     window_strides=op.params["window_strides"],
     padding=op.params["padding"],
@@ -363,20 +375,29 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
     rhs_dilation=op.params["rhs_dilation"],
     dimension_numbers=numbers,
     feature_group_count=groups,
-    precision=op.params["precision"],
+    precision=precision,
   )
+  if backwards:
+    return [_lowrank.add(base, h)]
   feature = numbers.out_spec[1]
-  delta = _per_group(h, w.b.astype(x.dtype), feature, groups, rank, op.params["precision"])
+  delta = (
+    _along_features(h, b, feature, precision) if groups == 1 else _per_group(h, b, feature, groups, rank, precision)
+  )
   return [_lowrank.add(base, delta)]
+
+
+def _along_features(h: Any, matrix: Any, feature: int, precision: Any) -> Any:
+  """`h M` along one axis of `h`."""
+  labels: list[Any] = [("x", k) for k in range(h.ndim)]
+  before, after = labels[:feature], labels[feature + 1 :]
+  h, m = Labelled(h, (*before, "in", *after)), Labelled(matrix, ("in", "out"))
+  return _lowrank.contract(h, m, ["in"], precision).ordered([*before, "out", *after])
 
 
 def _per_group(h: Any, b: Any, feature: int, groups: int, rank: int, precision: Any) -> Any:
   """`h B` along the feature axis, each group of `h` with its own slice of B's columns."""
   labels: list[Any] = [("x", k) for k in range(h.ndim)]
   before, after = labels[:feature], labels[feature + 1 :]
-  if groups == 1:
-    out = _lowrank.contract(Labelled(h, (*before, RANK, *after)), Labelled(b, (RANK, "out")), [RANK], precision)
-    return out.ordered([*before, "out", *after])
   spread = h.reshape(*h.shape[:feature], groups, rank, *h.shape[feature + 1 :])
   columns = Labelled(b.reshape(rank, groups, -1), (RANK, "group", "out"))
   out = _lowrank.contract(Labelled(spread, (*before, "group", RANK, *after)), columns, [RANK], precision)

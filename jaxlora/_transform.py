@@ -425,8 +425,8 @@ def wrap(
 
   The wrapped function has the same signature. It composes with `jax.jit`, `grad`, `vmap`, `jvp`, `checkpoint`, `scan`
   and meshes on either side. Frozen bases are behind `stop_gradient`. Arrays among the arguments are traced, as in
-  `jax.jit`; everything else (strings, bools, Python numbers, callables) reaches `fn` as it is. Outside `jax.jit` each call
-  traces `fn` anew: put it under `jit`.
+  `jax.jit`; everything else (strings, bools, Python numbers, callables) reaches `fn` as it is. Outside `jax.jit` each
+  call traces `fn` anew: put it under `jit`.
 
   Args:
     fn: a pure function of pytrees, such as `model.apply`. Any argument may hold `LoraWeight`s.

@@ -1,0 +1,36 @@
+"""Silent degradation is fatal here: warnings are errors, promotion is strict, and there are eight CPU devices."""
+
+import os
+
+# Thousands of small programs are compiled once and run once: the machine code need not be good.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What the third-party model libraries look at when imported.
+os.environ.update(USE_TORCH="0", USE_TF="0", USE_JAX="1", HF_HUB_OFFLINE="1")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
+hypothesis.settings.register_profile("ci", max_examples=150, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("nightly", max_examples=5000, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def x64():
+  """Double precision, for comparisons at 1e-12."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture
+def lenient():
+  """JAX's default promotion, for code that is not ours."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
