@@ -350,6 +350,8 @@ def join(frozen: Any, trainable: Any) -> Any:
   Raises:
     ValueError: if the halves are of different trees, naming the leaves and how they differ.
   """
+  _check_half(frozen, "frozen", ("base",))
+  _check_half(trainable, "trainable", ("a", "b", "value"))
   left, left_def = jax.tree_util.tree_flatten_with_path(frozen, is_leaf=_is_half_leaf)
   right, right_def = jax.tree_util.tree_flatten_with_path(trainable, is_leaf=_is_half_leaf)
   if not (left_def == right_def):  # type: ignore[operator]  # noqa: SIM201 (JAX types PyTreeDef as optional)
@@ -365,6 +367,17 @@ def join(frozen: Any, trainable: Any) -> Any:
   )
 
 
+def _check_half(half: Any, name: str, own: tuple[str, ...]) -> None:
+  """Raises if a half holds what belongs to the other one."""
+  for path, node in adapted_leaves(half).items():
+    held = [field for field in ("base", "a", "b", "value") if getattr(node, field, None) is not None]
+    if foreign := [field for field in held if field not in own]:
+      raise ValueError(
+        f"join: {path}: expected (frozen, trainable) as split returns them; found {', '.join(foreign)} in the {name}"
+        " half. The halves are swapped, or one of them is a whole tree."
+      )
+
+
 def _kind(node: Any) -> str:
   if is_adapted(node):
     return type(node).__name__
@@ -373,8 +386,6 @@ def _kind(node: Any) -> str:
 
 def _joined(path: str, frozen: Any, trainable: Any) -> Any:
   if isinstance(frozen, LoraWeight) and isinstance(trainable, LoraWeight):
-    if frozen.a is not None or frozen.b is not None or trainable.base is not None:
-      raise ValueError(f"join: {path}: expected (frozen, trainable) as split returns them; a half is whole or swapped.")
     if frozen.roles != trainable.roles:
       raise ValueError(
         f"join: {path}: roles {frozen.roles!r} in the frozen half, {trainable.roles!r} in the trainable half: the"

@@ -114,7 +114,8 @@ class LoraWeight(_NotAnArray):
   def materialize(self) -> jax.Array:
     """`base + scale * A B` as one array, summed in the wider dtype and returned in the base's."""
     delta = self.delta()
-    wide = jnp.promote_types(self.base.dtype, delta.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # ours to promote, however strict the user's own code is
+      wide = jnp.promote_types(self.base.dtype, delta.dtype)
     return (self.base.astype(wide) + delta.astype(wide)).astype(self.base.dtype)
 
 

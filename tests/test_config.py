@@ -1,0 +1,223 @@
+"""Bad input gets an error that names the field or leaf, what was found, what was expected, and what to do."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlora
+
+KEY = jax.random.key(0)
+PARAMS = {
+  "encoder": {"query": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones((4,))}, "value": {"kernel": jnp.ones((6, 4))}},
+  "conv": {"kernel": jnp.ones((3, 6, 4))},
+  "steps": jnp.zeros((3, 4), jnp.int32),
+}
+QUERY = r"encoder/query/kernel"
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, "8", True, None])
+def test_rank_must_be_a_whole_number_of_at_least_one(rank):
+  with pytest.raises(ValueError, match=rf"LoraConfig\.rank: found {rank!r}, expected a whole number"):
+    jaxlora.LoraConfig(rank=rank)
+
+
+def test_rank_takes_numpy_integers():
+  assert jaxlora.LoraConfig(rank=np.int64(4)).rank == 4
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, 0, -2, "16", True])
+def test_alpha_must_be_finite_and_positive(alpha):
+  with pytest.raises(ValueError, match=r"LoraConfig\.alpha: found .*, expected a finite number above 0"):
+    jaxlora.LoraConfig(alpha=alpha)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1, 1.5, math.nan, "0.1"])
+def test_dropout_must_be_a_probability_below_one(dropout):
+  with pytest.raises(ValueError, match=r"LoraConfig\.dropout: found .*, expected a probability in \[0, 1\)"):
+    jaxlora.LoraConfig(dropout=dropout)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"targets": "("}, r"LoraConfig\.targets: '\(' is not a regular expression"),
+    ({"exclude": "["}, r"LoraConfig\.exclude: '\[' is not a regular expression"),
+    ({"train": "*"}, r"LoraConfig\.train: '\*' is not a regular expression"),
+    ({"overrides": {"(": {"rank": 2}}}, r"LoraConfig\.overrides: '\(' is not a regular expression"),
+    ({"overrides": {".*": {"ranks": 2}}}, r"found 'ranks', expected one of 'rank', 'alpha'"),
+    ({"overrides": {".*": {"rank": 0}}}, r"LoraConfig\.overrides\['\.\*'\]\['rank'\]: found 0"),
+    ({"axes": {".*": "ix"}}, r"LoraConfig\.axes\['\.\*'\]: found 'ix', expected one letter per axis"),
+    ({"axes": {".*": "ii"}}, r"'ii' needs at least one 'i' and one 'o'"),
+    ({"scaling": "rs"}, r"LoraConfig\.scaling: found 'rs', expected one of 'standard', 'rslora'"),
+    ({"init": "zeros"}, r"LoraConfig\.init: found 'zeros', expected one of 'kaiming'"),
+    ({"variant": "dora"}, r"LoraConfig\.variant: found 'dora', expected one of 'lora'"),
+    ({"dtype": "int8"}, r"LoraConfig\.dtype: found 'int8', expected a floating dtype"),
+    ({"dtype": "float99"}, r"LoraConfig\.dtype: found 'float99', expected a floating dtype"),
+  ],
+)
+def test_other_fields(fields, message):
+  with pytest.raises(ValueError, match=message):
+    jaxlora.LoraConfig(**fields)
+
+
+@pytest.mark.parametrize(
+  "fields", [{"targets": 3}, {"targets": []}, {"train": [1]}, {"axes": "io"}, {"overrides": [1]}]
+)
+def test_fields_of_the_wrong_kind(fields):
+  with pytest.raises(TypeError, match=rf"LoraConfig\.{next(iter(fields))}: found"):
+    jaxlora.LoraConfig(**fields)
+
+
+def test_json_round_trip():
+  config = jaxlora.LoraConfig(
+    rank=4,
+    alpha=8,
+    targets=["query", "attn/out"],
+    exclude=r".*/bias",
+    overrides={r".*/out/kernel": {"rank": 2, "init": "gaussian"}},
+    axes={".*": "ioo"},
+    train=r"head/.*",
+    dtype=jnp.bfloat16,
+    dropout=0.1,
+    scaling="rslora",
+  )
+  assert jaxlora.LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_callable_does_not_go_into_json():
+  with pytest.raises(TypeError, match=r"LoraConfig\.targets is a callable"):
+    jaxlora.LoraConfig(targets=lambda path, leaf: True).to_dict()
+
+
+def test_from_dict_names_an_unknown_field():
+  with pytest.raises(ValueError, match=r"LoraConfig\.from_dict: found 'r', expected one of 'rank'"):
+    jaxlora.LoraConfig.from_dict({"r": 8})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# adapt
+
+
+def adapt(params=PARAMS, key=KEY, probe=None, **fields):
+  return jaxlora.adapt(params, jaxlora.LoraConfig(**{"rank": 2, "targets": QUERY} | fields), key, probe=probe)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"targets": "query/kernel"}, r"'query/kernel' matches none of the 5 leaves.*Nearest: encoder/query/kernel"),
+    ({"targets": ["query", "valeu"]}, r"LoraConfig\.targets: 'valeu' matches none.*Nearest: encoder/value/kernel"),
+    ({"targets": lambda path, leaf: False}, r"LoraConfig\.targets: .* matches none of the 5 leaves"),
+    ({"exclude": "nothing"}, r"LoraConfig\.exclude: 'nothing' matches none"),
+    ({"train": ["scale"]}, r"LoraConfig\.train: 'scale' matches none"),
+    ({"exclude": QUERY}, r"leaves nothing to adapt after exclude"),
+    (
+      {"overrides": {".*/value/kernel": {"rank": 1}}},
+      r"LoraConfig\.overrides\['.*'\]: .* matches none of the 1 leaves",
+    ),
+    ({"axes": {"conv/kernel": "iio"}}, r"LoraConfig\.axes\['conv/kernel'\]: .* matches none of the 1 leaves"),
+    ({"rank": 5}, r"encoder/query/kernel: rank 5 is larger than the smaller side.*fan-in 6 and fan-out 4.*at most 4"),
+    ({"targets": "steps"}, r"steps: dtype int32 cannot be trained; expected a floating dtype"),
+    ({"train": "steps"}, r"steps: dtype int32 cannot be trained"),
+    ({"targets": ".*/bias"}, r"encoder/query/bias: shape \(4,\) has fewer than two axes"),
+    ({"targets": "conv/kernel"}, r"conv/kernel: shape \(3, 6, 4\) has 3 axes, and nothing tells.*axes=.*probe="),
+    ({"targets": "conv/kernel", "axes": {"conv/.*": "io"}}, r"'io' has 2 letters for conv/kernel, whose shape"),
+  ],
+)
+def test_adapt_says_which_leaf_and_what_to_do(fields, message):
+  before = jax.tree.map(np.array, PARAMS)
+  with pytest.raises(ValueError, match=message):
+    adapt(**fields)
+  jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
+
+
+def test_a_leaf_the_probe_does_not_multiply_by_is_named():
+  params = {"stacked_bias": jnp.ones((3, 4)), "w": jnp.ones((5, 4))}
+  probe = lambda p: jax.lax.scan(lambda c, b: (c + b, None), jnp.ones((2, 5)) @ p["w"], p["stacked_bias"][:, None] * 1)
+  with pytest.raises(ValueError, match=r"stacked_bias: shape \(3, 4\): no product tells which axes are contracted"):
+    adapt(params, targets="stacked_bias", probe=probe)
+
+
+def test_adapted_and_empty_trees():
+  with pytest.raises(ValueError, match=r"adapt: encoder/query/kernel is adapted already"):
+    adapt(adapt())
+  with pytest.raises(ValueError, match="the tree has no leaves"):
+    adapt({})
+  with pytest.raises(TypeError, match=r"adapt: config is .*, expected a jaxlora\.LoraConfig"):
+    jaxlora.adapt(PARAMS, {"rank": 8}, KEY)
+  with pytest.raises(TypeError, match=r"adapt: probe is 3, expected a function of the parameters alone"):
+    adapt(probe=3)
+
+
+@pytest.mark.parametrize("key", [0, None, jnp.zeros((2,)), jnp.zeros((3,), jnp.uint32), jax.random.split(KEY)])
+def test_something_that_is_no_key(key):
+  with pytest.raises(TypeError, match=r"adapt: key: found .*, expected one random key"):
+    adapt(key=key)
+  with pytest.raises(TypeError, match=r"wrap: dropout_key: found"):
+    jaxlora.wrap(lambda p: p, dropout_key=key if key is not None else 0)
+
+
+def test_typed_and_raw_keys_give_the_same_factors():
+  typed, raw = adapt(key=jax.random.key(3)), adapt(key=jax.random.PRNGKey(3))
+  np.testing.assert_array_equal(typed["encoder"]["query"]["kernel"].a, raw["encoder"]["query"]["kernel"].a)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trees put together wrongly
+
+
+def test_join_of_halves_of_different_trees():
+  frozen, trainable = jaxlora.split(adapt())
+  with pytest.raises(ValueError, match=r"different trees.*Only in the frozen half: conv/kernel"):
+    jaxlora.join(frozen, {k: v for k, v in trainable.items() if k != "conv"})
+  with pytest.raises(
+    ValueError, match=r"encoder/query/kernel: LoraWeight in the frozen half, nothing in the trainable"
+  ):
+    jaxlora.join(frozen, jaxlora.split(adapt(targets=r"encoder/value/kernel"))[1])
+  with pytest.raises(ValueError, match=r"encoder/query/kernel: expected \(frozen, trainable\)"):
+    jaxlora.join(trainable, frozen)
+  other = {**PARAMS, "encoder": {**PARAMS["encoder"], "query": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones((4,))}}}
+  with pytest.raises(ValueError, match=r"factor a has shape \(2, 8\), expected \(2, 6\) for a base of shape \(6, 4\)"):
+    jaxlora.join(frozen, jaxlora.split(adapt(other))[1])
+
+
+def test_wrapped_calls_check_that_the_factors_fit():
+  tree = adapt({"w": jnp.ones((6, 4))}, targets="w")
+  broken = {"w": jaxlora.LoraWeight(tree["w"].base, tree["w"].a[:1], tree["w"].b, rank=2)}
+  fn = jaxlora.wrap(lambda p, x: x @ p["w"])
+  with pytest.raises(ValueError, match=r"w: factor a has shape \(1, 6\), expected \(2, 6\).*rank 2"):
+    fn(broken, jnp.ones((3, 6)))
+  with pytest.raises(ValueError, match=r"w: base missing: this is one half.*jaxlora\.join"):
+    fn(jaxlora.split(tree)[1], jnp.ones((3, 6)))
+  with pytest.raises(ValueError, match=r"roles 'io' name 2 axes, the base has shape \(1, 6, 4\)"):
+    fn(jax.tree.map(lambda leaf: leaf[None], tree), jnp.ones((3, 6)))
+
+
+def test_wrap_names_its_choices():
+  with pytest.raises(ValueError, match=r"on_materialize is 'raise', expected one of 'ignore', 'warn', 'error'"):
+    jaxlora.wrap(lambda p: p, on_materialize="raise")
+
+
+def test_merge_refuses_factors_that_diverged():
+  tree = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf, adapt())
+  with pytest.raises(ValueError, match=r"merge: found NaN or infinite values in encoder/query/kernel \(a\)"):
+    jaxlora.merge(tree)
+
+
+def test_trees_without_an_adapter():
+  import optax
+
+  for call in (jaxlora.split, jaxlora.summary, jaxlora.optimizer(optax.sgd(1.0)).init, jaxlora.grad(lambda p: 0.0)):
+    with pytest.raises(ValueError, match="no adapted leaf.*jaxlora.adapt"):
+      call(PARAMS)
+  with pytest.raises(ValueError, match="no argument holds an adapted weight"):
+    jaxlora.explain(lambda p: p, PARAMS)
+
+
+def test_an_adapted_leaf_is_no_array():
+  with pytest.raises(TypeError, match=r"a LoraWeight was used as an array.*jaxlora\.wrap"):
+    jnp.asarray(adapt()["encoder"]["query"]["kernel"])
