@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxlora import _paths, _probe
 from jaxlora._config import ALL_LINEAR, ATTENTION, LeafPlan, LoraConfig, first_match, leaf_plan
 from jaxlora._initializers import INITIALIZERS, leaf_key
+from jaxlora._serialization import register_with_flax
 from jaxlora._transform import typed_key
 from jaxlora._weight import FullWeight, LoraWeight, check_weight, factor_shape, is_adapted
 
@@ -58,6 +59,7 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   if not isinstance(config, LoraConfig):
     raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
   key = typed_key(key, "adapt: key")
+  register_with_flax()
   nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
   if not nodes:
     raise ValueError("adapt: the tree has no leaves; pass the model's parameters.")

@@ -1,0 +1,34 @@
+"""Teaches `flax.serialization` our nodes, without importing flax where the user has not."""
+
+import dataclasses
+import sys
+from typing import Any
+
+from jaxlora._weight import FullWeight, LoraWeight
+
+
+def register_with_flax() -> None:
+  """Registers our nodes if flax is loaded; state dicts hold their arrays, the target holds what is static."""
+  serialization = sys.modules.get("flax.serialization")
+  if serialization is not None:
+    for kind in (LoraWeight, FullWeight):
+      serialization.register_serialization_state(kind, _to_state, _from_state(serialization), override=True)
+
+
+def _arrays(node: Any) -> list[str]:
+  return [field.name for field in dataclasses.fields(node) if not field.metadata.get("static")]
+
+
+def _to_state(node: Any) -> dict[str, Any]:
+  return {name: getattr(node, name) for name in _arrays(node)}
+
+
+def _from_state(serialization: Any) -> Any:
+  def restore(target: Any, state: dict[str, Any]) -> Any:
+    names = _arrays(target)
+    if sorted(state) != sorted(names):
+      raise ValueError(f"{type(target).__name__}: found {sorted(state)} in the state, expected {sorted(names)}.")
+    parts = {n: serialization.from_state_dict(getattr(target, n), state[n], name=n) for n in names}
+    return dataclasses.replace(target, **parts)
+
+  return restore

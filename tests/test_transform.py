@@ -1,0 +1,430 @@
+"""`wrap` on whole programs: what it cannot keep factored, other transformations around it, flax, dropout, meshes."""
+
+import warnings
+
+import flax.linen as nn
+from flax import nnx, serialization
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import helpers
+import jaxlora
+from jaxlora import _compat
+
+KEY = jax.random.key(0)
+
+
+def one_weight(shape=(5, 7), seed=1, **fields):
+  params = {"w": helpers.array(seed, shape, jnp.float32)}
+  config = jaxlora.LoraConfig(**{"rank": 2, "alpha": 3, "targets": "w"} | fields)
+  return helpers.trained(jaxlora.adapt(params, config, KEY))
+
+
+X = helpers.array(2, (3, 5), jnp.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Never wrong, never silent.
+
+
+def use_whole(p, x):
+  return x @ jnp.sin(p["w"])
+
+
+def test_a_primitive_without_a_rule_materialises_and_warns_once_with_path_primitive_and_line():
+  tree = one_weight()
+  wrapped = jaxlora.wrap(use_whole)
+  with pytest.warns(jaxlora.MaterializeWarning) as caught:
+    first = wrapped(tree, X)
+  (warning,) = caught
+  text = str(warning.message)
+  assert text.startswith("w: base + A B was formed as one array at `sin`")
+  assert "test_transform.py" in text
+  assert "use_whole" in text
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    second = jax.jit(wrapped)(tree, X)  # the same place: no second warning
+  helpers.assert_close(first, use_whole(jaxlora.merge(tree), X), 1e-5)
+  helpers.assert_close(second, first, 1e-5)
+
+
+def test_materialising_can_be_forbidden_or_allowed():
+  tree = one_weight()
+  with pytest.raises(jaxlora.MaterializeError, match=r"w: base \+ A B was formed as one array at `sin`.*Exclude"):
+    jaxlora.wrap(use_whole, on_materialize="error")(tree, X)
+  helpers.check(use_whole, tree, (X,), 1e-5, on_materialize="ignore")
+
+
+@jax.custom_jvp
+def clipped(w):
+  return jnp.clip(w, -0.5, 0.5)
+
+
+@clipped.defjvp
+def _(primals, tangents):
+  return clipped(*primals), 3 * tangents[0]  # unlike the derivative of the body
+
+
+@jax.custom_vjp
+def quantised_product(x, w):
+  return x @ jnp.round(w * 8) / 8
+
+
+quantised_product.defvjp(
+  lambda x, w: (quantised_product(x, w), (x, w)), lambda kept, g: (5 * g @ kept[1].T, 7 * kept[0].T @ g)
+)
+
+
+@pytest.mark.parametrize(
+  "fn",
+  [lambda p, x: x @ clipped(p["w"]), lambda p, x: quantised_product(x, p["w"]), lambda p, x: x @ jax.nn.relu(p["w"])],
+  ids=["custom_jvp", "custom_vjp", "relu"],
+)
+def test_custom_derivative_rules_hold(fn):
+  tree = one_weight()
+  helpers.check(fn, tree, (X,), 1e-5, on_materialize="ignore")
+  with pytest.raises(jaxlora.MaterializeError, match="derivative or batching rule of its own"):
+    jaxlora.wrap(fn, on_materialize="error")(tree, X)
+
+
+@pytest.mark.parametrize(
+  ("fn", "why"),
+  [
+    (lambda p, x: x @ p["w"] @ p["w"].T @ p["w"], None),
+    (lambda p, x: p["w"].T @ p["w"], "product of two adapted weights"),
+    (lambda p, x: x[:1] * jnp.sum(p["w"] * 2), "no rule keeps a weight factored through `reduce_sum`"),
+    (lambda p, x: jnp.einsum("bi,io->", x, p["w"]), "across roles|reduce_sum"),
+    (lambda p, x: x @ p["w"].reshape(7, 5).T, "merges axes of different roles"),
+    (lambda p, x: x @ p["w"].astype(jnp.int32).astype(jnp.float32), "a cast to int32"),
+    (lambda p, x: p, "the function returns it"),
+    (lambda p, x: lax.scan(lambda c, row: (c + row, row * 2), jnp.zeros(7), p["w"]), "has role 'i', not 's'"),
+    (lambda p, x: lax.fori_loop(0, 3, lambda _, w: w * 2, p["w"]), "a loop carries it and changes it"),
+    (lambda p, x: lax.cond(x[0, 0] > 0, lambda w: w, lambda w: -w, p["w"]), "it leaves a branch as a result"),
+    (lambda p, x: lax.scan(lambda c, _: (c, p["w"].T), 0.0, length=2)[1], "it leaves a scan as a result"),
+    (lambda p, x: jnp.where(x[0, 0] > 0, p["w"], 0.0), "select_n"),
+    (lambda p, x: p["w"][jnp.array([0, 1]), jnp.array([2, 3])], "whole slices along one axis"),
+    (lambda p, x: lax.conv_general_dilated(p["w"][None], x[:, :, None], (1,), "SAME"), "as its input"),
+    (lambda p, x: 2.0 / p["w"], "not a scalar"),
+    (lambda p, x: p["w"] * jnp.ones((1, 7)), "not a scalar"),
+  ],
+)
+def test_what_cannot_stay_factored_is_still_right(fn, why):
+  tree = one_weight()
+  with jax.numpy_rank_promotion("allow"):
+    wrapped = jaxlora.wrap(fn, on_materialize="ignore")
+    helpers.assert_close(wrapped(tree, X), fn(jaxlora.merge(tree), X), 1e-5)
+    if why is None:
+      assert not jaxlora.explain(fn, tree, X).materialized
+    else:
+      with pytest.raises(jaxlora.MaterializeError, match=why):
+        jaxlora.wrap(fn, on_materialize="error")(tree, X)
+
+
+@pytest.mark.parametrize("wrap", ["scan", "cond", "jit", "remat", "shard_map", "while"])
+def test_control_flow_of_an_unknown_form_materialises_instead_of_crashing(wrap, monkeypatch):
+  """A JAX to come may name the parameters of its control flow otherwise."""
+  from jaxlora import _transform
+
+  monkeypatch.setattr(_compat, "scan_counts", lambda params: None)
+  monkeypatch.setattr(_transform, "_PARAMETERS", dict.fromkeys(_transform._PARAMETERS, ("unheard_of",)))
+  case = helpers.BUILDERS["dense"](jnp.float32)
+  fn = helpers.WRAPPERS[wrap](case.fn)
+  tree = case.adapted()
+  with pytest.raises(jaxlora.MaterializeError, match="this version of JAX describes"):
+    jaxlora.wrap(fn, on_materialize="error")(tree, *case.args)
+  got = jax.jit(jaxlora.wrap(fn, on_materialize="ignore"))(tree, *case.args)
+  helpers.assert_close(got, jax.jit(helpers.oracle(fn))(tree, *case.args), 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transformations around the wrapped function.
+
+
+def test_eager_calls_equal_jitted_ones():
+  case = helpers.BUILDERS["attention"](jnp.float32)
+  tree, wrapped = case.adapted(), jaxlora.wrap(case.fn)
+  helpers.assert_close(wrapped(tree, *case.args), jax.jit(wrapped)(tree, *case.args), 1e-5)
+
+
+def test_vmap_over_data_and_over_trees():
+  trees = [one_weight(seed=seed) for seed in (1, 5)]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  wrapped = jaxlora.wrap(lambda p, x: jnp.tanh(x @ p["w"]), on_materialize="error")
+  got = jax.vmap(wrapped, in_axes=(0, None))(stacked, X)
+  helpers.assert_close(got, jnp.stack([wrapped(tree, X) for tree in trees]), 1e-5)
+  got = jax.vmap(wrapped, in_axes=(None, 0))(trees[0], X)
+  helpers.assert_close(got, wrapped(trees[0], X), 1e-5)
+
+
+def test_second_derivatives_and_forward_mode(x64):
+  case = helpers.BUILDERS["dense"](jnp.float64)
+  frozen, trainable = jaxlora.split(case.adapted())
+  nonlinear = lambda p, x: jnp.sum(jnp.tanh(case.fn(p, x)))
+  of = lambda f: lambda t: f(jaxlora.join(frozen, t), *case.args)
+  got, want = (jax.jit(jax.hessian(of(f)))(trainable) for f in (jaxlora.wrap(nonlinear), helpers.oracle(nonlinear)))
+  helpers.assert_close(got, want, 1e-11)
+  got, want = (jax.jit(jax.jacfwd(of(f)))(trainable) for f in (jaxlora.wrap(nonlinear), helpers.oracle(nonlinear)))
+  helpers.assert_close(got, want, 1e-12)
+
+
+def test_the_base_gets_no_gradient():
+  tree = one_weight()
+  grads = jax.grad(lambda t: jnp.sum(jaxlora.wrap(lambda p, x: jnp.tanh(x @ p["w"]))(t, X)))(tree)
+  assert not grads["w"].base.any()
+  assert grads["w"].a.any()
+
+
+def test_wrapping_twice_and_plain_trees():
+  tree = one_weight()
+  fn = lambda p, x: x @ p["w"]
+  twice = jaxlora.wrap(jaxlora.wrap(fn))
+  helpers.assert_close(twice(tree, X), fn(jaxlora.merge(tree), X), 1e-5)
+  np.testing.assert_array_equal(jaxlora.wrap(fn)(jaxlora.strip(tree), X), fn(jaxlora.strip(tree), X))
+
+
+def test_only_arrays_are_traced():
+  """Strings, bools, numbers and callables reach the function as they are, and come back so."""
+  tree = one_weight()
+
+  def fn(p, x, mode, *, flip, times, activation):
+    assert mode == "train"
+    assert flip is True
+    return {"y": activation(x @ p["w"]) * times, "mode": mode, "times": times, "none": None}
+
+  out = jaxlora.wrap(fn)(tree, np.asarray(X), "train", flip=True, times=2, activation=jnp.tanh)
+  assert (out["mode"], out["times"], out["none"]) == ("train", 2, None)
+  helpers.assert_close(out["y"], jnp.tanh(X @ jaxlora.merge(tree)["w"]) * 2, 1e-5)
+
+
+def test_the_signature_is_kept():
+  def documented(p, x):
+    """What it does."""
+
+  assert jaxlora.wrap(documented).__name__ == "documented"
+  assert jaxlora.wrap(documented).__doc__ == "What it does."
+
+
+def test_name_stacks_and_shardings_of_inner_jits_survive():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  inner = jax.jit(lambda p, x: jnp.tanh(x @ p["w"]), in_shardings=(None, sharding), out_shardings=sharding)
+
+  def fn(p, x):
+    with jax.named_scope("my_layer"):
+      return inner(p, x)
+
+  tree, x = one_weight(), helpers.array(3, (16, 5), jnp.float32)
+  compiled = jax.jit(jaxlora.wrap(fn, on_materialize="error")).lower(tree, x).compile()
+  assert "my_layer" in compiled.as_text()
+  out = compiled(tree, x)
+  assert out.sharding.is_equivalent_to(sharding, out.ndim)
+  helpers.assert_close(np.asarray(out), np.asarray(fn(jaxlora.merge(tree), x)), 1e-5)
+
+
+@pytest.mark.parametrize("spec", [("model", None), (None, "model"), (None, None)])
+@pytest.mark.parametrize("build", ["dense", "attention"])
+def test_sharded_bases_and_batches(spec, build):
+  mesh = jax.make_mesh(
+    (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4]
+  )
+  place = lambda leaf, *names: jax.device_put(
+    leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+  )
+  weights = {"w": helpers.array(1, (6, 8), jnp.float32)}
+  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets="w"), KEY))
+  x = helpers.array(2, (4, 3, 6), jnp.float32)
+  fn = lambda p, x: jnp.tanh(x @ p["w"])
+  expected = fn(jaxlora.merge(tree), x)
+  import dataclasses
+
+  placed = {"w": dataclasses.replace(tree["w"], base=place(tree["w"].base, *spec))}
+  got = jax.jit(jaxlora.wrap(fn, on_materialize="error"))(placed, place(x, "data"))
+  helpers.assert_close(np.asarray(got), np.asarray(expected), 1e-5)
+
+
+@pytest.mark.parametrize("spec", [("model", None), (None, "model")])
+def test_shard_map_over_the_weights_own_axes(spec):
+  """Tensor parallelism by hand: the base split along inputs or outputs, the factors along what they hold of it."""
+  mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  partition = jax.sharding.PartitionSpec
+  over_inputs = spec[0] == "model"
+
+  def local(p, x):
+    y = x @ p["w"]
+    return lax.psum(y, "model") if over_inputs else y
+
+  def fn(p, x):
+    data, out = (partition(None, "model"), partition()) if over_inputs else (partition(), partition(None, "model"))
+    return jax.shard_map(local, mesh=mesh, in_specs=({"w": partition(*spec)}, data), out_specs=out)(p, x)
+
+  weights = {"w": helpers.array(1, (6, 8), jnp.float32)}
+  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets="w"), KEY))
+  helpers.check(fn, tree, (helpers.array(2, (4, 6), jnp.float32),), 1e-5)
+
+
+def test_explicit_sharding():
+  mesh = jax.make_mesh(
+    (2, 2), ("data", "time"), axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=jax.devices()[:4]
+  )
+  with jax.set_mesh(mesh):
+    tree = one_weight()
+    x = jax.device_put(helpers.array(2, (4, 6, 5), jnp.float32), jax.sharding.PartitionSpec("data", "time", None))
+    fn = lambda p, x: x @ p["w"]
+    got = jax.jit(jaxlora.wrap(fn, on_materialize="error"))(tree, x)
+    helpers.assert_close(np.asarray(got), np.asarray(fn(jaxlora.merge(tree), x)), 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flax.
+
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense(6, name="first")(x)
+    x = nn.BatchNorm(use_running_average=not train)(x)
+    x = nn.Dropout(0.5, deterministic=not train)(x)
+    return nn.Dense(4, name="last")(x)
+
+  def first_only(self, x):
+    return x.sum()
+
+
+def test_linen_apply_with_mutable_rngs_and_method():
+  model = Net()
+  x = helpers.array(2, (64, 5), jnp.float32)  # enough for the batch's statistics to be well conditioned
+  variables = jax.jit(lambda key: model.init(key, x, train=False))(KEY)
+  tree = helpers.trained(jaxlora.adapt(variables, jaxlora.LoraConfig(rank=2, targets=["first", "last"]), KEY))
+  plain, wrapped = jaxlora.merge(tree), jaxlora.wrap(model.apply, on_materialize="error")
+  options = {"train": True, "rngs": {"dropout": jax.random.key(5)}, "mutable": ["batch_stats"]}
+  got, want = wrapped(tree, x, **options), model.apply(plain, x, **options)
+  helpers.assert_close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
+  assert set(got[1]) == {"batch_stats"}
+  helpers.assert_close(wrapped(tree, x, train=False), model.apply(plain, x, train=False), 1e-5)
+  np.testing.assert_array_equal(wrapped(tree, x, method="first_only"), x.sum())
+
+
+class NnxNet(nnx.Module):
+  def __init__(self, rngs):
+    self.layers = nnx.List([nnx.Linear(5, 5, rngs=rngs), nnx.Linear(5, 5, rngs=rngs)])
+    self.norm = nnx.BatchNorm(5, rngs=rngs)
+    self.head = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    for layer in self.layers:
+      x = jnp.tanh(layer(x))
+    return self.head(self.norm(x))
+
+
+@pytest.mark.usefixtures("lenient")
+def test_nnx_states():
+  graph, state, rest = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param, ...)
+
+  def fn(state, rest, x):
+    model = nnx.merge(graph, state, rest, copy=True)  # the probe closes over `rest`
+    y = model(x)
+    return y, nnx.state(model, nnx.BatchStat)
+
+  config = jaxlora.LoraConfig(rank=2, train=["head"])
+  tree = jaxlora.adapt(state, config, KEY, probe=lambda s: fn(s, rest, X)[0])
+  assert {leaf.path for leaf in jaxlora.summary(tree).leaves} == {
+    "layers/0/kernel", "layers/1/kernel", "head/kernel", "head/bias"
+  }  # fmt: skip
+  tree = helpers.trained(tree)
+  wrapped = jaxlora.wrap(fn, on_materialize="error")
+  want = jax.tree.leaves(fn(jaxlora.merge(tree), rest, X))
+  helpers.assert_close(jax.tree.leaves(wrapped(tree, rest, X)), want, 1e-5)
+  helpers.assert_close(jax.tree.leaves(nnx.jit(wrapped)(tree, rest, X)), want, 1e-5)
+  grads = jaxlora.grad(lambda t: wrapped(t, rest, X)[0].sum())(tree)
+  assert jax.tree.structure(grads) == jax.tree.structure(jaxlora.split(tree)[1])
+
+
+def test_flax_serialization_and_orbax_round_trips(tmp_path):
+  model = Net()
+  variables = model.init(KEY, X, train=False)
+  config = jaxlora.LoraConfig(rank=2, targets=["first"], train=["last"])
+  tree = helpers.trained(jaxlora.adapt(variables, config, KEY))
+  blank = jax.tree.map(jnp.zeros_like, tree)
+  back = serialization.from_bytes(blank, serialization.to_bytes(tree))
+  assert jax.tree.structure(back) == jax.tree.structure(tree)
+  helpers.assert_close(back, tree, 0)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "tree", tree)
+    checkpointer.wait_until_finished()
+    back = checkpointer.restore(tmp_path / "tree", blank)
+  assert jax.tree.structure(back) == jax.tree.structure(tree)
+  helpers.assert_close(back, tree, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dropout, on the adapter's input alone.
+
+
+def test_no_key_means_evaluation():
+  tree = one_weight(dropout=0.5)
+  fn = lambda p, x: x @ p["w"]
+  helpers.assert_close(jaxlora.wrap(fn)(tree, X), fn(jaxlora.merge(tree), X), 1e-5)
+
+
+def test_dropout_acts_on_the_adapters_input_alone():
+  """Every output is base + a combination of kept inputs: solve for the mask and find zeros and 1 / (1 - p)."""
+  rate, n = 0.25, 400
+  weight = jaxlora.LoraWeight(jnp.ones((n, n)), jnp.eye(n), jnp.eye(n), rank=n, alpha=float(n), dropout=rate)
+  wrapped = jaxlora.wrap(lambda p, x: x @ p["w"], dropout_key=jax.random.key(3))
+  x = jnp.ones((5, n))
+  kept = wrapped({"w": weight}, x) - x @ jnp.ones((n, n))
+  values = np.unique(np.round(np.asarray(kept), 3))
+  np.testing.assert_allclose(values, [0, 1 / (1 - rate)], atol=1e-3)
+  assert float((kept > 0).mean()) == pytest.approx(1 - rate, abs=0.03)
+
+
+def test_dropout_is_a_function_of_its_key():
+  tree, fn = one_weight(dropout=0.5), lambda p, x: x @ p["w"]
+  run = lambda key: jaxlora.wrap(fn, dropout_key=key)(tree, X)
+  np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+  np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.PRNGKey(1)))
+  assert not np.array_equal(run(jax.random.key(1)), run(jax.random.key(2)))
+
+
+def masks_differ(fn, tree):
+  outs = jaxlora.wrap(fn, dropout_key=jax.random.key(3), on_materialize="error")(tree, jnp.ones((4, 5)))
+  return not np.allclose(outs[0], outs[1])
+
+
+@pytest.mark.parametrize(
+  "fn",
+  [
+    lambda p, x: (x @ p["w"], x @ p["w"]),
+    lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0.0, length=2)[1],
+    lambda p, x: lax.scan(lambda w, _: (w, x @ w), p["w"], length=2)[1],
+    lambda p, x: lax.fori_loop(
+      0, jnp.int32(x[0, 0] * 2), lambda k, out: out.at[k].set(x @ p["w"]), jnp.zeros((2, 4, 7))
+    ),
+  ],
+  ids=["two uses", "scan", "scan carry", "while"],
+)
+def test_every_use_has_a_mask_of_its_own(fn):
+  assert masks_differ(fn, one_weight(dropout=0.5))
+
+
+def test_scanned_layers_have_masks_of_their_own():
+  tree = one_weight((2, 5, 7), dropout=0.5, axes={"w": "sio"})
+  same = jax.tree.map(lambda leaf: leaf[:1].repeat(2, axis=0), tree)
+  assert masks_differ(lambda p, x: lax.scan(lambda c, w: (c, x @ w), 0.0, p["w"])[1], same)
+
+
+def test_dropout_under_remat_recomputes_the_same_mask():
+  tree = one_weight(dropout=0.5)
+  fn = lambda p, x: jnp.tanh(x @ p["w"])
+  loss = lambda f: lambda t: jnp.sum(jaxlora.wrap(f, dropout_key=jax.random.key(3))(t, X) ** 2)
+  helpers.assert_close(jaxlora.grad(loss(jax.checkpoint(fn)))(tree), jaxlora.grad(loss(fn))(tree), 1e-5)
+
+
+def test_materialising_says_that_dropout_does_not_act():
+  tree = one_weight(dropout=0.5)
+  with pytest.warns(jaxlora.MaterializeWarning, match="the adapter's dropout does not act there"):
+    jaxlora.wrap(use_whole, dropout_key=KEY)(tree, X)
