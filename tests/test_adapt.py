@@ -68,10 +68,11 @@ def test_all_linear_without_a_probe_goes_by_name():
 def test_all_linear_keeps_the_last_matrix_of_a_network_without_a_classifier():
   """A residual stream reaches the end around every kernel: none of them is a classifier."""
   params = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 4))}
-  residual = lambda p, x=jnp.ones((2, 4)): x + jnp.tanh(x @ p["up"]) @ p["down"]
+  x = jnp.ones((2, 4))
+  residual = lambda p: x + jnp.tanh(x @ p["up"]) @ p["down"]
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY, probe=residual)
   assert adapted_paths(tree) == {"up", "down"}
-  plain = lambda p, x=jnp.ones((2, 4)): jnp.tanh(x @ p["up"]) @ p["down"]
+  plain = lambda p: jnp.tanh(x @ p["up"]) @ p["down"]
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY, probe=plain)
   assert adapted_paths(tree) == {"up"}
 
@@ -205,7 +206,7 @@ def test_adapt_and_merge_under_jit_and_shapes_alone():
 
 
 def test_boxed_parameters():
-  """flax's partitioning metadata stays around the weight, and is no part of its path."""
+  """Flax's partitioning metadata stays around the weight, and is no part of its path."""
   init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
   model = nn.Dense(4, kernel_init=init)
   variables = model.init(KEY, jnp.ones((2, 6)))

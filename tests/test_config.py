@@ -212,7 +212,7 @@ def test_trees_without_an_adapter():
   import optax
 
   for call in (jaxlora.split, jaxlora.summary, jaxlora.optimizer(optax.sgd(1.0)).init, jaxlora.grad(lambda p: 0.0)):
-    with pytest.raises(ValueError, match="no adapted leaf.*jaxlora.adapt"):
+    with pytest.raises(ValueError, match=r"no adapted leaf.*jaxlora\.adapt"):
       call(PARAMS)
   with pytest.raises(ValueError, match="no argument holds an adapted weight"):
     jaxlora.explain(lambda p: p, PARAMS)

@@ -6,12 +6,12 @@ attention).
 """
 
 from flax import nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import helpers
 import jaxlora
 
 KEY = jax.random.key(0)

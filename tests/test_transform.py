@@ -2,8 +2,9 @@
 
 import warnings
 
-import flax.linen as nn
 from flax import nnx, serialization
+import flax.linen as nn
+import helpers
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import helpers
 import jaxlora
 from jaxlora import _compat
 
