@@ -339,9 +339,9 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
 def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
   """A convolution: A is a kernel of `rank` output features, and B acts on that axis alone.
 
-  Where the kernel is used backwards (its `o` axis is contracted, as in the gradient of a convolution), B acts first and A
-  is a kernel of `rank` input features. With feature groups every group has its own output features but shares A: the A
-  kernel is laid out once per group.
+  Where the kernel is used backwards (its `o` axis is contracted, as in the gradient of a convolution), B acts first and
+  A is a kernel of `rank` input features. With feature groups every group has its own output features but shares A: the
+  A kernel is laid out once per group.
   """
   x, w = args
   if not isinstance(w, Factored) or isinstance(x, Factored):
