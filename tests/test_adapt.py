@@ -154,6 +154,15 @@ def test_strip_and_merge():
   np.testing.assert_array_equal(jaxlora.merge(trained)["classes"]["bias"], params["classes"]["bias"] + 1)
 
 
+def test_merging_leaves_the_tree_and_its_base_as_they_were():
+  tree = jaxlora.adapt({"w": jnp.ones((6, 5))}, jaxlora.LoraConfig(rank=2, targets="w"), KEY)
+  frozen, trainable = jaxlora.split(tree)
+  tree = jaxlora.join(frozen, jax.tree.map(lambda leaf: leaf + 1, trainable))
+  merged = jaxlora.merge(tree)
+  np.testing.assert_array_equal(jaxlora.strip(tree)["w"], jnp.ones((6, 5)))
+  chex.assert_trees_all_equal(jaxlora.strip(merged), merged)
+
+
 def test_merge_is_the_formula(x64):
   rng = np.random.default_rng(0)
   base, a, b = rng.standard_normal((6, 5)), rng.standard_normal((2, 6)), rng.standard_normal((2, 5))

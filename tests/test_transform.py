@@ -208,6 +208,39 @@ def test_the_signature_is_kept():
   assert jaxlora.wrap(documented).__doc__ == "What it does."
 
 
+def test_donation_inside_and_outside():
+  tree = one_weight()
+  inner = jax.jit(lambda p, x: jnp.tanh(x @ p["w"]), donate_argnums=(0, 1))
+  fn = lambda p, x: inner(p, x * 1)
+  want = jnp.tanh(X @ jaxlora.merge(tree)["w"])
+  helpers.assert_close(jaxlora.wrap(fn, on_materialize="error")(tree, X), want, 1e-5)
+  frozen, trainable = jaxlora.split(tree)
+
+  def step(trainable, frozen, x):
+    grads = jax.grad(lambda t: jnp.sum(jaxlora.wrap(fn)(jaxlora.join(frozen, t), x)))(trainable)
+    return jax.tree.map(jnp.subtract, trainable, grads)
+
+  moved = jax.jit(step, donate_argnums=0)(trainable, frozen, X)
+  assert trainable["w"].a.is_deleted()
+  assert not frozen["w"].base.is_deleted()
+  assert moved["w"].a.shape == (2, 5)
+
+
+def test_effects_keep_happening(capsys):
+  def fn(p, x):
+    def body(x, _):
+      jax.debug.print("norm {}", jnp.sum(x * 0))
+      return jnp.tanh(x @ p["w"]), None
+
+    return lax.scan(body, x, length=2)[0]
+
+  tree = one_weight((5, 5))
+  out = jax.jit(jaxlora.wrap(fn, on_materialize="error"))(tree, X)
+  jax.effects_barrier()
+  assert capsys.readouterr().out.count("norm 0.0") == 2
+  assert out.shape == (3, 5)
+
+
 def test_name_stacks_and_shardings_of_inner_jits_survive():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
