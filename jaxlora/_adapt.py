@@ -9,19 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import _paths, _probe
-from jaxlora._config import ALL_LINEAR, ATTENTION, LeafPlan, LoraConfig, first_match, leaf_plan
+from jaxlora._config import LeafPlan, LoraConfig, first_match, leaf_plan
 from jaxlora._initializers import INITIALIZERS, leaf_key
 from jaxlora._serialization import register_with_flax
+from jaxlora._targets import EvidenceByPath, listed, select
 from jaxlora._transform import typed_key
 from jaxlora._weight import FullWeight, LoraWeight, check_weight, factor_shape, is_adapted
-
-# Names by which the presets go where no probe tells. They are components of paths, matched whole.
-_NOT_KERNELS = {"bias", "scale", "mean", "var", "gamma", "beta", "b"}
-_HEADS = {"head", "heads", "lm_head", "classifier", "score", "logits", "output_projection", "qa_outputs"}
-_ATTENTION_PROJECTIONS = re.compile(
-  r"(?:query|key|value|qkv|kv|q|k|v|(?:q|k|v|o|in|out|qkv|kv)_?proj|to_(?:q|k|v|out|qkv)|w?(?:q|k|v|o)|c_attn)"
-)
-_ATTENTION_MODULE = re.compile(r".*(?:attn|attention).*", re.IGNORECASE)
 
 
 def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[Any], Any] | None = None) -> Any:
@@ -73,20 +66,7 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   if probe is not None:
     evidence = dict(zip(leaves, _probe.study(probe, params), strict=True))
 
-  whole = _pick(config.train, "train", leaves, evidence, kernels_only=False) if config.train is not None else set()
-  targets = _targets(config, leaves, evidence) - whole
-  if config.exclude is not None:
-    targets -= _pick(config.exclude, "exclude", leaves, evidence, kernels_only=False)
-  if not targets and not whole:
-    raise ValueError(
-      f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r}. Leaves:"
-      f" {_some(list(leaves))}."
-    )
-  for field in ("overrides", "axes"):
-    for pattern in getattr(config, field) or {}:
-      if not any(re.fullmatch(pattern, path) for path in targets):
-        raise _paths.no_match_error(f"{field}[{pattern!r}]", pattern, sorted(targets) or list(leaves))
-
+  targets, whole = select(config, leaves, evidence)
   plans = {path: leaf_plan(config, path) for path in targets}
   roles = {path: _roles(path, leaves[path], config, evidence) for path in targets}
   for path in leaves:  # every check before the first array is made
@@ -106,97 +86,6 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which leaves.
-
-_Leaves = dict[str, Any]
-_Evidence = dict[str, _probe.Evidence] | None
-
-
-def _some(paths: Sequence[str], count: int = 6) -> str:
-  return ", ".join(paths[:count]) + (f", ... ({len(paths)} in all)" if len(paths) > count else "")
-
-
-def _targets(config: LoraConfig, leaves: _Leaves, evidence: _Evidence) -> set[str]:
-  if not (isinstance(config.targets, str) and config.targets in (ALL_LINEAR, ATTENTION)):
-    return _pick(config.targets, "targets", leaves, evidence, kernels_only=True)
-  kernels = {path for path, leaf in leaves.items() if _is_kernel(path, leaf, evidence)}
-  preset = _all_linear if config.targets == ALL_LINEAR else _attention
-  picked = preset(kernels, evidence)
-  if not picked:
-    raise ValueError(
-      f"LoraConfig.targets: the preset {config.targets!r} finds nothing among {_some(list(leaves))}. Name the leaves"
-      " by a regex over whole paths, or pass probe= so that their use tells."
-    )
-  return picked
-
-
-def _all_linear(kernels: set[str], evidence: _Evidence) -> set[str]:
-  """Every contracted kernel but the last classifier, told by the probe or, without one, by name."""
-  if evidence is None:
-    heads = {path for path in kernels if _HEADS & set(_paths.components(path))}
-  else:
-    heads = {path for path in kernels if evidence[path].is_classifier}
-  return kernels - heads or kernels
-
-
-def _attention(kernels: set[str], evidence: _Evidence) -> set[str]:
-  del evidence
-
-  def in_attention(path: str) -> bool:
-    *modules, leaf = _paths.components(path)
-    projections = [name for name in (*modules, leaf) if _ATTENTION_PROJECTIONS.fullmatch(name)]
-    return bool(projections) or any(_ATTENTION_MODULE.fullmatch(name) for name in modules)
-
-  return {path for path in kernels if in_attention(path)}
-
-
-def _is_kernel(path: str, leaf: Any, evidence: _Evidence) -> bool:
-  """Whether a leaf can be a kernel for the presets and for names of modules."""
-  if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-    return False
-  if evidence is not None and (evidence[path].contracted is not None or evidence[path].looked_up is not None):
-    return evidence[path].is_kernel
-  *modules, name = _paths.components(path)
-  if evidence is not None and evidence[path].used:
-    return False
-  return name not in _NOT_KERNELS and not any("embed" in part.lower() for part in (*modules[-1:], name))
-
-
-def _pick(pattern: _paths.Pattern, field: str, leaves: _Leaves, evidence: _Evidence, *, kernels_only: bool) -> set[str]:
-  """The paths that a pattern picks; every pattern, and every name in a list, must pick at least one."""
-  if callable(pattern):
-    picked = {path for path, leaf in leaves.items() if pattern(path, leaf)}
-    if not picked:
-      raise _paths.no_match_error(field, pattern, list(leaves))
-  elif isinstance(pattern, str):
-    picked = {path for path in leaves if re.fullmatch(pattern, path)}
-    if not picked:
-      raise _paths.no_match_error(field, pattern, list(leaves))
-  else:
-    picked = set()
-    for name in pattern:
-      found = {path for path in leaves if _named(name, path, leaves[path], evidence, kernels_only)}
-      if not found:
-        raise _paths.no_match_error(f"{field} names", name, list(leaves))
-      picked |= found
-  return picked
-
-
-def _named(name: str, path: str, leaf: Any, evidence: _Evidence, kernels_only: bool) -> bool:
-  """A name picks the leaf it names, and the kernels (for `train`, all leaves) under a module it names."""
-  matches, is_leaf = _paths.name_matches(name, path)
-  if not matches:
-    return False
-  looked_up = evidence is not None and evidence[path].looked_up is not None
-  named_table = name.split("/")[-1] in _paths.components(path)[-2:] and _is_table(path, leaf)
-  return not kernels_only or is_leaf or looked_up or named_table or _is_kernel(path, leaf, evidence)
-
-
-def _is_table(path: str, leaf: Any) -> bool:
-  return len(leaf.shape) == 2 and _paths.components(path)[-1] == "embedding"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # How each is adapted.
 
 
@@ -208,7 +97,7 @@ def _check_trainable(path: str, leaf: Any) -> None:
     )
 
 
-def _roles(path: str, leaf: Any, config: LoraConfig, evidence: _Evidence) -> str:
+def _roles(path: str, leaf: Any, config: LoraConfig, evidence: EvidenceByPath) -> str:
   _check_trainable(path, leaf)
   shape = tuple(leaf.shape)
   if len(shape) < 2:
@@ -360,8 +249,8 @@ def join(frozen: Any, trainable: Any) -> Any:
     ours, theirs = ({_paths.path_string(path) for path, _ in side} for side in (left, right))
     raise ValueError(
       "join: the halves are of different trees."
-      f" Only in the frozen half: {_some(sorted(ours - theirs)) or 'nothing'};"
-      f" only in the trainable half: {_some(sorted(theirs - ours)) or 'nothing'}."
+      f" Only in the frozen half: {listed(sorted(ours - theirs)) or 'nothing'};"
+      f" only in the trainable half: {listed(sorted(theirs - ours)) or 'nothing'}."
       + ("" if ours != theirs else f" Containers differ: {left_def} and {right_def}.")
     )
   return jax.tree_util.tree_unflatten(
@@ -438,7 +327,7 @@ def merge(tree: Any) -> Any:
   ]
   if broken:
     raise ValueError(
-      f"merge: found NaN or infinite values in {_some(broken)}, expected finite factors. Training has diverged: go"
+      f"merge: found NaN or infinite values in {listed(broken)}, expected finite factors. Training has diverged: go"
       " back to an earlier checkpoint; nothing was merged."
     )
   return map_adapted(lambda w: w.materialize(), lambda w: w.value, lambda x: x, tree)

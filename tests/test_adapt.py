@@ -65,6 +65,17 @@ def test_all_linear_without_a_probe_goes_by_name():
   assert adapted_paths(jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY)) == {"up/kernel"}
 
 
+def test_attention_layers_are_those_with_a_query():
+  kernel = {"kernel": jnp.ones((4, 4))}
+  params = {
+    "layer": {"q_proj": kernel, "k_proj": kernel, "v_proj": kernel, "o_proj": kernel, "up_proj": kernel},
+    "policy": kernel,
+    "value": kernel,  # a critic's head, not a projection
+  }
+  tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets="attention"), KEY)
+  assert adapted_paths(tree) == {f"layer/{name}_proj/kernel" for name in "qkvo"}
+
+
 def test_all_linear_keeps_the_last_matrix_of_a_network_without_a_classifier():
   """A residual stream reaches the end around every kernel: none of them is a classifier."""
   params = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 4))}

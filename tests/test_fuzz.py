@@ -160,7 +160,7 @@ class Drawer:
     params = drawn.draw(self)
     if drawn.kind == "layout":
       weight = jax.ShapeDtypeStruct(before, jnp.float64)
-      data = {"ids": [jnp.zeros(np.shape(ids), jnp.int32) for ids in self.ids], "scale": 1.0, "start": 0, "which": 0}
+      data = Program(*self.weight, (), (), tuple(self.ids), 0, 0).data()
       self.shape = jax.eval_shape(lambda w: drawn.run(w, data, *params), weight).shape
     return (name, *params)
 
