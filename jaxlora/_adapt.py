@@ -90,9 +90,10 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
 
 
 def _check_trainable(path: str, leaf: Any) -> None:
-  if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+  dtype = getattr(leaf, "dtype", type(leaf).__name__)
+  if not hasattr(leaf, "dtype") or not jnp.issubdtype(dtype, jnp.inexact):
     raise ValueError(
-      f"{path}: dtype {leaf.dtype} cannot be trained; expected a floating dtype. Narrow LoraConfig.targets or .train,"
+      f"{path}: dtype {dtype} cannot be trained; expected a floating dtype. Narrow LoraConfig.targets or .train,"
       " or exclude the leaf."
     )
 

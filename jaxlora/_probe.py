@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlora import _compat
 from jaxlora._rules import reshape_groups
@@ -96,11 +97,10 @@ def study(probe: Callable[[Any], Any], params: Any) -> list[Evidence]:
   traced = jax.make_jaxpr(lambda *flat: jax.tree_util.tree_leaves(probe(jax.tree_util.tree_unflatten(treedef, flat))))(
     *leaves
   )
-  study_ = _Study([Evidence(ndim=len(leaf.shape)) for leaf in leaves])
+  study_ = _Study([Evidence(ndim=jnp.ndim(leaf)) for leaf in leaves])
   jaxpr, consts = _compat.open_jaxpr(traced)
   inputs = [
-    Seen(leaf, tuple(frozenset({(leaf, d)}) for d in range(len(array.shape))), NONE)
-    for leaf, array in enumerate(leaves)
+    Seen(leaf, tuple(frozenset({(leaf, d)}) for d in range(jnp.ndim(array))), NONE) for leaf, array in enumerate(leaves)
   ]
   captured = [unknown(var.aval, INPUT if var.aval.shape else NONE) for var in jaxpr.constvars]
   del consts

@@ -119,7 +119,8 @@ def _elements(*arrays: Any) -> int:
 
 
 def _bytes(*arrays: Any) -> int:
-  return sum(math.prod(jnp.shape(array)) * jnp.dtype(array.dtype).itemsize for array in arrays)
+  # Random keys have a size, too; Python numbers among the leaves have none worth counting.
+  return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays if hasattr(array, "dtype"))
 
 
 def summary(tree: Any) -> Summary:

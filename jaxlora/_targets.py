@@ -89,7 +89,7 @@ def _attention(kernels: set[str], evidence: EvidenceByPath) -> set[str]:
 
 def _is_kernel(path: str, leaf: Any, evidence: EvidenceByPath) -> bool:
   """Whether a leaf can be a kernel for the presets and for names of modules."""
-  if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+  if jnp.ndim(leaf) < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
     return False
   if evidence is not None and (evidence[path].contracted is not None or evidence[path].looked_up is not None):
     return evidence[path].is_kernel
@@ -132,4 +132,4 @@ def _named(name: str, path: str, leaf: Any, evidence: EvidenceByPath, kernels_on
 
 
 def _is_table(path: str, leaf: Any) -> bool:
-  return len(leaf.shape) == 2 and _paths.components(path)[-1] == "embedding"
+  return jnp.ndim(leaf) == 2 and _paths.components(path)[-1] == "embedding"

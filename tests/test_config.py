@@ -142,6 +142,14 @@ def test_a_leaf_the_probe_does_not_multiply_by_is_named():
     adapt(params, targets="stacked_bias", probe=probe)
 
 
+def test_leaves_that_are_no_arrays_stay_as_they_are():
+  params = {"w": jnp.ones((6, 4)), "temperature": 0.5}
+  assert adapt(params, targets="w")["temperature"] == 0.5
+  assert jaxlora.summary(adapt(params, targets="w")).total_parameters == 25
+  with pytest.raises(ValueError, match="temperature: dtype float cannot be trained"):
+    adapt(params, targets="w", train="temperature")
+
+
 def test_adapted_and_empty_trees():
   with pytest.raises(ValueError, match=r"adapt: encoder/query/kernel is adapted already"):
     adapt(adapt())

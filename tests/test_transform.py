@@ -376,6 +376,23 @@ def test_nnx_states():
   assert jax.tree.structure(grads) == jax.tree.structure(jaxlora.split(tree)[1])
 
 
+@pytest.mark.usefixtures("lenient")
+def test_nnx_modules_are_trees_themselves():
+  class WithRngs(nnx.Module):
+    def __init__(self, rngs):
+      self.layer = nnx.Linear(5, 4, rngs=rngs)
+      self.dropout = nnx.Dropout(0.5, rngs=rngs)  # its random keys are leaves, too
+
+    def __call__(self, x):
+      return self.dropout(self.layer(x), deterministic=True)
+
+  module, call = WithRngs(nnx.Rngs(0)), lambda module, x: module(x)
+  tree = jaxlora.adapt(module, jaxlora.LoraConfig(rank=2), KEY, probe=lambda module: module(X))
+  assert [leaf.path for leaf in jaxlora.summary(tree).leaves] == ["layer/kernel"]
+  np.testing.assert_array_equal(jaxlora.wrap(call, on_materialize="error")(tree, X), module(X))
+  np.testing.assert_array_equal(nnx.jit(jaxlora.wrap(call))(tree, X), nnx.jit(call)(module, X))
+
+
 def test_flax_serialization_and_orbax_round_trips(tmp_path):
   model = Net()
   variables = model.init(KEY, X, train=False)
