@@ -6,6 +6,7 @@ what a wrapped function gives on a combined tree, its original must give on the 
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -30,16 +31,19 @@ class Case:
   roles: dict[str, str]
   rank: int = 2
   told: bool = False  # the roles are given, where the probe would find others
+  made: list[Any] = dataclasses.field(default_factory=list)  # the adapted tree, once made: many tests share it
 
   @property
   def config(self) -> jaxlora.LoraConfig:
     targets = lambda path, leaf: path in self.roles
     return jaxlora.LoraConfig(rank=self.rank, alpha=3, targets=targets, axes=self.roles if self.told else None)
 
-  def adapted(self, seed: int = 7) -> Any:
+  def adapted(self) -> Any:
     """The adapted tree with B away from zero, so that the adapter does something."""
-    tree = jaxlora.adapt(self.params, self.config, jax.random.key(seed), probe=lambda p: self.fn(p, *self.args))
-    return trained(tree)
+    if not self.made:
+      key = jax.random.key(7)
+      self.made.append(trained(jaxlora.adapt(self.params, self.config, key, probe=lambda p: self.fn(p, *self.args))))
+    return self.made[0]
 
 
 def trained(tree: Any, seed: int = 11) -> Any:
@@ -62,7 +66,7 @@ NEEDS_FLOAT_DATA = {"grad", "jvp", "scan_carry"}
 
 
 def builder(fn: Callable[[Any], Case]) -> Callable[[Any], Case]:
-  BUILDERS[fn.__name__] = fn
+  BUILDERS[fn.__name__] = functools.cache(fn)
   return fn
 
 

@@ -89,14 +89,20 @@ class Step(NamedTuple):
   run: Callable[..., Any]
   fits: Callable[["Drawer"], Any]
   draw: Callable[["Drawer"], tuple[Any, ...]]
+  weight: int
 
 
 STEPS: dict[str, Step] = {}
 
 
-def step(kind: str, fits: Callable[..., Any] = lambda d: True, draw: Callable[..., tuple[Any, ...]] = lambda d: ()):
+def step(
+  kind: str,
+  fits: Callable[..., Any] = lambda d: True,
+  draw: Callable[..., tuple[Any, ...]] = lambda d: (),
+  weight: int = 1,
+):
   def register(fn):
-    STEPS[fn.__name__.rstrip("_")] = Step(kind, fn, fits, draw)
+    STEPS[fn.__name__.rstrip("_")] = Step(kind, fn, fits, draw, weight)
     return fn
 
   return register
@@ -165,7 +171,8 @@ class Drawer:
     return (name, *params)
 
   def fitting(self, kind: str) -> list[str]:
-    return [name for name, step in STEPS.items() if step.kind == kind and step.fits(self)]
+    steps = {name: step for name, step in STEPS.items() if step.kind == kind}
+    return [name for name, step in steps.items() if step.fits(self) for _ in range(step.weight)]
 
   def steps(self, most: int, nested: int) -> tuple[tuple[Any, ...], ...]:
     """A chain of layout steps with control flow between them, and a use."""
@@ -372,35 +379,24 @@ def div(w, data, by):
   return w / jnp.asarray(data["scale"] if by == "traced" else by, w.dtype)
 
 
-@step("layout")
-def barrier(w, data):
-  scale, w = lax.optimization_barrier((data["scale"], w))
-  return w * jnp.asarray(scale, w.dtype)
+IDENTITIES = {
+  "copy": lambda w, data: jnp.array(w, copy=True),
+  "name": lambda w, data: checkpoint_name(w, "weight"),
+  "barrier": lambda w, data: lax.optimization_barrier((data["start"], w))[1],
+  "barrier with a float": lambda w, data: lax.optimization_barrier((data["scale"], w))[1],
+  "stop_gradient": lambda w, data: lax.stop_gradient(w),
+}
 
 
-@step("layout")
-def named(w, data):
-  return checkpoint_name(w, "weight")
+# Beside a float that is differentiated, the barrier adds zeros to the weight's derivative: no strict program has that.
+@step("layout", draw=lambda d: (d.one_of(*[name for name in IDENTITIES if not d.strict or "float" not in name]),))
+def identity(w, data, name):
+  return IDENTITIES[name](w, data)
 
 
-@step("layout")
-def copied(w, data):
-  return jnp.array(w, copy=True)
-
-
-@step("layout")
-def stopped(w, data):
-  return lax.stop_gradient(w)
-
-
-@step("layout")
-def narrowed(w, data):
-  return w.astype(jnp.float32)
-
-
-@step("layout")
-def widened(w, data):
-  return w.astype(jnp.float64)
+@step("layout", draw=lambda d: (d.one_of("float32", "float64"),))
+def cast(w, data, dtype):
+  return w.astype(dtype)
 
 
 @step("layout", lambda d: len(d.shape) > 1)
@@ -435,14 +431,7 @@ def take(w, data, number, axis, mode, hidden):
     out = jnp.take(w, data["ids"][number], axis, mode="fill", fill_value=mode)
   else:
     out = jnp.take(w, data["ids"][number], axis, mode=mode)
-  return jnp.where(jnp.isnan(out), jnp.zeros((), out.dtype), out) if hidden else out
-
-
-# These need the weight as an array; whatever follows them is then no test of the rules.
-
-
-def loose(d):
-  return not d.strict
+  return jnp.where(jnp.isnan(out), jnp.asarray(0.5, out.dtype), out) if hidden else out
 
 
 @jax.custom_jvp
@@ -453,20 +442,21 @@ def steeper(w):
 
 steeper.defjvp(lambda primals, tangents: (primals[0], 2 * tangents[0]))
 
-
-@step("layout", loose)
-def own_derivative(w, data):
-  return steeper(w)
-
-
-@step("layout", loose)
-def out_of_branch(w, data):
-  return lax.cond(data["which"] > 0, lambda w: w, lambda w: -w, w)
+AS_ARRAY = {
+  "own derivative": lambda w, data: steeper(w),
+  "out of a branch": lambda w, data: lax.cond(data["which"] > 0, lambda w: w, lambda w: -w, w),
+  "changed carry": lambda w, data: lax.scan(lambda w, _: (w * jnp.asarray(0.5, w.dtype), None), w, length=2)[0],
+}
 
 
-@step("layout", loose)
-def changed_carry(w, data):
-  return lax.scan(lambda w, _: (w * jnp.asarray(0.5, w.dtype), None), w, length=2)[0]
+def loose(d):
+  return not d.strict
+
+
+@step("layout", loose, lambda d: (d.one_of(*AS_ARRAY),))
+def as_array(w, data, name):
+  """These need the weight as an array; what follows them is then no test of the rules."""
+  return AS_ARRAY[name](w, data)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -558,7 +548,7 @@ def while_(following, w, data, carried):
 def vmap(following, w, data, inputs_only):
   """Over the data; where that is more than the inputs, every branch, bound and start is batched, too."""
   if inputs_only:
-    return jax.vmap(lambda inputs: following(w, data | {"inputs": inputs}))(twice(data)["inputs"])
+    return jax.vmap(lambda inputs: following(w, data | {"inputs": inputs}), axis_size=2)(twice(data)["inputs"])
   return jax.vmap(lambda data: following(w, data))(twice(data))
 
 
@@ -591,7 +581,7 @@ def of_floats(following, w, data):
 def grad(following, w, data):
   """The gradient with respect to the data is part of the function."""
   floats, fn = of_floats(following, w, data)
-  loss = lambda floats: sum(jnp.sum(jnp.tanh(y)).astype(jnp.float64) for y in jax.tree.leaves(fn(floats)))
+  loss = lambda floats: sum(jnp.sum(jnp.sin(y)).astype(jnp.float64) for y in jax.tree.leaves(fn(floats)))
   return jax.grad(loss)(floats)
 
 
@@ -606,10 +596,10 @@ def jvp(following, w, data):
 
 
 def draw_dot(d):
-  """Every axis is contracted, batched or free. A strict one contracts axes of one role, and stacks besides."""
-  part = {}
-  if d.strict:
-    side = d.one_of(*([role for role in "io" if d.of_role(role)] or "1"))
+  """Every axis is contracted, batched or free; mostly those of one role are contracted, perhaps stacks besides."""
+  sides = [role for role in "io" if d.of_role(role)] or ["1"] * (1 in d.shape)
+  if d.strict or (sides and d.one_of(True, True, False)):
+    side = d.one_of(*sides)
     first = d.axis(d.of_role(side) if side != "1" else [k for k in d.axes if d.shape[k] == 1])
     allowed = side + ("1" if side == "1" else "1s")
     part = {k: d.one_of(*("cbf" if d.kind(k) in allowed else "bf")) for k in d.axes} | {first: "c"}
@@ -624,7 +614,7 @@ def draw_dot(d):
   return len(d.inputs) - 1, *pairs, d.one_of("right", "left"), d.one_of(None, "highest")
 
 
-@step("use", draw=draw_dot)
+@step("use", draw=draw_dot, weight=4)
 def dot(w, data, number, contract, batch, side, precision):
   x = data["inputs"][number].astype(w.dtype)
   if side == "left":
@@ -682,7 +672,7 @@ def draw_conv(d):
   return len(d.inputs) - 1, (lhs_spec, spec, out_spec), options
 
 
-@step("use", kernels, draw_conv)
+@step("use", kernels, draw_conv, weight=3)
 def conv(w, data, number, specs, options):
   x = data["inputs"][number].astype(w.dtype)
   return lax.conv_general_dilated(x, w, dimension_numbers=lax.ConvDimensionNumbers(*specs), **options)
@@ -701,7 +691,7 @@ def whole(w, data):
 
 
 ELEMENTWISE = {
-  "tanh": lambda w, scale: jnp.tanh(w),
+  "sin": lambda w, scale: jnp.sin(w),
   "add": lambda w, scale: w + scale,
   "square": lambda w, scale: w * w,
   "under": lambda w, scale: scale / w,
@@ -741,13 +731,22 @@ def check(program: Program, on_materialize: str) -> None:
   if next(EXAMPLES) % 200 == 0:
     jax.clear_caches()  # thousands of programs are compiled for one call each
   names = program.names()
-  tolerance = NARROW_TOLERANCE if "narrowed" in names else TOLERANCE
+  tolerance = NARROW_TOLERANCE if "float32" in repr(program.steps) else TOLERANCE
   args = program.tree(), (program.data(),), tolerance
   helpers.check(program, *args, reverse="while" not in names, on_materialize=on_materialize)
 
 
+def two_by_three(*steps: Any, ids: tuple[Any, ...] = (), start: int = 0) -> Program:
+  return Program((2, 3), "io", 1, 1.0, steps, (), ids, start, 0)
+
+
+# What the fuzz found once: ids out of bounds filled both factors as well as the base (with NaN, or with a number), and
+# a start before the first element, already made positive once, was made positive again for the factors.
 @pytest.mark.usefixtures("x64")
 @hypothesis.given(programs())
+@hypothesis.example(two_by_three(("lookup", 0, 0, "fill", True), ids=([0, 2],)))
+@hypothesis.example(two_by_three(("lookup", 0, 1, 0.5, False), ids=([0, 3],)))
+@hypothesis.example(two_by_three(("dynamic_slice", (0, "traced"), (2, 1)), ("whole",), start=-4))
 def test_random_programs_equal_the_merged_ones(program):
   """Rules compose in ways that nobody lists: whatever a program does, it computes what it did with merged weights."""
   check(program, "ignore")

@@ -1,0 +1,466 @@
+"""Adapts a pretrained ViT to new digits by its head alone, by LoRA and by full fine-tuning: what does each cost?"""
+
+import argparse
+from collections.abc import Callable, Sequence
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import platform
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import digits
+from digits import Params, Split, ViT
+from flax import serialization
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxlora
+
+HERE = Path(__file__).resolve().parent
+STEPS_PER_ROUND = 5  # timed in a row before the next method has its turn
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The methods: they differ in which half of the parameters trains, and in nothing else.
+
+
+class Method(NamedTuple):
+  """A way to adapt: `split(params, key)` gives the frozen and the trainable half, `join` puts them together."""
+
+  name: str
+  rank: int | None
+  lr: float
+  settings: dict[str, Any]
+  split: Callable[[Params, jax.Array], tuple[Any, Any]]
+  join: Callable[[Any, Any], Any]
+
+
+def whole(name: str, lr: float, trains: Callable[[str], bool]) -> Method:
+  """Trains modules as they are: the baselines need no library."""
+
+  def split(params: Params, key: jax.Array) -> tuple[Params, Params]:
+    del key
+    frozen = {module: leaves for module, leaves in params.items() if not trains(module)}
+    return frozen, {module: leaves for module, leaves in params.items() if trains(module)}
+
+  return Method(name, None, lr, {"name": name, "lr": lr}, split, lambda frozen, trainable: {**frozen, **trainable})
+
+
+def lora(model: ViT, rank: int, lr: float, targets: str) -> Method:
+  """Trains A and B of the targets, and the new head whole. A patch has 4 inputs only: no room there for a rank."""
+  config = jaxlora.LoraConfig(rank=rank, alpha=2 * rank, targets=targets, exclude="embed/kernel", train="head/.*")
+
+  def probe(params: Params) -> jax.Array:
+    return model.apply({"params": params}, np.zeros((1, 8, 8), np.float32))
+
+  def split(params: Params, key: jax.Array) -> tuple[Any, Any]:
+    return jaxlora.split(jaxlora.adapt(params, config, key, probe=probe))
+
+  name = f"LoRA r={rank}"
+  return Method(name, rank, lr, {"name": name, "lr": lr, "config": config.to_dict()}, split, jaxlora.join)
+
+
+def make_methods(model: ViT, args: argparse.Namespace) -> list[Method]:
+  """Every method of the comparison; raises ValueError, before any work, where the model cannot be adapted so."""
+  loras = [lora(model, rank, args.lr_lora, args.targets) for rank in args.rank]
+  params, key = jax.eval_shape(lambda: (digits.init(model, 0), jax.random.key(0)))
+  for method in loras:
+    tree = jax.eval_shape(lambda *args, method=method: method.join(*method.split(*args)), params, key)
+    if not any(leaf.rank for leaf in jaxlora.summary(tree).leaves):
+      raise ValueError(f"--targets {args.targets}: only the head is left to train, which is trained whole.")
+    jax.eval_shape(jaxlora.wrap(model.apply, on_materialize="error"), {"params": tree}, jnp.zeros((1, 8, 8)))
+  head = whole("head alone", args.lr_head, lambda module: module == "head")
+  full = whole("full fine-tuning", args.lr_full, lambda module: True)
+  return [head, *loras, full]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training and measuring one method.
+
+
+class Setup(NamedTuple):
+  """What all methods share."""
+
+  model: ViT
+  pretrained: Params
+  train: Split
+  new: Split
+  old: Split
+  steps: int
+  batch_size: int
+  out: Path
+
+
+class Program(NamedTuple):
+  """A method's compiled step and the sizes that every seed shares."""
+
+  method: Method
+  tx: optax.GradientTransformation
+  step: Callable[..., Any]
+  flops: float
+  trainable: int
+  optimizer_bytes: int
+
+
+def start(method: Method, pretrained: Params, seed: int) -> tuple[Any, Any]:
+  """Both halves before the first step: the pretrained backbone with a head that this seed draws for the new digits."""
+  head_key, adapter_key = jax.random.split(jax.random.key(seed))
+  old = pretrained["head"]
+  kernel = jax.nn.initializers.lecun_normal()(head_key, old["kernel"].shape, old["kernel"].dtype)
+  head = {"kernel": kernel, "bias": jnp.zeros_like(old["bias"])}
+  return method.split({**pretrained, "head": head}, adapter_key)
+
+
+def compile_step(method: Method, setup: Setup) -> Program:
+  """Compiles a method's step once, ahead of time: XLA counts its FLOPs, and all seeds run the same program."""
+  apply = jaxlora.wrap(setup.model.apply, on_materialize="error")  # hands trees without adapters straight on
+  tx = digits.adam(method.lr, setup.steps)
+  frozen, trainable = start(method, setup.pretrained, seed=0)
+  opt_state = tx.init(trainable)
+  step = digits.make_step(lambda frozen, trainable, x: apply({"params": method.join(frozen, trainable)}, x), tx)
+  batch = next(digits.batches(setup.train, setup.batch_size, setup.steps, seed=0))
+  compiled = step.lower(trainable, opt_state, frozen, batch).compile()
+  return Program(
+    method=method,
+    tx=tx,
+    step=compiled,
+    flops=compiled.cost_analysis()["flops"],
+    trainable=sum(leaf.size for leaf in jax.tree.leaves(trainable)),
+    optimizer_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state)),
+  )
+
+
+def save(trainable: Any, path: Path) -> int:
+  """Writes what was trained as a plain dict of arrays, and returns the size of the file."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(trainable)
+  named = {jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf) for place, leaf in leaves}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(serialization.msgpack_serialize(named))
+  return os.path.getsize(path)
+
+
+def run(program: Program, setup: Setup, seed: int, tick: Callable[[int], Any]) -> dict[str, Any]:
+  """Trains one method from one seed, saves what it trained, and returns what came of it."""
+  method = program.method
+  frozen, trainable = start(method, setup.pretrained, seed)
+  opt_state = program.tx.init(trainable)
+  for batch in digits.batches(setup.train, setup.batch_size, setup.steps, seed):
+    trainable, opt_state, loss = program.step(trainable, opt_state, frozen, batch)
+    tick(1)
+  tree = method.join(frozen, trainable)
+  tuned = jaxlora.merge(tree)  # plain parameters; without adapters the tree itself
+  old_head = {"head": setup.pretrained["head"]}
+  removed = digits.accuracy(setup.model, {**jaxlora.strip(tree), **old_head}, setup.old)
+  return {
+    "seed": seed,
+    "new": digits.accuracy(setup.model, tuned, setup.new),
+    "old": digits.accuracy(setup.model, {**tuned, **old_head}, setup.old),
+    "old_removed": removed if frozen else None,  # full fine-tuning has overwritten what it came from
+    "last_loss": float(loss),
+    "adapter_file_bytes": save(
+      trainable, setup.out / "adapters" / f"{method.name.replace(' ', '-')}-seed{seed}.msgpack"
+    ),
+  }
+
+
+def step_ratios(
+  programs: Sequence[Program], setup: Setup, rounds: int, tick: Callable[[int], Any]
+) -> dict[str, list[float]]:
+  """Step time over full fine-tuning's of the same round: a busy machine slows both, and the ratio stays."""
+  batch = next(digits.batches(setup.train, setup.batch_size, setup.steps, seed=0))
+  states = []
+  for program in programs:
+    frozen, trainable = start(program.method, setup.pretrained, seed=0)
+    states.append((trainable, program.tx.init(trainable), frozen, batch))
+  ratios: dict[str, list[float]] = {program.method.name: [] for program in programs}
+  for number in range(rounds + 1):
+    seconds = {}
+    for k in np.roll(range(len(programs)), number):  # nobody is always first
+      begin = time.perf_counter()
+      for _ in range(STEPS_PER_ROUND):
+        jax.block_until_ready(programs[k].step(*states[k]))
+      seconds[programs[k].method.name] = time.perf_counter() - begin
+      tick(STEPS_PER_ROUND)
+    if number:  # the first round warms up
+      for name, values in ratios.items():
+        values.append(seconds[name] / seconds[programs[-1].method.name])
+  return ratios
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results: kept as they come, then a table, JSON and a plot.
+
+
+class Runs:
+  """Finished runs on disk by the digest of all that decides them, so that an interrupted comparison goes on."""
+
+  def __init__(self, path: Path, fresh: bool):
+    self.path = path
+    self.found = {} if fresh or not path.exists() else json.loads(path.read_text())
+
+  def keep(self, key: str, result: dict[str, Any]) -> None:
+    """Adds a run; the file is replaced whole, never half written."""
+    self.found[key] = result
+    write(self.path, self.found)
+
+
+def write(path: Path, values: Any) -> None:
+  """Writes JSON under another name first: a reader sees the old file or the new one."""
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps(values, indent=2) + "\n")
+  partial.replace(path)
+
+
+def source_digest() -> str:
+  """Names the code that made a result: after a change, old runs are no longer picked up."""
+  package = Path(jaxlora.__file__).parent
+  files = [*sorted(package.glob("*.py")), HERE / "digits.py", HERE / "finetune.py"]
+  return digits.digest([file.read_text() for file in files])
+
+
+def hardware() -> dict[str, Any]:
+  """What it ran on."""
+  cpuinfo = Path("/proc/cpuinfo")
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+  models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+  return {
+    "cpu": models[0] if models else platform.processor() or platform.machine(),
+    "cores": os.cpu_count(),
+    "backend": jax.default_backend(),
+    "device": jax.devices()[0].device_kind,
+  }
+
+
+def versions() -> dict[str, str]:
+  """What it ran with."""
+  packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+  return {"python": platform.python_version(), **packages, "jaxlora": jaxlora.__version__}
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+  """Mean and sample standard deviation over seeds; None where the figure does not exist."""
+  known = [value for value in values if value is not None]
+  if not known:
+    return None
+  return {"mean": statistics.fmean(known), "std": statistics.stdev(known) if len(known) > 1 else 0.0}
+
+
+def summarize(program: Program, runs: list[dict[str, Any]], ratios: list[float], total: int) -> dict[str, Any]:
+  """One row of the table, with the seeds behind it."""
+  return {
+    "method": program.method.name,
+    "rank": program.method.rank,
+    "learning_rate": program.method.lr,
+    **{field: spread([run[field] for run in runs]) for field in ("new", "old", "old_removed")},
+    "trainable_parameters": program.trainable,
+    "trainable_share": program.trainable / total,
+    "optimizer_bytes": program.optimizer_bytes,
+    "adapter_file_bytes": runs[0]["adapter_file_bytes"],
+    "step_over_full": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": ratios},
+    "flops_per_step": program.flops,
+    "seeds": runs,
+  }
+
+
+def table(results: dict[str, Any]) -> str:
+  """The rows for people."""
+
+  def percent(value: dict[str, float] | None) -> str:
+    return "-" if value is None else f"{value['mean']:.1%} ± {100 * value['std']:.1f}"
+
+  head = ("method", "new digits", "old, kept", "old, removed", "trainable", "optimizer", "file", "step / full", "FLOPs")
+  rows = [head]
+  for row in results["methods"]:
+    ratio = row["step_over_full"]
+    cells = (
+      row["method"],
+      *(percent(row[field]) for field in ("new", "old", "old_removed")),
+      f"{row['trainable_parameters']:,} ({row['trainable_share']:.1%})",
+      *(f"{row[field] / 1024:,.1f} KiB" for field in ("optimizer_bytes", "adapter_file_bytes")),
+      f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
+      f"{row['flops_per_step'] / 1e9:.3f} G",
+    )
+    rows.append(cells)
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+  settings = results["settings"]
+  return "\n".join(
+    [
+      lines[0],
+      "  ".join("-" * width for width in widths),
+      *lines[1:],
+      f"Accuracy on the {settings['evaluate_on']} split: mean ± sample standard deviation, seeds:"
+      f" {settings['seeds']}. The pretrained model has {results['pretrained']['old']:.1%} on the old digits.",
+      "old, kept: the tuned backbone under the old head; old, removed: after the adapter is taken off again.",
+      f"step / full: median (min-max) of {settings['rounds']} interleaved rounds. FLOPs: XLA's count for one step.",
+    ]
+  )
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+  """Accuracy on the new and on the old digits over what had to be trained for it."""
+  figure = Figure(figsize=(10, 4.4), layout="constrained")
+  left, right = figure.subplots(1, 2, sharex=True)
+  head, *loras, full = results["methods"]
+  styles = [("head alone", "tab:gray", "s", [head]), ("LoRA", "tab:blue", "o", loras)]
+  styles.append(("full fine-tuning", "tab:red", "D", [full]))
+  for axes, field in ((left, "new"), (right, "old")):
+    for label, color, marker, rows in styles:
+      x = [row["trainable_parameters"] for row in rows]
+      mean, std = ([100 * row[field][part] for row in rows] for part in ("mean", "std"))
+      axes.errorbar(
+        x, mean, std, label=label, color=color, marker=marker, markersize=7, capsize=4, linewidth=1, zorder=3
+      )
+    for row in loras:
+      lowest = (row["trainable_parameters"], 100 * (row[field]["mean"] - row[field]["std"]))
+      text = axes.annotate(f"r={row['rank']}", lowest, (0, -6), textcoords="offset points", ha="center", va="top")
+      text.set(fontsize=9, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.12, y=0.15)
+    axes.set_ylim(top=100 + 0.05 * (100 - axes.get_ylim()[0]))
+  x, removed = ([row["trainable_parameters"] for row in loras], [100 * row["old_removed"]["mean"] for row in loras])
+  right.plot(x, removed, "o", color="tab:blue", markerfacecolor="white", markersize=7, label="LoRA, adapter removed")
+  right.axhline(100 * results["pretrained"]["old"], color="black", linestyle=":", linewidth=1, label="pretrained")
+  left.set_title("New digits (5-9)")
+  right.set_title("Old digits (0-4), under the old head")
+  handles, labels = right.get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+  figure.savefig(path, dpi=150)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def ranks(text: str) -> list[int]:
+  """A comma list of ranks."""
+  return sorted({positive(int)(part) for part in text.split(",")})
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+  """A parser of numbers above zero, for argparse."""
+
+  def parse(text: str) -> Any:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = 0
+    if not 0 < value < float("inf"):
+      noun = "whole number" if kind is int else "number"
+      raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} above 0")
+    return value
+
+  return parse
+
+
+def folder(text: str) -> Path:
+  """A directory, there already or to be made."""
+  path = Path(text)
+  if path.exists() and not path.is_dir():
+    raise argparse.ArgumentTypeError(f"{text!r} is not a directory")
+  return path
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The options; their defaults finish in well under 3 minutes on two CPU cores."""
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    epilog="example: python benchmarks/finetune.py --rank 4,8,16,32 --targets attention",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  count, rate = positive(int), positive(float)
+  parser.add_argument("--rank", type=ranks, default="8", help="LoRA ranks, separated by commas")
+  parser.add_argument("--targets", default="all-linear", help="all-linear, attention, or a regex over whole paths")
+  parser.add_argument("--seeds", type=count, default=3, help="number of seeds: heads, factors and batches")
+  parser.add_argument("--steps", type=count, default=150, help="steps of adaptation, for every method")
+  parser.add_argument("--pretrain-steps", type=count, default=300, help="steps of pretraining on the old digits")
+  parser.add_argument("--batch-size", type=count, default=32, help="images per step")
+  # Chosen with --evaluate-on validation over 3 seeds (LoRA: over ranks 4-32 too): of the rates whose accuracy on the
+  # new digits lies within one image of the best, the one that keeps most of the old digits.
+  for name, lr in (("head", 0.2), ("lora", 4e-3), ("full", 1e-3)):
+    parser.add_argument(
+      f"--lr-{name}", type=rate, default=lr, help="peak learning rate, chosen on the validation split"
+    )
+  parser.add_argument("--rounds", type=count, default=21, help="interleaved rounds of timing")
+  parser.add_argument(
+    "--evaluate-on", choices=("test", "validation"), default="test", help="use validation to choose settings"
+  )
+  parser.add_argument("--out", type=folder, default=HERE / "results" / "finetune", help="where the results go")
+  parser.add_argument("--cache", type=folder, default=HERE / ".cache", help="where pretrained parameters are kept")
+  parser.add_argument("--no-cache", action="store_true", help="pretrain anew and keep nothing")
+  parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
+  parser.add_argument("--quiet", action="store_true", help="no progress bar")
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+  """Runs the comparison; returns what finetune.json holds."""
+  begin = time.perf_counter()
+  parser = make_parser()
+  args = parser.parse_args(argv)
+  model = ViT()
+  try:
+    methods = make_methods(model, args)
+  except ValueError as error:
+    parser.error(str(error))
+  args.out.mkdir(parents=True, exist_ok=True)
+  old, new = digits.load_task(0), digits.load_task(5)
+  old_eval, new_eval = getattr(old, args.evaluate_on), getattr(new, args.evaluate_on)
+
+  steps = args.pretrain_steps + len(methods) * (args.seeds * args.steps + (args.rounds + 1) * STEPS_PER_ROUND)
+  with tqdm(total=steps, unit="step", disable=args.quiet, dynamic_ncols=True) as bar:
+    bar.set_description("pretraining")
+    cache = None if args.no_cache else args.cache
+    pretrained, name = digits.pretrain(model, old.train, args.pretrain_steps, args.batch_size, cache, bar.update)
+    setup = Setup(model, pretrained, new.train, new_eval, old_eval, args.steps, args.batch_size, args.out)
+
+    programs = []
+    for method in methods:
+      bar.set_description(f"compiling {method.name}")
+      programs.append(compile_step(method, setup))
+
+    kept = Runs(args.out / "runs.json", args.fresh)
+    decisive = {field: getattr(args, field) for field in ("steps", "batch_size", "evaluate_on")}
+    decisive |= {"pretrained": name, "source": source_digest(), "versions": versions()}
+    runs: dict[str, list[dict[str, Any]]] = {method.name: [] for method in methods}
+    for program in programs:
+      for seed in range(args.seeds):
+        bar.set_description(f"{program.method.name}, seed {seed}")
+        key = digits.digest({**decisive, **program.method.settings, "seed": seed})
+        if key in kept.found:
+          bar.update(args.steps)
+        else:
+          kept.keep(key, run(program, setup, seed, bar.update))
+        runs[program.method.name].append(kept.found[key])
+
+    bar.set_description("timing")
+    ratios = step_ratios(programs, setup, args.rounds, bar.update)
+    bar.set_description("done")
+
+  total = sum(leaf.size for leaf in jax.tree.leaves(pretrained))
+  results = {
+    "settings": {field: str(value) if isinstance(value, Path) else value for field, value in vars(args).items()},
+    "versions": versions(),
+    "hardware": hardware(),
+    "model": model.settings(),
+    "pretrained": {"name": name, "parameters": total, "old": digits.accuracy(model, pretrained, old_eval)},
+    "methods": [summarize(p, runs[p.method.name], ratios[p.method.name], total) for p in programs],
+    "seconds": time.perf_counter() - begin,
+  }
+  write(args.out / "finetune.json", results)
+  plot(results, args.out / "finetune.png")
+  print(table(results))
+  return results
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,145 @@
+"""benchmarks/finetune.py from end to end: a smaller model and fewer steps, the same path through the code."""
+
+import contextlib
+import importlib
+import io
+import json
+from pathlib import Path
+import sys
+from typing import Any, NamedTuple
+
+from flax import serialization
+import jax
+import numpy as np
+import pytest
+
+for package in ("sklearn", "matplotlib", "tqdm"):
+  pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+CHANCE = 0.2
+
+
+@pytest.fixture(scope="module")
+def finetune():
+  # optax's Adam mixes dtypes, which the strict promotion of these tests forbids
+  with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+    patch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("finetune")
+    patch.setattr(module, "ViT", lambda: module.digits.ViT(width=32, depth=1, mlp=64))
+    yield module
+    for name in ("finetune", "digits"):
+      sys.modules.pop(name, None)
+
+
+class Finished(NamedTuple):
+  args: list[str]
+  out: Path
+  results: dict[str, Any]
+  printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(finetune, tmp_path_factory) -> Finished:
+  folder = tmp_path_factory.mktemp("finetune")
+  args = ["--rank=4", "--seeds=2", "--steps=60", "--pretrain-steps=60", "--rounds=2", "--quiet"]
+  args += [f"--out={folder / 'out'}", f"--cache={folder / 'cache'}"]
+  printed = io.StringIO()
+  with contextlib.redirect_stdout(printed):
+    results = finetune.main(args)
+  return Finished(args, folder / "out", results, printed.getvalue())
+
+
+METHODS = ["head alone", "LoRA r=4", "full fine-tuning"]
+
+
+def test_it_leaves_a_table_json_and_a_plot(finished):
+  for name in METHODS:
+    assert sum(line.startswith(name) for line in finished.printed.splitlines()) == 1
+  assert json.loads((finished.out / "finetune.json").read_text()) == finished.results
+  assert (finished.out / "finetune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lora_learns_and_comes_off_without_a_trace(finished):
+  _, lora, full = finished.results["methods"]
+  assert lora["new"]["mean"] > 2 * CHANCE
+  assert lora["old_removed"] == {"mean": finished.results["pretrained"]["old"], "std": 0.0}
+  assert full["old_removed"] is None
+
+
+def test_costs_grow_with_what_trains(finished):
+  rows = finished.results["methods"]
+  assert [row["method"] for row in rows] == METHODS
+  for field in ("trainable_parameters", "optimizer_bytes", "adapter_file_bytes"):
+    costs = [row[field] for row in rows]
+    assert costs == sorted(set(costs)), field
+  assert rows[-1]["trainable_parameters"] == finished.results["pretrained"]["parameters"]
+  assert rows[-1]["step_over_full"]["rounds"] == [1.0, 1.0]
+  assert rows[0]["flops_per_step"] < rows[1]["flops_per_step"] < rows[-1]["flops_per_step"]
+
+
+def test_the_file_holds_what_trained(finished):
+  row = finished.results["methods"][1]
+  file = finished.out / "adapters" / "LoRA-r=4-seed0.msgpack"
+  arrays = serialization.msgpack_restore(file.read_bytes())
+  assert file.stat().st_size == row["adapter_file_bytes"]
+  assert sum(array.size for array in arrays.values()) == row["trainable_parameters"]
+  assert {"head/kernel/value", "block_0/attention/query/kernel/a"} <= set(arrays)
+
+
+def test_finished_runs_are_picked_up(finetune, finished, monkeypatch):
+  again = []
+
+  def run(program, setup, seed, tick):
+    again.append((program.method.name, seed))
+    return finished.results["methods"][1]["seeds"][seed]
+
+  monkeypatch.setattr(finetune, "run", run)
+  monkeypatch.setattr(finetune, "compile_step", lambda method, setup: finetune.Program(method, None, None, 1.0, 1, 1))
+  monkeypatch.setattr(finetune, "step_ratios", lambda programs, *_: {p.method.name: [1.0] for p in programs})
+  results = finetune.main(finished.args)
+  assert not again
+  assert [row["seeds"] for row in results["methods"]] == [row["seeds"] for row in finished.results["methods"]]
+  finetune.main([*finished.args, "--rank=2,4"])
+  assert again == [("LoRA r=2", 0), ("LoRA r=2", 1)]
+  finetune.main([*finished.args, "--lr-full=0.002", "--fresh"])
+  assert len(again) == 2 + 6
+
+
+def test_pretraining_is_kept_once_it_is_whole(finetune, tmp_path, monkeypatch):
+  digits = finetune.digits
+  monkeypatch.setattr(digits, "make_step", lambda *_: lambda params, opt_state, *_: (params, opt_state, 0.0))
+  split = digits.load_task(0).train
+
+  def pretrain(steps: int = 2) -> tuple[Any, str, list[int]]:
+    ticks: list[int] = []
+    params, name = digits.pretrain(digits.ViT(width=8, depth=1, mlp=8), split, steps, 4, tmp_path, ticks.append)
+    return params, name, ticks
+
+  params, name, ticks = pretrain()
+  assert ticks == [1, 1]
+  restored, _, ticks = pretrain()
+  assert ticks == [2]
+  assert jax.tree.all(jax.tree.map(np.array_equal, params, restored))
+  (tmp_path / f"pretrained-{name}").rename(tmp_path / f"pretrained-{name}.orbax-checkpoint-tmp")  # an interrupted save
+  assert pretrain()[2] == [1, 1]
+  assert pretrain(steps=1)[1] != name
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (["--rank=0"], "'0' is not a whole number above 0"),
+    (["--rank=4,eight"], "'eight' is not a whole number above 0"),
+    (["--rank=33"], "rank 33 is larger"),
+    (["--targets=nothing"], "'nothing' matches none"),
+    (["--targets=("], "not a regular expression"),
+    (["--targets=head/kernel"], "only the head is left"),
+    (["--lr-lora=nan"], "'nan' is not a number above 0"),
+    ([f"--out={__file__}"], "is not a directory"),
+  ],
+)
+def test_bad_arguments_end_with_a_message(finetune, args, message, capsys):
+  with pytest.raises(SystemExit):
+    finetune.main(args)
+  assert message in capsys.readouterr().err
