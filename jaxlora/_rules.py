@@ -204,7 +204,9 @@ def _dynamic_slice(op: Op, args: Sequence[Any]) -> list[Any]:
     rank = factor.shape[w.roles.count("s")]
     zero = jnp.zeros((), jnp.asarray(starts[0]).dtype)
     indices = restricted(w, own, starts, zero)
-    return lax.dynamic_slice(factor, indices, restricted(w, own, op.params["slice_sizes"], rank))
+    sizes = restricted(w, own, op.params["slice_sizes"], rank)
+    # The primitive clamps its starts; negative ones were counted from the end before they came here.
+    return lax.dynamic_slice(factor, indices, sizes, allow_negative_indices=False)
 
   return [w.replace(base=op.bind(*args_with(args, w.base))[0], a=cut(w.a, "i"), b=cut(w.b, "o"))]
 
@@ -449,7 +451,7 @@ def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
       ),
       slice_sizes=tuple(1 if d == axis or d in batching else factor.shape[k] for k, d in enumerate(axes)),
       mode=op.params["mode"],
-      fill_value=op.params["fill_value"],
+      fill_value=0,  # out of bounds the base alone has the fill: the update is zero there, and so is its gradient
     )
     return Labelled(out, (*index_labels, *kept))
 

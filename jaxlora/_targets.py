@@ -32,10 +32,10 @@ def select(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath) -
   targets = _targets(config, leaves, evidence) - whole
   if config.exclude is not None:
     targets -= _pick(config.exclude, "exclude", leaves, evidence, kernels_only=False)
-  if not targets and not whole:
+  if not targets:
     raise ValueError(
-      f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r}. Leaves:"
-      f" {listed(list(leaves))}."
+      f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r} and"
+      f" train={config.train!r}. Leaves: {listed(list(leaves))}."
     )
   for field in ("overrides", "axes"):
     for pattern in getattr(config, field) or {}:

@@ -115,6 +115,7 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
     ({"exclude": "nothing"}, r"LoraConfig\.exclude: 'nothing' matches none"),
     ({"train": ["scale"]}, r"LoraConfig\.train: 'scale' matches none"),
     ({"exclude": QUERY}, r"leaves nothing to adapt after exclude"),
+    ({"train": QUERY}, r"leaves nothing to adapt after exclude=None and train='encoder/query/kernel'"),
     (
       {"overrides": {".*/value/kernel": {"rank": 1}}},
       r"LoraConfig\.overrides\['.*'\]: .* matches none of the 1 leaves",
