@@ -74,8 +74,6 @@ def make_methods(model: ViT, args: argparse.Namespace) -> list[Method]:
   params, key = jax.eval_shape(lambda: (digits.init(model, 0), jax.random.key(0)))
   for method in loras:
     tree = jax.eval_shape(lambda *args, method=method: method.join(*method.split(*args)), params, key)
-    if not any(leaf.rank for leaf in jaxlora.summary(tree).leaves):
-      raise ValueError(f"--targets {args.targets}: only the head is left to train, which is trained whole.")
     jax.eval_shape(jaxlora.wrap(model.apply, on_materialize="error"), {"params": tree}, jnp.zeros((1, 8, 8)))
   head = whole("head alone", args.lr_head, lambda module: module == "head")
   full = whole("full fine-tuning", args.lr_full, lambda module: True)

@@ -134,7 +134,7 @@ def test_pretraining_is_kept_once_it_is_whole(finetune, tmp_path, monkeypatch):
     (["--rank=33"], "rank 33 is larger"),
     (["--targets=nothing"], "'nothing' matches none"),
     (["--targets=("], "not a regular expression"),
-    (["--targets=head/kernel"], "only the head is left"),
+    (["--targets=head/kernel"], "leaves nothing to adapt"),
     (["--lr-lora=nan"], "'nan' is not a number above 0"),
     ([f"--out={__file__}"], "is not a directory"),
   ],
