@@ -188,11 +188,12 @@ class _Study:
     return [dataclasses.replace(value, axes=tuple(value.axes[d] for d in eqn.params["permutation"]))]
 
   def reshape(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    value, old, new = values[0], eqn.invars[0].aval.shape, eqn.params["new_sizes"]
+    value, shape, new = values[0], eqn.invars[0].aval.shape, eqn.params["new_sizes"]
+    order = eqn.params.get("dimensions") or range(len(shape))  # some reshapes transpose first
     axes: list[frozenset[Label]] = [NONE] * len(new)
-    if 0 not in old:
-      for left, right in reshape_groups(old, new):
-        labels = frozenset().union(*(value.axes[d] for d in left))
+    if 0 not in shape:
+      for left, right in reshape_groups([shape[d] for d in order], new):
+        labels = frozenset().union(*(value.axes[order[d]] for d in left))
         for d in right:
           axes[d] = labels
     return [dataclasses.replace(value, axes=tuple(axes))]

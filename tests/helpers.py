@@ -208,6 +208,13 @@ def vmapped_layers(dtype):
 
 
 @builder
+def vmapped_convs(dtype):
+  """JAX turns a stack of convolutions into one with feature groups: A is shared along the stack, B is not."""
+  stacked = nn.vmap(nn.Conv, in_axes=0, out_axes=0, variable_axes={"params": 0}, split_rngs={"params": True})
+  return linen(stacked(7, (3,), param_dtype=dtype), array(2, (2, 3, 4, 5), dtype), {"kernel": "oiio"}, dtype)
+
+
+@builder
 def layer_picked(dtype):
   def fn(p, x):
     for k in range(3):

@@ -10,7 +10,7 @@ import jaxlora
 
 CROSS = [(b, w) for b in helpers.BUILDERS for w in helpers.WRAPPERS if helpers.legal(b, w)]
 # The gradient of a grouped convolution inside the function reshapes groups out of one axis into another.
-MATERIALISES = {("conv_grouped", "grad"), ("conv_depthwise", "grad")}
+MATERIALISES = {(build, "grad") for build in ("conv_grouped", "conv_depthwise", "vmapped_convs")}
 
 
 @pytest.mark.parametrize(("build", "wrap"), CROSS)
