@@ -5,8 +5,9 @@ a profile or a source line in a warning, never an answer. A control-flow equatio
 gives `None` here, and the transform then materialises instead of guessing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,12 @@ try:
 except ImportError:  # a JAX that moved it: profiles lose the user's names, results stay right
   source_info_util = None  # type: ignore[assignment]
 
+try:
+  from jax.extend.core import Primitive
+  from jax.interpreters import ad, batching, mlir
+except ImportError:  # a JAX that moved them: `linear_call` gives way to a plain call, and memory is saved no longer
+  Primitive = None  # type: ignore[assignment,misc]
+
 Literal = jex_core.Literal
 
 
@@ -25,9 +32,9 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
   return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
-  """Binds an equation again, unchanged, and returns its results as a list."""
-  params = eqn.primitive.get_bind_params(eqn.params)
+def bind(eqn: Any, args: Sequence[Any], **changes: Any) -> list[Any]:
+  """Binds an equation again, with its own parameters but for `changes`, and returns its results as a list."""
+  params = eqn.primitive.get_bind_params(dict(eqn.params, **changes))
   subfuns: Sequence[Any] = ()
   if isinstance(params, tuple):  # before 0.10: functions apart from parameters
     subfuns, params = params
@@ -49,9 +56,9 @@ def equation_context(eqn: Any) -> Iterator[None]:
 
 
 def source_line(eqn: Any) -> str:
-  """The user's `file:line (function)` behind an equation."""
+  """The user's `file:line (function)` behind an equation; empty where it has none of the user's."""
   if source_info_util is None:
-    return "unknown source line"
+    return ""
   return source_info_util.summarize(eqn.source_info)
 
 
@@ -69,3 +76,99 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int] | None:
 def specified_sharding(sharding: Any) -> Any | None:
   """A nested jit's sharding for one operand, or `None` where the user gave none."""
   return sharding if isinstance(sharding, jax.sharding.Sharding) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A linear call with a say in its transpose. `jax.custom_derivatives.linear_call` has no rule for batching, and none for
+# tangents of its residuals, which second derivatives need.
+
+
+def linear_call(
+  fn: Callable[[Any, Any], Any],
+  before: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
+  residuals: Any,
+  linear: Any,
+) -> Any:
+  """`fn(residuals, linear)`, where the transpose in `linear` first puts its residuals through `before`.
+
+  Args:
+    fn: linear in its second argument.
+    before: from flat residuals and flat cotangents to the residuals that the transpose uses, of the same types.
+    residuals: pytree of arrays.
+    linear: pytree of arrays.
+
+  Returns:
+    What `fn` returns.
+  """
+  if Primitive is None:
+    return fn(residuals, linear)
+  kept, kept_def = jax.tree.flatten(residuals)
+  moving, moving_def = jax.tree.flatten(linear)
+  out_def = None
+
+  def flat(*leaves):
+    nonlocal out_def
+    split = len(kept)
+    out = fn(jax.tree.unflatten(kept_def, leaves[:split]), jax.tree.unflatten(moving_def, leaves[split:]))
+    out, out_def = jax.tree.flatten(out)
+    return out
+
+  jaxpr = jax.make_jaxpr(flat)(*kept, *moving)
+  assert out_def is not None
+  out = _linear_call_p().bind(*kept, *moving, jaxpr=jaxpr, before=before, count=len(kept))
+  return jax.tree.unflatten(out_def, out)
+
+
+@functools.cache
+def _linear_call_p() -> Any:
+  primitive = Primitive("jaxlora_linear_call")
+  primitive.multiple_results = True
+
+  def impl(*args, jaxpr, before, count):
+    del before, count
+    return jex_core.jaxpr_as_fun(jaxpr)(*args)
+
+  def abstract_eval(*args, jaxpr, before, count):
+    del args, before, count
+    return jaxpr.out_avals
+
+  def jvp(primals, tangents, **params):
+    count, fn = params["count"], jex_core.jaxpr_as_fun(params["jaxpr"])
+    out = primitive.bind(*primals, **params)
+    total = [ad.Zero.from_primal_value(value) for value in out]
+    moved = [k for k in range(count) if type(tangents[k]) is not ad.Zero]
+    if moved:  # plainly: these are derivatives of the second order
+
+      def of_residuals(*values):
+        full = list(primals)
+        for k, value in zip(moved, values, strict=True):
+          full[k] = value
+        return fn(*full)
+
+      _, total = jax.jvp(of_residuals, [primals[k] for k in moved], [tangents[k] for k in moved])
+    linear = tangents[count:]
+    if any(type(tangent) is not ad.Zero for tangent in linear):
+      straight = primitive.bind(*primals[:count], *map(ad.instantiate_zeros, linear), **params)
+      total = [ad.add_tangents(*pair) for pair in zip(total, straight, strict=True)]
+    return out, total
+
+  def transpose(cotangents, *args, jaxpr, before, count):
+    fn = jex_core.jaxpr_as_fun(jaxpr)
+    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    kept = before(args[:count], cotangents)
+    shapes = [jax.ShapeDtypeStruct(arg.aval.shape, arg.aval.dtype) for arg in args[count:]]
+    moved = jax.linear_transpose(lambda *linear: fn(*kept, *linear), *shapes)(cotangents)
+    return [None] * count + list(moved)
+
+  def batch(args, dims, *, jaxpr, before, count):
+    mapped = jax.vmap(jex_core.jaxpr_as_fun(jaxpr), in_axes=tuple(dims))
+    out = primitive.bind(*args, jaxpr=jax.make_jaxpr(mapped)(*args), before=before, count=count)
+    return out, [0] * len(out)
+
+  primitive.def_impl(impl)
+  primitive.def_abstract_eval(abstract_eval)
+  ad.primitive_jvps[primitive] = jvp
+  ad.primitive_transposes[primitive] = transpose
+  batching.primitive_batchers[primitive] = batch
+  mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=True))
+  return primitive

@@ -4,8 +4,9 @@
 labelled axes: an axis of the weight is labelled with its position, an axis that only the input has with `("x", k)`.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxlora import _recompute
+from jaxlora._recompute import Recipe
 from jaxlora._weight import RANK, LoraWeight, factor_axes, low_rank_delta
 
 
@@ -23,7 +26,7 @@ class Factored:
 
   Invariants:
     1. `base`, `a`, `b` and `roles` obey `LoraWeight`'s invariants 1 and 2 for the array that this value stands for.
-    2. The scale is already in `b`, and the factors have the base's dtype.
+    2. The scale is already in `b`, and the factors have the base's dtype; under a base of 8 bits or less, their own.
     3. `key` is `None`, or the random key of this leaf's dropout.
   """
 
@@ -53,8 +56,8 @@ def enter(weight: LoraWeight, path: str, key: jax.Array | None) -> Factored:
   b = weight.b if weight.scale == 1 else weight.b * jnp.asarray(weight.scale, weight.b.dtype)
   return Factored(
     base=lax.stop_gradient(weight.base),
-    a=weight.a.astype(dtype),
-    b=b.astype(dtype),
+    a=beside(weight.a, dtype),
+    b=beside(b, dtype),
     key=key if weight.dropout else None,
     roles=weight.roles,
     dropout=weight.dropout,
@@ -62,17 +65,45 @@ def enter(weight: LoraWeight, path: str, key: jax.Array | None) -> Factored:
   )
 
 
+def beside(factor: jax.Array, dtype: Any) -> jax.Array:
+  """A factor in the dtype that a base of `dtype` wants it in: narrow formats would leave nothing of an update."""
+  return factor.astype(dtype) if dtype.itemsize > 1 and jnp.issubdtype(dtype, jnp.inexact) else factor
+
+
 def materialize(w: Factored) -> jax.Array:
   """`base + a b` as one array: right everywhere, and what the transform exists to avoid."""
-  return w.base + low_rank_delta(w.a, w.b, w.roles)
+  delta = low_rank_delta(w.a, w.b, w.roles)
+  return (w.base.astype(delta.dtype) + delta).astype(w.base.dtype)
 
 
-def dropped(x: jax.Array, w: Factored, use: int) -> jax.Array:
-  """The adapter's input with dropout; `use` counts the leaf's uses, so that each has a mask of its own."""
+def dropped(x: jax.Array, w: Factored, use: int, recipe: Recipe | None) -> tuple[jax.Array, Recipe | None]:
+  """The adapter's input with dropout, and how to make it again.
+
+  `use` counts the leaf's uses, so that each has a mask of its own; so has every shard that holds data of its own.
+  """
   if w.key is None:
-    return x
-  keep = jax.random.bernoulli(jax.random.fold_in(w.key, use), 1 - w.dropout, x.shape)
-  return jnp.where(keep, x / jnp.asarray(1 - w.dropout, x.dtype), jnp.zeros((), x.dtype))
+    return x, recipe
+  key = jax.random.fold_in(w.key, use)
+  for axis in sorted(getattr(jax.typeof(x), "vma", ())):
+    key = jax.random.fold_in(key, lax.axis_index(axis))
+  keep = jax.random.bernoulli(key, 1 - w.dropout, x.shape)
+
+  def drop(x, keep):
+    return jnp.where(keep, x / jnp.asarray(1 - w.dropout, x.dtype), jnp.zeros((), x.dtype))
+
+  return drop(inexact(x, w.a.dtype), keep), recipe and recipe.then(drop, keep)
+
+
+def inexact(x: jax.Array, dtype: Any) -> jax.Array:
+  """`x`, or, where it holds integers, `x` in `dtype`."""
+  return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
+
+
+def wider(*dtypes: Any) -> Any:
+  """The dtype that holds all of these, 8-bit floats included, which JAX promotes to nothing else."""
+  wide = [dtype for dtype in map(jnp.dtype, dtypes) if dtype.itemsize > 1 or len(set(dtypes)) == 1]
+  with jax.numpy_dtype_promotion("standard"):  # ours to promote, however strict the user's own code is
+    return functools.reduce(jnp.promote_types, wide or [jnp.dtype(jnp.bfloat16)])
 
 
 class Run(NamedTuple):
@@ -82,12 +113,13 @@ class Run(NamedTuple):
   sizes: tuple[int, ...]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Labelled:
   """An array whose axes have labels."""
 
   array: jax.Array
-  labels: tuple[Hashable, ...]
+  labels: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True})
 
   def merged(self, run: Sequence[Hashable]) -> "Labelled":
     """The axes of `run` flattened to one; unchanged where they are not adjacent and in this order."""
@@ -115,7 +147,15 @@ class Labelled:
     return self.array if permutation == tuple(range(self.array.ndim)) else lax.transpose(self.array, permutation)
 
 
-def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], precision: Any = None) -> Labelled:
+class Result(NamedTuple):
+  """What a product is to be: its dtype, the user's precision, and how it is sharded where types say so."""
+
+  dtype: Any
+  precision: Any = None
+  sharding: Callable[[Sequence[Hashable]], Any] | None = None
+
+
+def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
   """One `dot_general` by labels: shared labels are summed if in `summed`, batched otherwise, and batches lead."""
   shared = [label for label in x.labels if label in y.labels]
   batch = [label for label in shared if label not in summed]
@@ -124,8 +164,86 @@ def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], precision: An
     return [x.labels.index(label) for label in group], [y.labels.index(label) for label in group]
 
   dims = places([label for label in shared if label in summed]), places(batch)
-  free = [label for label in (*x.labels, *y.labels) if label not in shared]
-  return Labelled(lax.dot_general(x.array, y.array, dims, precision=precision), (*batch, *free))
+  labels = (*batch, *(label for label in (*x.labels, *y.labels) if label not in shared))
+  dtype = wider(x.array.dtype, y.array.dtype)
+  product = lax.dot_general(
+    x.array.astype(dtype),
+    y.array.astype(dtype),
+    dims,
+    precision=result.precision,
+    preferred_element_type=None if result.dtype == dtype else result.dtype,
+    out_sharding=result.sharding and result.sharding(labels),
+  )
+  return Labelled(product, labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two thin products.
+
+
+def first_product(
+  product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array, recipe: Recipe | None
+) -> Any:
+  """`h = product(x, a)`, bilinear, where `x` is made again for the gradient of `a` if there is a recipe for it.
+
+      dh = product(dx, a) + product(x again, da)
+
+  Only the second term needs x, and so does only its transpose, `da = product^T(x again, dh)`.
+  """
+  if recipe is None or not jnp.issubdtype(x.dtype, jnp.floating):
+    return product(x, a)
+
+  @jax.custom_jvp
+  def h(x, a, leaves):
+    del leaves  # what x is made of; its derivatives run through x
+    return product(x, a)
+
+  @h.defjvp
+  def _(primals, tangents):
+    (x, a, leaves), (dx, da, _) = primals, tangents
+    along_a = _recompute.late(lambda leaves, da: product(recipe.again(leaves), da), leaves, da)
+    return h(x, a, leaves), jax.tree.map(jnp.add, product(dx, a), along_a)
+
+  return h(x, a, recipe.leaves)
+
+
+# Up to this rank XLA's CPU backend does better with the second product as a sum of outer products: it computes that sum
+# inside the base's own product or inside what comes after, and neither reads nor writes an array of the output's size.
+_SUMMED_RANK = 16
+
+
+def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
+  """`y = h B`, whichever of the two is on the left."""
+  two_matrices = x.array.ndim == y.array.ndim == 2 and list(summed) == [RANK]
+  if two_matrices and result.sharding is None and jax.default_backend() == "cpu":
+    rank = x.array.shape[x.labels.index(RANK)]
+    if rank <= _SUMMED_RANK and jnp.issubdtype(result.dtype, jnp.floating):
+      return rank_sum(x, y, result)
+  return contract(x, y, summed, result)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rank_sum(x: Labelled, y: Labelled, result: Result) -> Labelled:
+  """`sum_r x[:, r] y[r, :]` as one elementwise sum, which fuses; its derivatives are dots.
+
+      d(sum) = dx . y + x . dy        so that, transposed, dx = dout y^T and dy = x^T dout are the dots they should be
+  """
+  dtype = wider(result.dtype, jnp.float32)
+
+  def rank_last(z: Labelled) -> tuple[jax.Array, Hashable]:
+    (free,) = (label for label in z.labels if label != RANK)
+    return z.ordered((free, RANK)).astype(dtype), free
+
+  (rows, row), (columns, column) = rank_last(x), rank_last(y)
+  total = jnp.sum(rows[:, None, :] * columns[None, :, :], axis=-1)
+  return Labelled(total.astype(result.dtype), (row, column))
+
+
+@rank_sum.defjvp
+def _(result: Result, primals: Any, tangents: Any) -> tuple[Labelled, Labelled]:
+  (x, y), (dx, dy) = primals, tangents
+  moved = [contract(*pair, [RANK], result) for pair in ((dx, y), (x, dy))]
+  return rank_sum(x, y, result), jax.tree.map(jnp.add, *moved)
 
 
 def _explicitly_sharded(x: jax.Array) -> bool:
@@ -141,51 +259,79 @@ class Pairing:
   batched: dict[int, int]
 
 
-def dot(x: jax.Array, w: Factored, pairing: Pairing, *, weight_first: bool, precision: Any) -> jax.Array:
+def dot(
+  x: jax.Array,
+  w: Factored,
+  pairing: Pairing,
+  *,
+  weight_first: bool,
+  base: jax.Array,
+  precision: Any,
+  recipe: Recipe | None = None,
+) -> jax.Array:
   """The low-rank part of a `dot_general` of `x` and `w`, laid out as that `dot_general` lays out its result.
 
       h = x A^T,   y = h B      (2-D: token axes are flattened to one, so is each group of the weight's axes)
 
-  In this form plain autodiff gives `dB = h^T dy` and `dA = (dy B^T)^T x`, both with the rank leading, and no transpose
-  of a whole cotangent. No axis of role `o` may be contracted together with one of role `i`; where only `o` axes are,
-  the factors trade places.
+  In this form autodiff gives `dB = h^T dy` and `dA = (dy B^T)^T x`, both with the rank leading, and no transpose of a
+  whole cotangent. No axis of role `o` may be contracted together with one of role `i`; where only `o` axes are, the
+  factors trade places.
 
   Args:
     x: the input, any shape.
     w: the weight.
     pairing: the axes that are summed and the axes that are batched.
     weight_first: whether the weight is the left operand, whose free axes come first in the result.
+    base: the base's product: its dtype, and its sharding where that is part of its type, are the result's.
     precision: as in `jax.lax.dot_general`.
+    recipe: how to make `x` again in the backward pass; `None` keeps it.
 
   Returns:
-    Array of the shape of the base product.
+    Array of the shape and dtype of the base product.
   """
   if any(w.roles[d] == "o" for d in pairing.contracted):
     w = w.flipped()
   paired = {k: d for d, k in (pairing.contracted | pairing.batched).items()}
-  labels = [paired.get(k, ("x", k)) for k in range(x.ndim)]
+  labels = tuple(paired.get(k, ("x", k)) for k in range(x.ndim))
   x_free = [label for label in labels if isinstance(label, tuple)]
   w_free = [d for d in range(len(w.roles)) if d not in paired.values()]
   inputs: list[Hashable] = [d for d in range(len(w.roles)) if d in pairing.contracted and w.roles[d] == "i"]
   stack = [d for d in pairing.contracted if w.roles[d] == "s"]
+  wanted = [*pairing.batched, *((*w_free, *x_free) if weight_first else (*x_free, *w_free))]
 
-  dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else w.a.dtype
-  u = Labelled(x.astype(dtype), tuple(labels))
-  first = Labelled(w.a.astype(dtype), factor_axes(w.roles, "i"))
-  second = Labelled(w.b.astype(dtype), factor_axes(w.roles, "o"))
-  if not _explicitly_sharded(x):
-    flat = u.merged(inputs), first.merged(inputs)
-    if flat[0].labels != u.labels and flat[1].labels != first.labels:
-      u, first = flat
-      inputs = [label for label in first.labels if isinstance(label, Run)]
-    u = u.merged(x_free)
+  sharded = _explicitly_sharded(x) or _explicitly_sharded(base)
+  sharding = _sharding_by_label(Labelled(base, tuple(wanted))) if sharded else None
+  x = inexact(x, w.a.dtype)
+  thin = Result(wider(x.dtype, base.dtype), precision, sharding)
+  wide = thin._replace(dtype=base.dtype)
+
+  def shrink(x, a):
+    u, first, summed = Labelled(x, labels), Labelled(a, factor_axes(w.roles, "i")), inputs
+    if not sharded:
+      flat = u.merged(inputs), first.merged(inputs)
+      if flat[0].labels != u.labels and flat[1].labels != first.labels:
+        u, first = flat
+        summed = [label for label in first.labels if isinstance(label, Run)]
+      u = u.merged(x_free)
+    return contract(*((first, u) if weight_first else (u, first)), summed, thin)
+
+  h = first_product(shrink, x, w.a, recipe)
+  second = Labelled(w.b, factor_axes(w.roles, "o"))
+  if not sharded:
     second = second.merged([d for d in w_free if w.roles[d] == "o"])
+  y = second_product(*((second, h) if weight_first else (h, second)), [RANK, *stack], wide)
+  return y.expanded().ordered(wanted)
 
-  def product(data: Labelled, factor: Labelled, summed: Sequence[Hashable]) -> Labelled:
-    return contract(*((factor, data) if weight_first else (data, factor)), summed, precision)
 
-  y = product(product(u, first, inputs), second, [RANK, *stack]).expanded()
-  return y.ordered([*pairing.batched, *((*w_free, *x_free) if weight_first else (*x_free, *w_free))])
+def _sharding_by_label(result: Labelled) -> Callable[[Sequence[Hashable]], Any]:
+  """How a product with these labels is sharded: along each as the base's product is, along the rank never."""
+  whole = jax.typeof(result.array).sharding
+  names = dict(zip(result.labels, whole.spec, strict=True))
+
+  def of(labels: Sequence[Hashable]) -> Any:
+    return jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec(*(names.get(label) for label in labels)))
+
+  return of
 
 
 def add(base: jax.Array, delta: jax.Array) -> jax.Array:

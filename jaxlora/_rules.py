@@ -8,11 +8,13 @@ transform then materialises. Rules are keyed by primitive names, and use public 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax import lax
 import jax.numpy as jnp
 
 from jaxlora import _lowrank
-from jaxlora._lowrank import Factored, Labelled, Pairing
+from jaxlora._lowrank import Factored, Labelled, Pairing, Result
+from jaxlora._recompute import Recipe
 from jaxlora._weight import RANK, factor_axes
 
 
@@ -25,8 +27,9 @@ class Op(NamedTuple):
 
   name: str
   params: dict[str, Any]
-  bind: Callable[..., list[Any]]  # the same primitive with the same parameters, on other operands
+  bind: Callable[..., list[Any]]  # the same primitive on other operands, its parameters the same but for those given
   use: int  # how many products this weight went through before: picks its dropout mask
+  recipe: Callable[[Any], Recipe | None]  # how to make an operand again in the backward pass
 
 
 Rule = Callable[[Op, Sequence[Any]], list[Any]]
@@ -241,7 +244,28 @@ def _rev(op: Op, args: Sequence[Any]) -> list[Any]:
   return [w.replace(base=op.bind(w.base)[0], a=reversed_(w.a, "i"), b=reversed_(w.b, "o"))]
 
 
-@rule("sharding_constraint", "reshard", "mesh_cast")
+@rule("reduce_precision")
+def _rounded(op: Op, args: Sequence[Any]) -> list[Any]:
+  """A cast to a format that no dtype has: of the base, as with any cast the factors stay finer."""
+  w = only_weight(args)
+  return [w.replace(base=op.bind(w.base)[0])]
+
+
+@rule("mesh_cast")
+def _mesh_cast(op: Op, args: Sequence[Any]) -> list[Any]:
+  """Another view of the mesh: every part has to share it, each with the names of the axes that it holds."""
+  w = only_weight(args)
+  target = op.params["dst_sharding"]
+  spec = (*target.spec, *(None,) * (len(w.roles) - len(target.spec)))
+
+  def of_factor(factor, own):
+    names = jax.sharding.PartitionSpec(*restricted(w, own, spec, None))
+    return op.bind(factor, dst_sharding=jax.sharding.NamedSharding(target.mesh, names))[0]
+
+  return [w.replace(base=op.bind(w.base)[0], a=of_factor(w.a, "i"), b=of_factor(w.b, "o"))]
+
+
+@rule("sharding_constraint", "reshard")
 def _base_only(op: Op, args: Sequence[Any]) -> list[Any]:
   """Where the weight lies: the base goes there, the factors are small and follow the compiler."""
   w = only_weight(args)
@@ -277,7 +301,7 @@ def _cast(op: Op, args: Sequence[Any]) -> list[Any]:
   dtype = op.params["new_dtype"]
   if not jnp.issubdtype(dtype, jnp.inexact):
     raise Unfactorable(f"a cast to {jnp.dtype(dtype).name}")
-  return [w.replace(base=op.bind(w.base)[0], a=w.a.astype(dtype), b=w.b.astype(dtype))]
+  return [w.replace(base=op.bind(w.base)[0], a=_lowrank.beside(w.a, dtype), b=_lowrank.beside(w.b, dtype))]
 
 
 @rule("neg")
@@ -331,8 +355,9 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
     summed = {"i"}
   w = matched_sizes(w, [(tuple(pairing.contracted), next(iter(summed)))])
   base = op.bind(*((w.base, x) if weight_first else (x, w.base)))[0]
+  u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
   delta = _lowrank.dot(
-    _lowrank.dropped(x, w, op.use), w, pairing, weight_first=weight_first, precision=op.params["precision"]
+    u, w, pairing, weight_first=weight_first, base=base, precision=op.params["precision"], recipe=recipe
   )
   return [_lowrank.add(base, delta)]
 
@@ -354,55 +379,69 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
   out_axis, in_axis, *spatial = numbers.rhs_spec
   if any(w.roles[d] == "o" for d in spatial if w.shape[d] != 1):
     w = w.flipped()
-  backwards = w.roles[out_axis] == "i" and w.roles[in_axis] == "o" and w.shape[out_axis] != 1
+  backwards = w.roles[in_axis] == "o" and w.shape[in_axis] != 1 and w.roles[out_axis] != "o"
   thin = in_axis if backwards else out_axis  # the axis that B holds
   w = matched_sizes(w, [((thin,), "o"), ([d for d in range(len(w.roles)) if d != thin], "i")])
   if w.roles != "".join("o" if d == thin else "i" for d in range(len(w.roles))) or (backwards and groups > 1):
     raise Unfactorable(f"a convolution with {groups} feature groups and a kernel of roles {w.roles!r}")
   base = op.bind(x, w.base)[0]
+  u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
+  result = Result(base.dtype, op.params["precision"])
 
-  rank, precision = w.a.shape[0], op.params["precision"]
-  u, b = _lowrank.dropped(x, w, op.use), w.b.astype(x.dtype)
+  def convolve(u, a):
+    kernel = jnp.moveaxis(a, 0, thin)
+    dtype = _lowrank.wider(u.dtype, base.dtype)
+    return lax.conv_general_dilated(
+      u.astype(dtype),
+      (jnp.concatenate([kernel] * groups, axis=thin) if groups > 1 else kernel).astype(dtype),
+      window_strides=op.params["window_strides"],
+      padding=op.params["padding"],
+      lhs_dilation=op.params["lhs_dilation"],
+      rhs_dilation=op.params["rhs_dilation"],
+      dimension_numbers=numbers,
+      feature_group_count=groups,
+      precision=op.params["precision"],
+    )
+
   if backwards:
-    u = _along_features(u, b.T, numbers.lhs_spec[1], precision)
-  kernel = jnp.moveaxis(w.a, 0, thin)
-  if groups > 1:
-    kernel = jnp.concatenate([kernel] * groups, axis=thin)
-  h = lax.conv_general_dilated(
-    u,
-    kernel.astype(x.dtype),
-    window_strides=op.params["window_strides"],
-    padding=op.params["padding"],
-    lhs_dilation=op.params["lhs_dilation"],
-    rhs_dilation=op.params["rhs_dilation"],
-    dimension_numbers=numbers,
-    feature_group_count=groups,
-    precision=precision,
-  )
-  if backwards:
-    return [_lowrank.add(base, h)]
+    u = _along_features(u, Labelled(w.b, (RANK, "in")), numbers.lhs_spec[1], result)
+    return [_lowrank.add(base, convolve(u, w.a))]
+  h = _lowrank.first_product(convolve, u, w.a, recipe)
   feature = numbers.out_spec[1]
-  delta = (
-    _along_features(h, b, feature, precision) if groups == 1 else _per_group(h, b, feature, groups, rank, precision)
-  )
+  delta = _per_group(h, w.b, feature, groups, result) if groups > 1 else _rank_to_features(h, w.b, feature, result)
   return [_lowrank.add(base, delta)]
 
 
-def _along_features(h: Any, matrix: Any, feature: int, precision: Any) -> Any:
-  """`h M` along one axis of `h`."""
-  labels: list[Any] = [("x", k) for k in range(h.ndim)]
-  before, after = labels[:feature], labels[feature + 1 :]
-  h, m = Labelled(h, (*before, "in", *after)), Labelled(matrix, ("in", "out"))
-  return _lowrank.contract(h, m, ["in"], precision).ordered([*before, "out", *after])
+def _around(array: Any, feature: int) -> tuple[list[Any], list[Any]]:
+  """Labels for the axes before and after the feature axis."""
+  labels: list[Any] = [("x", k) for k in range(array.ndim)]
+  return labels[:feature], labels[feature + 1 :]
 
 
-def _per_group(h: Any, b: Any, feature: int, groups: int, rank: int, precision: Any) -> Any:
+def _along_features(x: Any, matrix: Labelled, feature: int, result: Result) -> Any:
+  """`x M^T` along one axis of `x`."""
+  before, after = _around(x, feature)
+  out, summed = matrix.labels
+  return _lowrank.contract(Labelled(x, (*before, summed, *after)), matrix, [summed], result).ordered(
+    [*before, out, *after]
+  )
+
+
+def _rank_to_features(h: Any, b: Any, feature: int, result: Result) -> Any:
+  """`h B` along one axis of `h`, all other axes flattened to one where they are adjacent."""
+  before, after = _around(h, feature)
+  flat = Labelled(h, (*before, RANK, *after)).merged(before).merged(after)
+  out = _lowrank.second_product(flat, Labelled(b, (RANK, "out")), [RANK], result)
+  return out.expanded().ordered([*before, "out", *after])
+
+
+def _per_group(h: Any, b: Any, feature: int, groups: int, result: Result) -> Any:
   """`h B` along the feature axis, each group of `h` with its own slice of B's columns."""
-  labels: list[Any] = [("x", k) for k in range(h.ndim)]
-  before, after = labels[:feature], labels[feature + 1 :]
+  before, after = _around(h, feature)
+  rank = b.shape[0]
   spread = h.reshape(*h.shape[:feature], groups, rank, *h.shape[feature + 1 :])
   columns = Labelled(b.reshape(rank, groups, -1), (RANK, "group", "out"))
-  out = _lowrank.contract(Labelled(spread, (*before, "group", RANK, *after)), columns, [RANK], precision)
+  out = _lowrank.contract(Labelled(spread, (*before, "group", RANK, *after)), columns, [RANK], result)
   laid_out = out.ordered([*before, "group", "out", *after])
   return laid_out.reshape(*h.shape[:feature], b.shape[1], *h.shape[feature + 1 :])
 
@@ -458,7 +497,7 @@ def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
   base = op.bind(*args_with(args, w.base))[0]
   a, b = looked_up_in(w.a, "i"), looked_up_in(w.b, "o")
   if w.roles[axis] != "s":
-    return [_lowrank.add(base, _lowrank.contract(a, b, [RANK]).ordered(result_labels))]
+    return [_lowrank.add(base, _lowrank.contract(a, b, [RANK], Result(base.dtype)).ordered(result_labels))]
 
   # Along a stacked axis the result is again a weight: which expert, which layer.
   roles = "".join("s" if isinstance(label, tuple) else w.roles[label] for label in result_labels)

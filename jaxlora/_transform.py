@@ -8,10 +8,11 @@ Reading order: values and their record -> the walk -> control flow -> the public
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import jax
@@ -19,10 +20,11 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import _compat, _lowrank, _paths
+from jaxlora import _compat, _lowrank, _paths, _recompute
 from jaxlora._initializers import leaf_key
 from jaxlora._lowrank import Factored
-from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable
+from jaxlora._recompute import Origins
+from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable, with_roles
 from jaxlora._weight import FullWeight, LoraWeight, check_weight, is_adapted
 
 ON_MATERIALIZE = ("ignore", "warn", "error")
@@ -63,35 +65,67 @@ class Record:
   """What one traced call did: the uses of each weight, and what to do when one must be materialised.
 
   `seen` outlives the call: each place is warned about once per wrapped function, however often it is traced.
+  `places` holds the user's lines of the equations that enclose the one at hand: inside the jitted functions of
+  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far.
   """
 
-  def __init__(self, on_materialize: str, seen: set[tuple[str, str, str]]):
+  def __init__(self, on_materialize: str, seen: set[tuple[str, str, str]], recompute: bool = False):
     self.on_materialize = on_materialize
     self.seen = seen
+    self.recompute = recompute
     self.uses: list[Use] = []
     self.products: collections.Counter[str] = collections.Counter()
+    self.places: list[str] = []
+    self.jits: dict[Any, Any] = {}
+
+  def source(self, eqn: Any) -> str:
+    """The user's line behind an equation, or behind the nearest one around it that has any."""
+    return _compat.source_line(eqn) or next(filter(None, reversed(self.places)), "")
+
+  @contextlib.contextmanager
+  def without_recompute(self) -> Iterator[None]:
+    """While something is walked that keeps no inputs of products in any case."""
+    before, self.recompute = self.recompute, False
+    try:
+      yield
+    finally:
+      self.recompute = before
+
+  @contextlib.contextmanager
+  def enclosed_by(self, eqn: Any) -> Iterator[None]:
+    """While the inside of a control-flow equation is walked."""
+    self.places.append(_compat.source_line(eqn))
+    try:
+      yield
+    finally:
+      self.places.pop()
 
   def materialize(self, w: Factored, primitive: str, source: str, reason: str) -> jax.Array:
     """Forms the weight, and says so."""
-    self.uses.append(Use(w.path, primitive, False, source, reason))
+    self.report(Use(w.path, primitive, False, source, reason), w.key is not None)
+    return _lowrank.materialize(w)
+
+  def report(self, use: Use, drops: bool) -> None:
+    """Notes a materialised weight, and warns or raises as the user chose."""
+    self.uses.append(use)
     message = (
-      f"{w.path}: base + A B was formed as one array at `{primitive}` ({source}): {reason}. The result is right, but"
-      " this costs a weight's worth of memory and gradient"
+      f"{use.path}: base + A B was formed as one array at `{use.primitive}` ({use.source or 'unknown source line'}):"
+      f" {use.reason}. The result is right, but this costs a weight's worth of memory and gradient"
     )
-    if w.key is not None:
+    if drops:
       message += ", and the adapter's dropout does not act there"
     if self.on_materialize == "error":
       raise MaterializeError(
         f"{message}. Exclude the leaf, rewrite that line, or allow it with wrap(..., on_materialize='warn')."
       )
-    if self.on_materialize == "warn" and (w.path, primitive, source) not in self.seen:
-      self.seen.add((w.path, primitive, source))
+    place = (use.path, use.primitive, use.source)
+    if self.on_materialize == "warn" and place not in self.seen:
+      self.seen.add(place)
       warnings.warn(
         f"{message}. Exclude the leaf, or silence this with wrap(..., on_materialize='ignore').",
         MaterializeWarning,
         stacklevel=2,
       )
-    return _lowrank.materialize(w)
 
 
 def weights_in(values: Sequence[Any]) -> list[Factored]:
@@ -102,8 +136,11 @@ def weights_in(values: Sequence[Any]) -> list[Factored]:
 # The walk.
 
 
-def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def run(
+  record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], origins: Origins | None = None
+) -> list[Any]:
   """Evaluates a jaxpr on values of which some are `Factored`; its results may be, too."""
+  origins = origins or Origins()
   env: dict[Any, Any] = {}
 
   def read(atom: Any) -> Any:
@@ -115,7 +152,13 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
   for k, eqn in enumerate(jaxpr.eqns):
     values = [read(atom) for atom in eqn.invars]
     with _compat.equation_context(eqn):
-      out = apply(record, eqn, values) if weights_in(values) else _compat.bind(eqn, values)
+      if weights_in(values):
+        out = apply(record, eqn, values, origins)
+      elif record.recompute and _recompute.is_cheap_call(eqn):  # its inside holds what its derivatives keep
+        out = run(record, *_compat.open_jaxpr(eqn.params["jaxpr"]), values, origins)
+      else:
+        out = _compat.bind(eqn, values)
+        origins.note(eqn, values, out)
     env.update(zip(eqn.outvars, out, strict=True))
     for var in freed_after.get(k, ()):
       del env[var]
@@ -136,30 +179,37 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
   return freed
 
 
-def apply(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+def apply(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> list[Any]:
   """One equation that adapted weights reach: by its rule, or on materialised weights."""
   name = eqn.primitive.name
   try:
     if name in CONTROL_FLOW:
-      return CONTROL_FLOW[name](record, eqn, values)
+      with record.enclosed_by(eqn):
+        return CONTROL_FLOW[name](record, eqn, values)
     if name not in RULES:
       raise Unfactorable(_why_no_rule(name))
-    return _by_rule(record, eqn, values)
+    return _by_rule(record, eqn, values, origins)
   except Unfactorable as why:
-    source = _compat.source_line(eqn)
+    source = record.source(eqn)
     plain = [
       record.materialize(value, name, source, str(why)) if isinstance(value, Factored) else value for value in values
     ]
     return _compat.bind(eqn, plain)
 
 
-def _by_rule(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> list[Any]:
   name, paths = eqn.primitive.name, [w.path for w in weights_in(values)]
-  op = Op(name, eqn.params, lambda *args: _compat.bind(eqn, args), record.products[paths[0]])
+  op = Op(
+    name=name,
+    params=eqn.params,
+    bind=lambda *args, **changes: _compat.bind(eqn, args, **changes),
+    use=record.products[paths[0]],
+    recipe=origins.recipe if record.recompute else lambda value: None,
+  )
   out = RULES[name](op, values)
   if name in PRODUCTS and not weights_in(out):
     record.products[paths[0]] += 1
-    record.uses.append(Use(paths[0], name, True, _compat.source_line(eqn)))
+    record.uses.append(Use(paths[0], name, True, record.source(eqn)))
   return out
 
 
@@ -171,7 +221,7 @@ def _why_no_rule(name: str) -> str:
 
 def plain_outputs(record: Record, values: Sequence[Any], eqn: Any, what: str) -> list[Any]:
   """Results that must be arrays: weights among them are formed where they leave."""
-  name, source = eqn.primitive.name, _compat.source_line(eqn)
+  name, source = eqn.primitive.name, record.source(eqn)
   return [
     record.materialize(value, name, source, f"it leaves {what} as a result") if isinstance(value, Factored) else value
     for value in values
@@ -193,8 +243,58 @@ def _named(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
   return fn
 
 
+class Inner(NamedTuple):
+  """An inner jit, rebuilt, and what happened inside it: the weights there go by their place among its operands."""
+
+  fn: Callable[..., list[Any]]
+  record: Record
+
+
 def _jit(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  """Layers that are one jitted function stay one: it is rebuilt once for all weights of one structure."""
+  nameless = [_nameless(record, k, value) for k, value in enumerate(values)]
+  leaves, treedef = jax.tree.flatten(nameless)
+  key = (id(eqn.params["jaxpr"]), treedef, tuple(jax.typeof(leaf) for leaf in leaves))
+  if key not in record.jits:
+    record.jits[key] = _rebuilt_jit(eqn, record.recompute)
+  inner = record.jits[key]
+  out = inner.fn(*nameless)
+  for use in inner.record.uses:
+    _replay(record, use, values[int(use.path)])
+  return [_renamed(value, values) for value in out]
+
+
+def _nameless(record: Record, k: int, value: Any) -> Any:
+  """A weight without what tells it from others of its structure; its next uses have dropout masks of their own."""
+  if not isinstance(value, Factored):
+    return value
+  key = value.key
+  if key is not None:
+    key = jax.random.fold_in(jax.random.fold_in(key, record.products[value.path]), k)
+  return value.replace(path=str(k), key=key)
+
+
+def _renamed(value: Any, operands: Sequence[Any]) -> Any:
+  if not isinstance(value, Factored):
+    return value
+  original = operands[int(value.path)]
+  return value.replace(path=original.path, key=original.key)
+
+
+def _replay(record: Record, use: Use, w: Factored) -> None:
+  """Notes for one weight what was noted when the jit around it was rebuilt."""
+  here = next(filter(None, reversed(record.places)), "")
+  use = dataclasses.replace(use, path=w.path, source=use.source or here)
+  if use.factored:
+    record.products[w.path] += 1
+    record.uses.append(use)
+  else:
+    record.report(use, w.key is not None)
+
+
+def _rebuilt_jit(eqn: Any, recompute: bool) -> Inner:
   params = eqn.params
+  record = Record("ignore", set(), recompute)
   inner = closed(record, params["jaxpr"])
 
   def pinned(value: Any, sharding: Any) -> Any:
@@ -211,7 +311,7 @@ def _jit(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return [pinned(*pair) for pair in zip(out, params.get("out_shardings", (None,) * len(out)), strict=True)]
 
   options = dict(params.get("compiler_options_kvs") or ())
-  return jax.jit(_named(body, params["name"]), compiler_options=options or None)(*values)
+  return Inner(jax.jit(_named(body, params["name"]), compiler_options=options or None), record)
 
 
 def _call(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -219,32 +319,84 @@ def _call(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _remat(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
-  inner = closed(record, eqn.params["jaxpr"])
-  again = jax.checkpoint(inner, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
-  return again(*values)
+  params = eqn.params
+  plain = closed(record, params["jaxpr"])
+
+  def inner(*args):
+    with record.without_recompute():  # all of it is recomputed already
+      return plain(*args)
+
+  if params.get("differentiated") and params["prevent_cse"]:
+    # The backward half of a remat: it was to keep the compiler from merging it with the forward half.
+    values = lax.optimization_barrier(list(values))
+  return jax.checkpoint(inner, policy=params["policy"], prevent_cse=params["prevent_cse"])(*values)
 
 
 def _cond(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   index, *operands = values
   if isinstance(index, Factored):
     raise Unfactorable("it decides which branch runs")
+  kept = _alike_in_all_branches(eqn.params["branches"], operands)
 
   def branch(jaxpr: Any) -> Callable[..., list[Any]]:
     inner = closed(record, jaxpr)
-    return lambda *args: plain_outputs(record, inner(*args), eqn, "a branch")
 
-  return lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands)
+    def run_branch(*args):
+      out = inner(*args)
+      arrays = plain_outputs(record, [None if k in kept else value for k, value in enumerate(out)], eqn, "a branch")
+      return [out[k] if k in kept else array for k, array in enumerate(arrays)]
+
+    return run_branch
+
+  branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
+  if not (platforms := eqn.params.get("branches_platforms")):
+    return lax.switch(index, branches, *operands)
+  by_platform = {name: fn for names, fn in zip(platforms, branches, strict=True) for name in names or ("default",)}
+  return lax.platform_dependent(*operands, **by_platform)
+
+
+def _alike_in_all_branches(branches: Sequence[Any], operands: Sequence[Any]) -> set[int]:
+  """Which results are weights of one structure whichever branch runs: those leave the branches factored."""
+  ways = list(zip(*(_forwarded(jaxpr) for jaxpr in branches), strict=True))
+
+  def structure(k: int | None) -> Any:
+    if k is None or not isinstance(operands[k], Factored):
+      return None
+    leaves, treedef = jax.tree.flatten(operands[k])
+    return treedef, *(jax.typeof(leaf) for leaf in leaves)
+
+  found = [{structure(k) for k in way} for way in ways]
+  return {k for k, structures in enumerate(found) if len(structures) == 1 and None not in structures}
+
+
+def _forwarded(jaxpr: Any) -> list[int | None]:
+  """Which operand each result is, untouched; `None` for all others. Calls inside are looked through."""
+  inner, _ = _compat.open_jaxpr(jaxpr)
+  place = {var: k for k, var in enumerate(inner.invars)}
+
+  def of(atom: Any) -> int | None:
+    return None if isinstance(atom, _compat.Literal) else place.get(atom)
+
+  for eqn in inner.eqns:
+    if eqn.primitive.name in _TRANSPARENT and any(of(atom) is not None for atom in eqn.invars):
+      called = _forwarded(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
+      for var, k in zip(eqn.outvars, called, strict=True):
+        if k is not None and (source := of(eqn.invars[k])) is not None:
+          place[var] = source
+  return [of(atom) for atom in inner.outvars]
 
 
 def _passed_through(jaxpr: Any, offset: int, count: int, values: Sequence[Any]) -> list[int]:
   """Which carried values are weights that the body hands on untouched: those are constants of the loop."""
-  inner, _ = _compat.open_jaxpr(jaxpr)
-  return [k for k in range(count) if isinstance(values[k], Factored) and inner.outvars[k] is inner.invars[offset + k]]
+  if not weights_in(values):
+    return []
+  forwarded = _forwarded(jaxpr)
+  return [k for k in range(count) if isinstance(values[k], Factored) and forwarded[k] == offset + k]
 
 
 def _carried_in(record: Record, values: Sequence[Any], kept: Sequence[int], eqn: Any) -> list[Any]:
   """Initial carries: a weight that the body changes must be an array."""
-  name, source = eqn.primitive.name, _compat.source_line(eqn)
+  name, source = eqn.primitive.name, record.source(eqn)
   reason = "a loop carries it and changes it"
   return [
     record.materialize(value, name, source, reason) if isinstance(value, Factored) and k not in kept else value
@@ -291,11 +443,13 @@ def _scan(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   keys: dict[int, Any] = {}
   for k, x in enumerate(xs):
     if isinstance(x, Factored):
+      if x.shape[0] == 1:
+        x = xs[k] = with_roles(x, "s" + x.roles[1:])
       if x.roles[0] != "s":
         xs[k] = record.materialize(
           x,
           "scan",
-          _compat.source_line(eqn),
+          record.source(eqn),
           f"a scan runs over its first axis, which has role {x.roles[0]!r}, not 's'",
         )
       else:
@@ -311,7 +465,7 @@ def _scan(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
     here = [at_step(sliced(k, x), step) for k, x in enumerate(here)]
     out = inner(*(at_step(const, step) for const in consts), *carry.unpack(free, step), *here)
     new = plain_outputs(record, carry.pack(out[:n_carry]), eqn, "a scan")
-    return new, plain_outputs(record, out[n_carry:], eqn, "a scan")
+    return new, [y.replace(key=None) if isinstance(y, Factored) else y for y in out[n_carry:]]
 
   options = {"_split_transpose": True} if params.get("_split_transpose") else {}
   free, ys = lax.scan(
@@ -323,7 +477,9 @@ def _scan(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
     unroll=params["unroll"],
     **options,
   )
-  return [*carry.unpack(free), *ys]
+  by_path = {w.path: w.key for w in weights_in(values)}
+  stacked = [y.replace(roles="s" + y.roles, key=by_path[y.path]) if isinstance(y, Factored) else y for y in ys]
+  return [*carry.unpack(free), *stacked]
 
 
 def _while(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -335,8 +491,7 @@ def _while(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   condition, body = closed(record, params["cond_jaxpr"]), closed(record, params["body_jaxpr"])
   counted = _drops(values)
 
-  def holds(state):
-    free, _ = state
+  def predicate(free):
     (holds_,) = plain_outputs(record, condition(*cond_consts, *carry.unpack(free)), eqn, "a loop's condition")
     return holds_
 
@@ -344,10 +499,23 @@ def _while(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
     free, count = state
     at = count if counted else None
     out = body(*(at_step(const, at) for const in body_consts), *carry.unpack(free, at))
-    return plain_outputs(record, carry.pack(out), eqn, "a loop"), count + 1 if counted else None
+    new = plain_outputs(record, carry.pack(out), eqn, "a loop")
+    # Under vmap every element has a predicate of its own: those that are through keep what they have.
+    going = predicate(free) if many else None
+    return [_where(going, *pair) for pair in zip(new, free, strict=True)], count + 1 if counted else None
 
-  free, _ = lax.while_loop(holds, step, (carry.free, jnp.zeros((), jnp.int32) if counted else None))
+  (holds_aval,) = _compat.open_jaxpr(params["cond_jaxpr"])[0].outvars
+  many = bool(holds_aval.aval.shape)
+  init_state = (carry.free, jnp.zeros((), jnp.int32) if counted else None)
+  free, _ = lax.while_loop(lambda state: jnp.any(predicate(state[0])), step, init_state)
   return carry.unpack(free)
+
+
+def _where(going: Any, new: Any, old: Any) -> Any:
+  """`new` where `going` holds, along the axes that lead both."""
+  if going is None:
+    return new
+  return lax.select(lax.broadcast_in_dim(going, jnp.shape(new), tuple(range(going.ndim))), new, old)
 
 
 def _shard_map(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -395,6 +563,8 @@ def _readable(control: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
   return rule
 
 
+# Calls that only hand values in and out.
+_TRANSPARENT = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 _PARAMETERS: dict[str, tuple[str, ...]] = {}
 CONTROL_FLOW: dict[str, Callable[..., list[Any]]] = {}
 
@@ -417,7 +587,11 @@ for _names, _control, _needed in (
 
 
 def wrap(
-  fn: Callable[..., Any], *, dropout_key: jax.Array | None = None, on_materialize: str = "warn"
+  fn: Callable[..., Any],
+  *,
+  dropout_key: jax.Array | None = None,
+  on_materialize: str = "warn",
+  recompute: bool = True,
 ) -> Callable[..., Any]:
   """Makes any function take trees that hold adapted weights.
 
@@ -460,7 +634,7 @@ def wrap(
 
   @functools.wraps(fn)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
-    return call(fn, Record(on_materialize, seen), dropout_key, args, kwargs)
+    return call(fn, Record(on_materialize, seen, recompute), dropout_key, args, kwargs)
 
   return wrapped
 

@@ -104,7 +104,7 @@ def test_custom_derivative_rules_hold(fn):
     (lambda p, x: lax.scan(lambda c, row: (c + row, row * 2), jnp.zeros(7), p["w"]), "has role 'i', not 's'"),
     (lambda p, x: lax.fori_loop(0, 3, lambda _, w: w * 2, p["w"]), "a loop carries it and changes it"),
     (lambda p, x: lax.cond(x[0, 0] > 0, lambda w: w, lambda w: -w, p["w"]), "it leaves a branch as a result"),
-    (lambda p, x: lax.scan(lambda c, _: (c, p["w"].T), 0.0, length=2)[1], "it leaves a scan as a result"),
+    (lambda p, x: lax.scan(lambda c, _: (c, p["w"].T), 0.0, length=2)[1], "the function returns it"),
     (lambda p, x: jnp.where(x[0, 0] > 0, p["w"], 0.0), "select_n"),
     (lambda p, x: p["w"][jnp.array([0, 1]), jnp.array([2, 3])], "whole slices along one axis"),
     (lambda p, x: lax.conv_general_dilated(p["w"][None], x[:, :, None], (1,), "SAME"), "as its input"),
