@@ -214,7 +214,7 @@ _SUMMED_RANK = 16
 
 def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
   """`y = h B`, whichever of the two is on the left."""
-  two_matrices = x.array.ndim == y.array.ndim == 2 and list(summed) == [RANK]
+  two_matrices = x.array.ndim == y.array.ndim == 2 and list(summed) == [RANK] and len({*x.labels, *y.labels}) == 3
   if two_matrices and result.sharding is None and jax.default_backend() == "cpu":
     rank = x.array.shape[x.labels.index(RANK)]
     if rank <= _SUMMED_RANK and jnp.issubdtype(result.dtype, jnp.floating):
@@ -235,7 +235,8 @@ def rank_sum(x: Labelled, y: Labelled, result: Result) -> Labelled:
     return z.ordered((free, RANK)).astype(dtype), free
 
   (rows, row), (columns, column) = rank_last(x), rank_last(y)
-  total = jnp.sum(rows[:, None, :] * columns[None, :, :], axis=-1)
+  terms = [rows[:, r : r + 1] * columns[:, r][None] for r in range(rows.shape[1])]
+  total = functools.reduce(jnp.add, terms)
   return Labelled(total.astype(result.dtype), (row, column))
 
 
@@ -253,22 +254,69 @@ def _explicitly_sharded(x: jax.Array) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Pairing:
-  """Which axes of the input meet which axes of the weight: weight axis -> input axis."""
+  """How a `dot_general` brings an input and a weight together, by labels.
+
+  Attributes:
+    contracted, batched: which axes of the weight meet which axes of the input.
+    weight_first: whether the weight is the left operand, whose free axes come first in the result.
+    precision: as in `jax.lax.dot_general`.
+  """
 
   contracted: dict[int, int]
   batched: dict[int, int]
+  weight_first: bool
+  precision: Any
+
+  def input_labels(self, ndim: int) -> tuple[Hashable, ...]:
+    paired = {k: d for d, k in (self.contracted | self.batched).items()}
+    return tuple(paired.get(k, ("x", k)) for k in range(ndim))
+
+  def free(self, ndim: int) -> list[int]:
+    """The axes of the weight, of `ndim`, that go to the result alone."""
+    return [d for d in range(ndim) if d not in self.contracted and d not in self.batched]
+
+  def result_labels(self, x_ndim: int, w_ndim: int) -> list[Hashable]:
+    x_free, w_free = _own(self.input_labels(x_ndim)), self.free(w_ndim)
+    return [*self.batched, *((*w_free, *x_free) if self.weight_first else (*x_free, *w_free))]
+
+  def product(self, x: Any, w: Any, by: Callable[..., Any], *rest: Any) -> Any:
+    """`by` of the two in the order of the `dot_general`."""
+    return by(*((w, x) if self.weight_first else (x, w)), *rest)
 
 
-def dot(
-  x: jax.Array,
-  w: Factored,
-  pairing: Pairing,
-  *,
-  weight_first: bool,
-  base: jax.Array,
-  precision: Any,
-  recipe: Recipe | None = None,
-) -> jax.Array:
+def _own(labels: Sequence[Hashable]) -> list[Hashable]:
+  """The labels of axes that only the input has."""
+  return [label for label in labels if isinstance(label, tuple)]
+
+
+def _merged_alike(x: Labelled, y: Labelled, axes: Sequence[Hashable]) -> tuple[Labelled, Labelled, list[Hashable]]:
+  """Both with the axes that they share flattened to one, if that can be done to both; and those axes' labels then."""
+  flat = x.merged(axes), y.merged(axes)
+  if flat[0].labels == x.labels or flat[1].labels == y.labels:
+    return x, y, list(axes)
+  return *flat, [label for label in flat[1].labels if isinstance(label, Run)]
+
+
+def base_dot(x: jax.Array, base: jax.Array, pairing: Pairing, like: Any) -> jax.Array | None:
+  """The base's own product with a weight of many axes flattened to two; `None` where that is no help.
+
+  The gradient `dx = dy W^T` is then one product, too: of a kernel with its output axes apart, `(in, heads, width)`, XLA
+  would lay out a transposed copy each time. Token axes stay apart: a mesh may shard more than one of them.
+  """
+  plain = x.dtype == base.dtype and not pairing.batched and not _explicitly_sharded(x)
+  if base.ndim < 3 or not plain or not pairing.contracted:
+    return None
+  u, v, summed = _merged_alike(
+    Labelled(x, pairing.input_labels(x.ndim)), Labelled(base, tuple(range(base.ndim))), list(pairing.contracted)
+  )
+  v = v.merged(pairing.free(base.ndim))
+  if v.array.ndim > 2:
+    return None
+  y = pairing.product(u, v, contract, summed, Result(like.dtype, pairing.precision))
+  return y.expanded().ordered(pairing.result_labels(x.ndim, base.ndim))
+
+
+def dot(x: jax.Array, w: Factored, pairing: Pairing, base: jax.Array, recipe: Recipe | None = None) -> jax.Array:
   """The low-rank part of a `dot_general` of `x` and `w`, laid out as that `dot_general` lays out its result.
 
       h = x A^T,   y = h B      (2-D: token axes are flattened to one, so is each group of the weight's axes)
@@ -280,10 +328,8 @@ def dot(
   Args:
     x: the input, any shape.
     w: the weight.
-    pairing: the axes that are summed and the axes that are batched.
-    weight_first: whether the weight is the left operand, whose free axes come first in the result.
+    pairing: which axes are summed and which are batched.
     base: the base's product: its dtype, and its sharding where that is part of its type, are the result's.
-    precision: as in `jax.lax.dot_general`.
     recipe: how to make `x` again in the backward pass; `None` keeps it.
 
   Returns:
@@ -291,35 +337,29 @@ def dot(
   """
   if any(w.roles[d] == "o" for d in pairing.contracted):
     w = w.flipped()
-  paired = {k: d for d, k in (pairing.contracted | pairing.batched).items()}
-  labels = tuple(paired.get(k, ("x", k)) for k in range(x.ndim))
-  x_free = [label for label in labels if isinstance(label, tuple)]
-  w_free = [d for d in range(len(w.roles)) if d not in paired.values()]
-  inputs: list[Hashable] = [d for d in range(len(w.roles)) if d in pairing.contracted and w.roles[d] == "i"]
+  labels, ndim = pairing.input_labels(x.ndim), len(w.roles)
+  inputs = [d for d in range(ndim) if d in pairing.contracted and w.roles[d] == "i"]
   stack = [d for d in pairing.contracted if w.roles[d] == "s"]
-  wanted = [*pairing.batched, *((*w_free, *x_free) if weight_first else (*x_free, *w_free))]
+  wanted = pairing.result_labels(x.ndim, ndim)
 
   sharded = _explicitly_sharded(x) or _explicitly_sharded(base)
   sharding = _sharding_by_label(Labelled(base, tuple(wanted))) if sharded else None
   x = inexact(x, w.a.dtype)
-  thin = Result(wider(x.dtype, base.dtype), precision, sharding)
+  thin = Result(wider(x.dtype, base.dtype), pairing.precision, sharding)
   wide = thin._replace(dtype=base.dtype)
 
-  def shrink(x, a):
-    u, first, summed = Labelled(x, labels), Labelled(a, factor_axes(w.roles, "i")), inputs
+  def shrink(x: jax.Array, a: jax.Array) -> Labelled:
+    u, first, summed = Labelled(x, labels), Labelled(a, factor_axes(w.roles, "i")), list[Hashable](inputs)
     if not sharded:
-      flat = u.merged(inputs), first.merged(inputs)
-      if flat[0].labels != u.labels and flat[1].labels != first.labels:
-        u, first = flat
-        summed = [label for label in first.labels if isinstance(label, Run)]
-      u = u.merged(x_free)
-    return contract(*((first, u) if weight_first else (u, first)), summed, thin)
+      u, first, summed = _merged_alike(u, first, inputs)
+      u = u.merged(_own(labels))
+    return pairing.product(u, first, contract, summed, thin)
 
   h = first_product(shrink, x, w.a, recipe)
   second = Labelled(w.b, factor_axes(w.roles, "o"))
   if not sharded:
-    second = second.merged([d for d in w_free if w.roles[d] == "o"])
-  y = second_product(*((second, h) if weight_first else (h, second)), [RANK, *stack], wide)
+    second = second.merged([d for d in pairing.free(ndim) if w.roles[d] == "o"])
+  y = pairing.product(h, second, second_product, [RANK, *stack], wide)
   return y.expanded().ordered(wanted)
 
 

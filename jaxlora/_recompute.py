@@ -32,11 +32,10 @@ _KEEPS_OPERANDS = {
   "mul", "div", "max", "min", "clamp", "pow", "integer_pow", "square", "abs", "sign", "sin", "cos", "log", "log1p",
   "erf", "select_n", "custom_jvp_call",
 }  # fmt: skip
-# Cheap as well, though no recipe goes through them: what they give is kept itself, or is small.
-_CHEAP = _LINEAR | _KEEPS_OPERANDS | {
-  "exp", "exp2", "expm1", "tanh", "logistic", "sqrt", "rsqrt", "reduce_sum", "reduce_max", "eq", "ne", "lt", "le", "gt",
-  "ge", "and", "or", "not", "iota",
-}  # fmt: skip
+# What differentiating these keeps is their result, which is one array more.
+_KEEPS_RESULT = {"exp", "exp2", "expm1", "tanh", "logistic", "erf", "erfc", "log1p", "sqrt", "rsqrt", "cbrt"}
+_COMPARES = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite"}
+_ELEMENTWISE = _LINEAR | _KEEPS_OPERANDS | _KEEPS_RESULT | _COMPARES
 _SMALL = 8  # an operand with a share of less than 1/8 of the input's elements costs nothing to keep
 
 
@@ -68,7 +67,7 @@ class Origins:
     self.recipes: dict[int, Recipe | None] = {}
 
   def note(self, eqn: Any, operands: Sequence[Any], results: Sequence[Any]) -> None:
-    if eqn.primitive.name in _CHEAP:
+    if eqn.primitive.name in _ELEMENTWISE or is_elementwise_call(eqn):
       for k, value in enumerate(results):
         if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
           self.known[id(value)] = Origin(eqn, operands, k, value)
@@ -80,12 +79,21 @@ class Origins:
     return self.recipes[id(value)]
 
 
-def is_cheap_call(eqn: Any) -> bool:
-  """Whether an equation is a jitted function of cheap operations alone, such as `jax.nn.gelu`."""
-  if eqn.primitive.name not in ("jit", "pjit") or "jaxpr" not in eqn.params:
-    return False
-  inner, _ = _compat.open_jaxpr(eqn.params["jaxpr"])
-  return all(each.primitive.name in _CHEAP or is_cheap_call(each) for each in inner.eqns)
+def is_elementwise_call(eqn: Any) -> bool:
+  """Whether an equation is a jitted function of elementwise operations alone, such as `jax.nn.gelu`."""
+  return bool(_inside(eqn)) and all(each.primitive.name in _ELEMENTWISE or is_elementwise_call(each) for each in _inside(eqn))
+
+
+def keeps_results(eqn: Any) -> bool:
+  """Whether differentiating an elementwise call keeps more than its operands."""
+  return any(each.primitive.name in _KEEPS_RESULT or keeps_results(each) for each in _inside(eqn))
+
+
+def _inside(eqn: Any) -> Sequence[Any]:
+  if eqn.primitive.name not in ("jit", "pjit", "custom_jvp_call"):
+    return ()
+  inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+  return () if inner is None else _compat.open_jaxpr(inner)[0].eqns
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,7 +131,7 @@ class _Cook:
     if name in _LINEAR and len(large) == 1 and not (name == "div" and large == [1]):
       operands[large[0]] = self.back(origin.operands[large[0]])
       return None if operands[large[0]] is None else _Step(origin, operands)
-    if name in _KEEPS_OPERANDS and large:
+    if (name in _KEEPS_OPERANDS or is_elementwise_call(origin.eqn)) and large:
       return _Step(origin, [self.leaf(origin.operands[k]) if k in large else step for k, step in enumerate(operands)])
     return None
 
@@ -170,6 +178,30 @@ def late(fn: Callable[[Any, Any], Any], leaves: Sequence[Any], linear: Any) -> A
   Forward mode, second derivatives and batching are those of `fn`.
   """
   return _compat.linear_call(fn, _wait, tuple(leaves), linear)
+
+
+def light(fn: Callable[..., list[Any]], operands: Sequence[Any]) -> list[Any]:
+  """`fn(*operands)` for an elementwise function, of which the backward pass keeps nothing but the operands."""
+  moving = [k for k, operand in enumerate(operands) if _is_float(operand)]
+
+  @jax.custom_jvp
+  def call(*operands):
+    return fn(*operands)
+
+  @call.defjvp
+  def _(operands, tangents):
+    def along(operands, tangents):
+      def of_moving(*values):
+        full = list(operands)
+        for k, value in zip(moving, values, strict=True):
+          full[k] = value
+        return fn(*full)
+
+      return jax.jvp(of_moving, [operands[k] for k in moving], tangents)[1]
+
+    return call(*operands), late(along, operands, [tangents[k] for k in moving])
+
+  return call(*operands)
 
 
 def _wait(leaves: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:

@@ -28,6 +28,7 @@ class Op(NamedTuple):
   name: str
   params: dict[str, Any]
   bind: Callable[..., list[Any]]  # the same primitive on other operands, its parameters the same but for those given
+  result: Any  # the type of the equation's first result
   use: int  # how many products this weight went through before: picks its dropout mask
   recipe: Callable[[Any], Recipe | None]  # how to make an operand again in the backward pass
 
@@ -345,7 +346,8 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   w, x = (lhs, rhs) if weight_first else (rhs, lhs)
   (contract, batch) = op.params["dimension_numbers"]
   x_of = [dict(zip(*(pair if weight_first else pair[::-1]), strict=True)) for pair in (contract, batch)]
-  pairing = Pairing(*({int(d): int(k) for d, k in pairs.items()} for pairs in x_of))
+  pairs = ({int(d): int(k) for d, k in pairs.items()} for pairs in x_of)
+  pairing = Pairing(*pairs, weight_first, op.params["precision"])
   summed = {w.roles[d] for d in pairing.contracted if w.shape[d] != 1} - {"s"}
   if len(summed) > 1:
     raise Unfactorable(f"a contraction across roles {sorted(summed)} of a weight with roles {w.roles!r}")
@@ -354,12 +356,11 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
       raise Unfactorable("a product that contracts neither the input axes nor the output axes of the weight")
     summed = {"i"}
   w = matched_sizes(w, [(tuple(pairing.contracted), next(iter(summed)))])
-  base = op.bind(*((w.base, x) if weight_first else (x, w.base)))[0]
+  base = _lowrank.base_dot(x, w.base, pairing, op.result)
+  if base is None:
+    (base,) = pairing.product(x, w.base, op.bind)
   u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
-  delta = _lowrank.dot(
-    u, w, pairing, weight_first=weight_first, base=base, precision=op.params["precision"], recipe=recipe
-  )
-  return [_lowrank.add(base, delta)]
+  return [_lowrank.add(base, _lowrank.dot(u, w, pairing, base, recipe))]
 
 
 @rule("conv_general_dilated")

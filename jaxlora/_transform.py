@@ -154,10 +154,8 @@ def run(
     with _compat.equation_context(eqn):
       if weights_in(values):
         out = apply(record, eqn, values, origins)
-      elif record.recompute and _recompute.is_cheap_call(eqn):  # its inside holds what its derivatives keep
-        out = run(record, *_compat.open_jaxpr(eqn.params["jaxpr"]), values, origins)
       else:
-        out = _compat.bind(eqn, values)
+        out = plain(record, eqn, values)
         origins.note(eqn, values, out)
     env.update(zip(eqn.outvars, out, strict=True))
     for var in freed_after.get(k, ()):
@@ -177,6 +175,13 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
   for var, k in last.items():
     freed[k].append(var)
   return freed
+
+
+def plain(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  """One equation that no adapted weight reaches."""
+  if record.recompute and _recompute.is_elementwise_call(eqn) and _recompute.keeps_results(eqn):
+    return _recompute.light(lambda *args: _compat.bind(eqn, args), values)
+  return _compat.bind(eqn, values)
 
 
 def apply(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> list[Any]:
@@ -203,6 +208,7 @@ def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) 
     name=name,
     params=eqn.params,
     bind=lambda *args, **changes: _compat.bind(eqn, args, **changes),
+    result=eqn.outvars[0].aval,
     use=record.products[paths[0]],
     recipe=origins.recipe if record.recompute else lambda value: None,
   )
