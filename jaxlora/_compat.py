@@ -73,6 +73,13 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def varying_axes(value: Any) -> list[str]:
+  """The axes of a `shard_map` over which a value differs from shard to shard, as far as its type says so."""
+  kind = jax.typeof(value)
+  manual = getattr(kind, "mat", None)  # newer JAX keeps more than the names
+  return sorted(getattr(kind, "vma", None) or getattr(manual, "varying", None) or ())
+
+
 def specified_sharding(sharding: Any) -> Any | None:
   """A nested jit's sharding for one operand, or `None` where the user gave none."""
   return sharding if isinstance(sharding, jax.sharding.Sharding) else None
@@ -156,8 +163,8 @@ def _linear_call_p() -> Any:
     fn = jex_core.jaxpr_as_fun(jaxpr)
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     kept = before(args[:count], cotangents)
-    shapes = [jax.ShapeDtypeStruct(arg.aval.shape, arg.aval.dtype) for arg in args[count:]]
-    moved = jax.linear_transpose(lambda *linear: fn(*kept, *linear), *shapes)(cotangents)
+    types = [arg.aval for arg in args[count:]]  # not only shapes: under shard_map they say what differs between shards
+    moved = jax.linear_transpose(lambda *linear: fn(*kept, *linear), *types)(cotangents)
     return [None] * count + list(moved)
 
   def batch(args, dims, *, jaxpr, before, count):

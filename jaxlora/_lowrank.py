@@ -14,7 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxlora import _recompute
+from jaxlora import _compat, _recompute
 from jaxlora._recompute import Recipe
 from jaxlora._weight import RANK, LoraWeight, factor_axes, low_rank_delta
 
@@ -84,7 +84,7 @@ def dropped(x: jax.Array, w: Factored, use: int, recipe: Recipe | None) -> tuple
   if w.key is None:
     return x, recipe
   key = jax.random.fold_in(w.key, use)
-  for axis in sorted(getattr(jax.typeof(x), "vma", ())):
+  for axis in _compat.varying_axes(x):
     key = jax.random.fold_in(key, lax.axis_index(axis))
   keep = jax.random.bernoulli(key, 1 - w.dropout, x.shape)
 

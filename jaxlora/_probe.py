@@ -129,6 +129,7 @@ class _Study:
 
   def __init__(self, evidence: list[Evidence]):
     self.evidence = evidence
+    self.indirect: set[int] = set()  # leaves known only by what is made of them
 
   def run(self, jaxpr: Any, consts: Sequence[Seen], args: Sequence[Seen]) -> list[Seen]:
     env: dict[Any, Seen] = {}
@@ -251,6 +252,8 @@ class _Study:
     weights = [side for side in sides if self._is_weight(side[0], side[3], side[4])]
     if weights:
       last = NONE
+    for made, other, contract, _, _ in sides:
+      self._made_of_parameters(made, other, contract)
     for weight, other, contract, batch, _ in weights:
       contracted = {label for d in contract for label in weight.axes[d]}
       batched = {label for d in batch for label in weight.axes[d]}
@@ -265,6 +268,24 @@ class _Study:
       *(rhs.axes[d] for d in free[1]),
     )
     return [Seen(None, axes, last)]
+
+  def _made_of_parameters(self, made: Seen, other: Seen, contract: Sequence[int]) -> None:
+    """A kernel computed from parameters (concatenated gates, a normalised weight) says what is contracted of each."""
+    if made.leaf is not None or made.last or not other.last:
+      return
+    for leaf, axis in {label for d in contract for label in made.axes[d]}:
+      evidence = self.evidence[leaf]
+      if evidence.contracted is None or leaf in self.indirect:
+        self.indirect.add(leaf)
+        evidence.contracted = (evidence.contracted or frozenset()) | {axis}
+
+  def concatenate(self, eqn: Any, values: list[Seen]) -> list[Seen]:
+    """Axis by axis, whatever lies side by side there."""
+    for value in values:
+      if value.leaf is not None and not value.picked:
+        self.evidence[value.leaf].used.append(eqn.primitive.name)
+    axes = tuple(frozenset().union(*group) for group in zip(*(value.axes for value in values), strict=True))
+    return [Seen(None, axes, frozenset().union(*(value.last for value in values)))]
 
   def _is_weight(self, value: Seen, batch: Sequence[int], free: Sequence[int]) -> bool:
     """A parameter; or looked-up parts of one that meet their inputs row by row, and still have an output axis."""
@@ -372,6 +393,7 @@ _HANDLERS: dict[str, Callable[[_Study, Any, list[Seen]], list[Seen]]] = {
   "dot_general": _Study.dot_general,
   "conv_general_dilated": _Study.conv,
   "gather": _Study.gather,
+  "concatenate": _Study.concatenate,
   "cond": _Study.cond,
   "scan": _Study.scan,
   "while": _Study.while_,

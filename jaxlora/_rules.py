@@ -252,9 +252,9 @@ def _rounded(op: Op, args: Sequence[Any]) -> list[Any]:
   return [w.replace(base=op.bind(w.base)[0])]
 
 
-@rule("mesh_cast")
+@rule("mesh_cast", "reshard")
 def _mesh_cast(op: Op, args: Sequence[Any]) -> list[Any]:
-  """Another view of the mesh: every part has to share it, each with the names of the axes that it holds."""
+  """Another place on the mesh, or another view of it: every part goes there, by the names of the axes it holds."""
   w = only_weight(args)
   target = op.params["dst_sharding"]
   spec = (*target.spec, *(None,) * (len(w.roles) - len(target.spec)))
@@ -266,7 +266,7 @@ def _mesh_cast(op: Op, args: Sequence[Any]) -> list[Any]:
   return [w.replace(base=op.bind(w.base)[0], a=of_factor(w.a, "i"), b=of_factor(w.b, "o"))]
 
 
-@rule("sharding_constraint", "reshard")
+@rule("sharding_constraint")
 def _base_only(op: Op, args: Sequence[Any]) -> list[Any]:
   """Where the weight lies: the base goes there, the factors are small and follow the compiler."""
   w = only_weight(args)
@@ -447,11 +447,48 @@ def _per_group(h: Any, b: Any, feature: int, groups: int, result: Result) -> Any
   return laid_out.reshape(*h.shape[:feature], b.shape[1], *h.shape[feature + 1 :])
 
 
+def _moving_axis(op: Op, shape: Sequence[int]) -> int | None:
+  """The one axis that a slice of whole other axes moves along, where a gather is written so: `vmap` of `w[k]`."""
+  numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
+  moving = [d for d in numbers.start_index_map if sizes[d] != shape[d]]
+  clipped = op.params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+  written_so = len(numbers.start_index_map) > 1 and len(moving) == 1 and sizes[moving[0]] == 1
+  return moving[0] if written_so and clipped else None
+
+
+def _batched_slice(op: Op, w: Factored, indices: Any, axis: int) -> list[Any]:
+  """That slice as a lookup along its axis; the axis of size 1 that it keeps is put back afterwards."""
+  numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
+  k = numbers.start_index_map.index(axis)
+  gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+  offsets = dict(zip((d for d in range(len(sizes)) if d not in gone), numbers.offset_dims, strict=True))
+  place = offsets.get(axis)
+  if set(numbers.collapsed_slice_dims) - {axis}:
+    raise Unfactorable("a gather of more than whole slices along one axis")
+  simple = {
+    "dimension_numbers": numbers._replace(
+      offset_dims=tuple(o - (place is not None and o > place) for o in numbers.offset_dims if o != place),
+      collapsed_slice_dims=(axis,),
+      start_index_map=(axis,),
+    )
+  }
+  lookup = op._replace(params=op.params | simple, bind=lambda *args: op.bind(*args, **simple))
+  (out,) = _gather(lookup, [w, lax.slice_in_dim(indices, k, k + 1, axis=-1)])
+  if place is None:
+    return [out]
+  if not isinstance(out, Factored):
+    return [lax.expand_dims(out, (place,))]
+  base = lax.expand_dims(out.base, (place,))
+  return [reshaped(out, base.shape, out.roles[:place] + "s" + out.roles[place:], base)]
+
+
 @rule("gather")
 def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
   """A lookup along one axis: `take(W, ids) = take(base, ids) + take(A, ids) B` for an axis of role `i`."""
   w = only_weight(args)
   indices = args[1]
+  if (moving := _moving_axis(op, w.shape)) is not None:
+    return _batched_slice(op, w, indices, moving)
   numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
   batching = tuple(numbers.operand_batching_dims)
   looked_up = tuple(numbers.start_index_map)

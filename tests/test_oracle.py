@@ -1,5 +1,7 @@
 """`wrap(f)(tree)` equals `f(merge(tree))`: every kind of weight in every control flow, values and gradients."""
 
+import functools
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -46,8 +48,10 @@ def test_the_probe_finds_the_roles(build):
 def test_at_init_the_function_is_the_base_bit_for_bit(build):
   case = helpers.BUILDERS[build](jnp.float32)
   tree = jaxlora.adapt(case.params, case.config, jax.random.key(0), probe=lambda p: case.fn(p, *case.args))
-  got = jax.jit(jaxlora.wrap(case.fn))(tree, *case.args)
-  np.testing.assert_array_equal(got, jax.jit(case.fn)(case.params, *case.args))
+  # As users compile it: without optimisation XLA rounds one function in two ways, alone and fused with an addition.
+  jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+  got = jit(jaxlora.wrap(case.fn))(tree, *case.args)
+  np.testing.assert_array_equal(got, jit(case.fn)(case.params, *case.args))
 
 
 @pytest.mark.parametrize("build", helpers.BUILDERS)

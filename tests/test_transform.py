@@ -478,3 +478,227 @@ def test_materialising_says_that_dropout_does_not_act():
   tree = one_weight(dropout=0.5)
   with pytest.warns(jaxlora.MaterializeWarning, match="the adapter's dropout does not act there"):
     jaxlora.wrap(use_whole, dropout_key=KEY)(tree, X)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Control flow that hides what it does with a weight.
+
+
+def stack_of_layers():
+  weights = {"w": helpers.array(1, (3, 5, 5), jnp.float32)}
+  config = jaxlora.LoraConfig(rank=2, alpha=3, targets="w", axes={"w": "sio"})
+  return helpers.trained(jaxlora.adapt(weights, config, KEY))
+
+
+def test_a_batched_predicate_of_a_loop():
+  """vmap of a loop whose length is data: every element stops when it is through."""
+
+  def fn(p, x):
+    grow = lambda x: jnp.tanh(x @ p["w"]) * 2 + x
+    return jax.vmap(lambda x: lax.while_loop(lambda x: jnp.sum(jnp.abs(x @ p["w"])) < 30, grow, x))(x)
+
+  tree = one_weight((5, 5))
+  helpers.check(fn, tree, (X,), 1e-5, reverse=False)
+
+
+@pytest.mark.parametrize("boundary", [jax.checkpoint, jax.jit], ids=["remat", "jit"])
+def test_weights_that_a_body_hands_on_through_a_call_stay_factored(boundary):
+  """As `nnx.scan` with `nnx.remat` does: the state of a module comes out of the loop, and is used after it."""
+  body = boundary(lambda x, w: (jnp.tanh(x @ w), w))
+
+  def through_xs(p, x):
+    x, stack = lax.scan(body, x, p["w"])
+    return lax.scan(body, x, stack)[0]
+
+  def through_carry(p, x):
+    step = boundary(lambda state: (jnp.tanh(state[0] @ state[1]), state[1]))
+    (x, w), _ = lax.scan(lambda state, _: (step(state), None), (x, p["w"][0]), length=2)
+    return x @ w
+
+  def through_cond(p, x):
+    one, other = boundary(lambda x, w: (x @ w, w)), boundary(lambda x, w: (x, w))
+    x, w = lax.cond(x[0, 0] > 0, one, other, x, p["w"][1])
+    return x @ w
+
+  for fn in (through_xs, through_carry, through_cond):
+    helpers.check(fn, stack_of_layers(), (X,), 1e-5)
+
+
+def test_a_scan_over_an_axis_of_one():
+  fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"][None])[0]
+  helpers.check(fn, one_weight((5, 5)), (X,), 1e-5)
+
+
+@pytest.mark.parametrize(
+  "pick",
+  [
+    lambda w, k: w[k],
+    lambda w, k: lax.dynamic_index_in_dim(w, k, 0, keepdims=False),
+    lambda w, k: lax.dynamic_slice(w, (k, 0, 0), (1, 5, 5))[0],
+  ],
+  ids=["index", "dynamic_index", "dynamic_slice"],
+)
+def test_an_expert_for_each_example_under_vmap(pick):
+  fn = lambda p, x: jax.vmap(lambda x, k: x @ pick(p["w"], k))(x, jnp.array([2, 0, 1]))
+  helpers.check(fn, stack_of_layers(), (X,), 1e-5)
+
+
+def test_platform_dependent_branches():
+  def fn(p, x):
+    return lax.platform_dependent(p["w"], x, cpu=lambda w, x: x @ w, default=lambda w, x: x @ w * 2)
+
+  helpers.check(fn, one_weight(), (X,), 1e-5)
+
+
+def test_a_remat_of_a_gradient_keeps_its_barrier():
+  def fn(p, x):
+    inner = jax.checkpoint(lambda x: jnp.sum(jnp.tanh(x @ p["w"])))
+    return jax.grad(lambda x: inner(x))(x)
+
+  tree = one_weight()
+  lowered = [jax.jit(f).lower(t, X).as_text() for f, t in ((fn, jaxlora.merge(tree)), (jaxlora.wrap(fn), tree))]
+  assert [text.count("optimization_barrier") > 0 for text in lowered] == [True, True]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One jitted layer for many weights.
+
+
+def layers(count, **fields):
+  params = {f"layer_{k}": helpers.array(k, (5, 5), jnp.float32) for k in range(count)}
+  config = jaxlora.LoraConfig(**{"rank": 2, "alpha": 3, "targets": ".*"} | fields)
+  return helpers.trained(jaxlora.adapt(params, config, KEY))
+
+
+def test_a_jitted_layer_stays_one_function():
+  layer = jax.jit(lambda w, x: jnp.tanh(x @ w))
+
+  def fn(p, x):
+    for w in p.values():
+      x = layer(w, x)
+    return x
+
+  tree = layers(6)
+  helpers.check(fn, tree, (X,), 1e-5)
+  base, wrapped = (
+    jax.jit(f).lower(t, X).as_text().count("func.func")
+    for f, t in ((fn, jaxlora.merge(tree)), (jaxlora.wrap(fn), tree))
+  )
+  assert wrapped == base
+  assert [use.path for use in jaxlora.explain(fn, tree, X).uses] == list(tree)
+
+
+def test_what_a_jitted_layer_materialises_is_said_of_every_weight():
+  layer = jax.jit(lambda w, x: x @ jnp.sin(w))
+  fn = lambda p, x: layer(p["layer_1"], layer(p["layer_0"], x))
+  with pytest.warns(jaxlora.MaterializeWarning) as caught:
+    jaxlora.wrap(fn)(layers(2), X)
+  assert [str(warning.message).split(":")[0] for warning in caught] == ["layer_0", "layer_1"]
+  with pytest.raises(jaxlora.MaterializeError, match="layer_0"):
+    jaxlora.wrap(fn, on_materialize="error")(layers(2), X)
+
+
+def test_jitted_layers_have_dropout_masks_of_their_own():
+  tree = layers(1, dropout=0.5)
+  layer = jax.jit(lambda w, x: x @ w)
+  assert masks_differ(lambda p, x: (layer(p["layer_0"], x), layer(p["layer_0"], x)), tree)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Places and numbers.
+
+
+def test_lines_inside_jitted_numpy_functions_are_the_users():
+  """The line is part of what makes a place: two calls are two places, and both are told of."""
+
+  def fn(p, x):
+    first = jnp.clip(p["w"], -1, 1)
+    second = jnp.clip(p["w"], -2, 2)
+    return x @ first @ second.T
+
+  with pytest.warns(jaxlora.MaterializeWarning) as caught:
+    jaxlora.wrap(fn)(one_weight(), X)
+  lines = {str(warning.message).split("(")[1].split(")")[0] for warning in caught}
+  assert len(lines) == 2
+  assert all("test_transform.py" in line for line in lines)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])
+def test_dropout_of_integer_activations(dtype):
+  tree, x = one_weight(dropout=0.5), jnp.arange(10, dtype=dtype).reshape(2, 5)
+  fn = lambda p, x: lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())))
+  out = jaxlora.wrap(fn, dropout_key=KEY, on_materialize="error")(tree, x)
+  assert bool(jnp.isfinite(out).all())
+  assert not np.array_equal(out, jaxlora.wrap(fn)(tree, x))
+
+
+@pytest.mark.parametrize("kind", ["dot", "conv"])
+def test_the_update_has_the_products_own_precision(kind):
+  """float16 in, float32 out: 4096 terms of 20 do not fit into the first, and the base product says so by its dtype."""
+  n, options = 4096, {"preferred_element_type": jnp.float32}
+  x = jnp.full((1, 2, n), 20.0, jnp.float16)
+  if kind == "dot":
+    fn, roles, shape = lambda p, x: jnp.matmul(x, p["w"], **options), "io", (n, 3)
+  else:
+    numbers = ("NHC", "HIO", "NHC")
+    fn = lambda p, x: lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=numbers, **options)
+    roles, shape = "iio", (1, n, 3)
+  a, b = jnp.ones((1, *shape[:-1]), jnp.float16), jnp.full((1, 3), 1e-3, jnp.float16)
+  weight = jaxlora.LoraWeight(jnp.zeros(shape, jnp.float16), a, b, roles=roles, rank=1, alpha=1.0)
+  out = jaxlora.wrap(fn, on_materialize="error")({"w": weight}, x)
+  assert out.dtype == jnp.float32
+  np.testing.assert_allclose(out, 20 * n * float(b[0, 0]) * np.ones_like(out), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_factors_beside_a_base_of_eight_bits_keep_their_own(dtype):
+  base = helpers.array(1, (6, 5), jnp.float32).astype(dtype)
+  tree = helpers.trained(jaxlora.adapt({"w": base}, jaxlora.LoraConfig(rank=2, targets="w", dtype="float32"), KEY))
+  fn = lambda p, x: x @ p["w"].astype(jnp.float32)
+  x, w = helpers.array(2, (3, 6), jnp.float32), tree["w"]
+  want = x @ (base.astype(jnp.float32) + w.scale * w.a.T @ w.b)
+  helpers.assert_close(jaxlora.wrap(fn, on_materialize="error")(tree, x), want, 1e-5)
+
+
+def test_shards_of_data_have_dropout_masks_of_their_own():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  spec = jax.sharding.PartitionSpec
+  local = lambda p, x: x @ p["w"]
+  fn = lambda p, x: jax.shard_map(local, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"))(p, x)
+  out = jaxlora.wrap(fn, dropout_key=KEY)(one_weight(dropout=0.5), jnp.ones((2, 5)))
+  assert not np.allclose(out[0], out[1])
+
+
+def test_explicit_sharding_of_results():
+  """A lookup and a row-parallel product that say how their results are sharded."""
+  mesh = jax.make_mesh(
+    (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=jax.devices()[:4]
+  )
+  spec = jax.sharding.PartitionSpec
+  with jax.set_mesh(mesh):
+    put = lambda leaf, *names: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec(*names)))
+    w = helpers.trained(jaxlora.adapt({"w": helpers.array(1, (6, 8), jnp.float32)}, jaxlora.LoraConfig(rank=2), KEY))["w"]
+    rows = jaxlora.LoraWeight(put(w.base, "model"), put(w.a, None, "model"), put(w.b), rank=2, alpha=w.alpha)
+    whole = jaxlora.LoraWeight(put(w.base), put(w.a), put(w.b), rank=2, alpha=w.alpha)
+    take = lambda p, ids: p["w"].at[ids].get(out_sharding=spec("data", None))
+    product = lambda p, x: jnp.einsum("bi,io->bo", x, p["w"], out_sharding=spec("data", None))
+    x = helpers.array(2, (4, 6), jnp.float32)
+    merged = jaxlora.merge({"w": w})["w"]
+    for fn, weight, data, want in (
+      (take, whole, put(jnp.arange(4), "data"), merged[:4]),
+      (product, rows, put(x, "data", "model"), x @ merged),
+    ):
+      got = jax.jit(jaxlora.wrap(fn, on_materialize="error"))({"w": weight}, data)
+      assert jax.typeof(got).sharding.spec == spec("data", None)
+      helpers.assert_close(np.asarray(got), np.asarray(want), 1e-5)
+
+
+def test_kernels_that_are_concatenated_first_are_kernels():
+  """Linen's OptimizedLSTMCell: its gates' kernels are one at the product, and every one of them is adapted and told of."""
+  cell = nn.OptimizedLSTMCell(4)
+  carry = (jnp.zeros((3, 4)), jnp.zeros((3, 4)))
+  params = cell.init(KEY, carry, X)["params"]
+  fn = lambda p: cell.apply({"params": p}, carry, X)[1]
+  tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY, probe=fn)
+  assert {leaf.path for leaf in jaxlora.summary(tree).leaves} == {f"{s}{g}/kernel" for s in "ih" for g in "figo"}
+  assert {use.path for use in jaxlora.explain(fn, tree).materialized} == {f"{s}{g}/kernel" for s in "ih" for g in "figo"}
