@@ -53,12 +53,10 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
     raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
   key = typed_key(key, "adapt: key")
   register_with_flax()
-  nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+  nodes, treedef = _paths.flatten(params, is_leaf=is_adapted)
   if not nodes:
     raise ValueError("adapt: the tree has no leaves; pass the model's parameters.")
-  leaves = {_paths.path_string(path): leaf for path, leaf in nodes}
-  if len(leaves) != len(nodes):
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in nodes}
+  leaves = dict(nodes)
   for path, leaf in leaves.items():
     if is_adapted(leaf):
       raise ValueError(f"adapt: {path} is adapted already. Merge first (jaxlora.merge), or adapt the original tree.")
@@ -188,10 +186,10 @@ def map_adapted(lora: Callable[[Any], Any], full: Callable[[Any], Any], plain: C
   return jax.tree_util.tree_map(one, tree, is_leaf=is_adapted)
 
 
-def adapted_leaves(tree: Any) -> dict[str, Any]:
-  """The adapted nodes of a tree by path."""
-  nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
-  return {_paths.path_string(path): node for path, node in nodes if is_adapted(node)}
+def adapted_leaves(tree: Any) -> list[tuple[str, Any]]:
+  """The adapted nodes of a tree with their paths."""
+  nodes, _ = _paths.flatten(tree, is_leaf=is_adapted)
+  return [(path, node) for path, node in nodes if is_adapted(node)]
 
 
 def check_adapted(tree: Any, what: str) -> None:
@@ -244,10 +242,10 @@ def join(frozen: Any, trainable: Any) -> Any:
   """
   _check_half(frozen, "frozen", ("base",))
   _check_half(trainable, "trainable", ("a", "b", "value"))
-  left, left_def = jax.tree_util.tree_flatten_with_path(frozen, is_leaf=_is_half_leaf)
-  right, right_def = jax.tree_util.tree_flatten_with_path(trainable, is_leaf=_is_half_leaf)
+  left, left_def = _paths.flatten(frozen, is_leaf=_is_half_leaf)
+  right, right_def = _paths.flatten(trainable, is_leaf=_is_half_leaf)
   if not (left_def == right_def):  # type: ignore[operator]  # noqa: SIM201 (JAX types PyTreeDef as optional)
-    ours, theirs = ({_paths.path_string(path) for path, _ in side} for side in (left, right))
+    ours, theirs = ({path for path, _ in side} for side in (left, right))
     raise ValueError(
       "join: the halves are of different trees."
       f" Only in the frozen half: {listed(sorted(ours - theirs)) or 'nothing'};"
@@ -255,13 +253,13 @@ def join(frozen: Any, trainable: Any) -> Any:
       + ("" if ours != theirs else f" Containers differ: {left_def} and {right_def}.")
     )
   return jax.tree_util.tree_unflatten(
-    left_def, [_joined(_paths.path_string(path), f, t) for (path, f), (_, t) in zip(left, right, strict=True)]
+    left_def, [_joined(path, f, t) for (path, f), (_, t) in zip(left, right, strict=True)]
   )
 
 
 def _check_half(half: Any, name: str, own: tuple[str, ...]) -> None:
   """Raises if a half holds what belongs to the other one."""
-  for path, node in adapted_leaves(half).items():
+  for path, node in adapted_leaves(half):
     held = [field for field in ("base", "a", "b", "value") if getattr(node, field, None) is not None]
     if foreign := [field for field in held if field not in own]:
       raise ValueError(
@@ -317,12 +315,12 @@ def merge(tree: Any) -> Any:
     ValueError: where factors are NaN or infinite (checked outside `jit`, where values are known), naming the leaves, or
       where they do not fit their base.
   """
-  for path, node in adapted_leaves(tree).items():
+  for path, node in adapted_leaves(tree):
     if isinstance(node, LoraWeight):
       check_weight(node, f"merge: {path}")
   broken = [
     f"{path} ({name})"
-    for path, node in adapted_leaves(tree).items()
+    for path, node in adapted_leaves(tree)
     for name in ("a", "b", "value")
     if _has_nan(getattr(node, name, None))
   ]

@@ -142,7 +142,7 @@ def summary(tree: Any) -> Summary:
     >>> f"{report.saved:.0%} fewer than {report.adapted_parameters:,}"
     '86% fewer than 32,768'
   """
-  nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
+  nodes, _ = _paths.flatten(tree, is_leaf=is_adapted)
   leaves: list[LeafSummary] = []
   bases: list[Any] = []
   trained: list[Any] = []
@@ -150,7 +150,7 @@ def summary(tree: Any) -> Summary:
     if not is_adapted(node):
       bases.append(node)
       continue
-    leaf = _leaf_summary(_paths.path_string(path), node)
+    leaf = _leaf_summary(path, node)
     leaves.append(leaf)
     bases.append(node.base)
     trained.extend([node.a, node.b] if isinstance(node, LoraWeight) else [node.value])
@@ -225,8 +225,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     ValueError: if no argument holds an adapted weight.
   """
   record = Record("ignore", set())
-  nodes, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
-  paths = [_transform.argument_path(path) for path, node in nodes if isinstance(node, LoraWeight)]
+  nodes, treedef = _transform.argument_leaves(args, kwargs)
+  paths = [path for path, node in nodes if isinstance(node, LoraWeight)]
   if not paths:
     raise ValueError("explain: no argument holds an adapted weight. Make one with jaxlora.adapt(params, config, key).")
   leaves, inner = jax.tree_util.tree_flatten([node for _, node in nodes])

@@ -469,8 +469,8 @@ def call(
   fn: Callable[..., Any], record: Record, dropout_key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
   """One call of a wrapped function: take the weights out, trace, walk."""
-  nodes, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
-  leaves = [opened(node, argument_path(path), dropout_key) for path, node in nodes]
+  nodes, treedef = argument_leaves(args, kwargs)
+  leaves = [opened(node, path, dropout_key) for path, node in nodes]
   dynamic = [k for k, leaf in enumerate(leaves) if isinstance(leaf, (Factored, jax.Array, np.ndarray))]
   if not weights_in(leaves):
     plain_args, plain_kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
@@ -520,9 +520,22 @@ def opened(node: Any, path: str, dropout_key: Any) -> Any:
   return node
 
 
-def argument_path(path: Sequence[Any]) -> str:
-  """A leaf's path inside its argument: the argument's own position, `args/0` or `kwargs/name`, is left out."""
-  return _paths.path_string(path[2:]) or _paths.path_string(path[1:])
+def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tuple[str, Any]], Any]:
+  """The leaves of a call's arguments, each with its path inside its argument, and the structure of both together.
+
+  The argument's own position or keyword leads the path where several arguments hold adapted weights.
+  """
+  arguments = [*enumerate(args), *sorted(kwargs.items())]
+  flat = [(name, argument, _paths.flatten(argument, is_leaf=is_adapted)[0]) for name, argument in arguments]
+  several = sum(any(is_adapted(leaf) for _, leaf in leaves) for *_, leaves in flat) > 1
+
+  def path_of(name: Any, argument: Any, path: str, leaf: Any) -> str:
+    if leaf is argument:
+      return str(name)
+    return f"{name}/{path}" if several else path
+
+  pairs = [(path_of(name, argument, path, leaf), leaf) for name, argument, leaves in flat for path, leaf in leaves]
+  return pairs, jax.tree_util.tree_structure((args, kwargs), is_leaf=is_adapted)
 
 
 # Raw keys say which generator they are for by their shape alone.

@@ -68,3 +68,16 @@ def test_explain_runs_nothing_and_takes_shapes():
   tree = jax.eval_shape(lambda p: jaxlora.adapt(p, jaxlora.LoraConfig(rank=2, targets=["kernel"]), KEY), shapes)
   report = jaxlora.explain(model.apply, tree, jax.ShapeDtypeStruct((2, 3), jnp.float32))
   assert [use.path for use in report.uses] == ["params/kernel"]
+
+
+def test_two_arguments_with_the_same_paths_are_told_apart():
+  make = lambda: jaxlora.adapt({"w": jnp.ones((6, 4))}, jaxlora.LoraConfig(rank=2, targets="w"), KEY)
+  first, second, x = make(), make(), jnp.ones((2, 6))
+  report = jaxlora.explain(lambda p, q, x: x @ p["w"], first, second, x)
+  assert ([use.path for use in report.uses], report.unused) == (["0/w"], ("1/w",))
+  report = jaxlora.explain(lambda p, x, *, other: x @ other["w"], first, x, other=second)
+  assert ([use.path for use in report.uses], report.unused) == (["other/w"], ("0/w",))
+  whole = jax.jit(jaxlora.wrap(lambda p, q: jnp.sin(p["w"]) + jnp.sin(q["w"])))
+  with pytest.warns(jaxlora.MaterializeWarning) as caught:
+    whole(first, second)
+  assert [str(warning.message)[:4] for warning in caught] == ["0/w:", "1/w:"]
