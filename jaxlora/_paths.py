@@ -26,12 +26,16 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
   """
   nodes, treedef = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   boxed = _boxed(tree)
-  names = ["/".join(map(_component, path[:-1] if path[:-1] in boxed else path)) or ROOT for path, _ in nodes]
+  names = [path_string(path[:-1] if path[:-1] in boxed else path) for path, _ in nodes]
   count = collections.Counter(names)
   return [
     (name if count[name] == 1 else tree_util.keystr(path), leaf)
     for name, (path, leaf) in zip(names, nodes, strict=True)
   ], treedef
+
+
+def path_string(path: Sequence[Any]) -> str:
+  return "/".join(map(_component, path)) or ROOT
 
 
 def _boxed(tree: Any) -> set[Any]:

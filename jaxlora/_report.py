@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import _paths, _transform
+from jaxlora._adapt import check_adapted
 from jaxlora._transform import Record, Use
 from jaxlora._weight import LoraWeight, is_adapted
 
@@ -141,7 +142,11 @@ def summary(tree: Any) -> Summary:
     (512, 4096, 4608)
     >>> f"{report.saved:.0%} fewer than {report.adapted_parameters:,}"
     '86% fewer than 32,768'
+
+  Raises:
+    ValueError: if the tree has no adapted leaf, or is a half.
   """
+  check_adapted(tree, "summary")
   nodes, _ = _paths.flatten(tree, is_leaf=is_adapted)
   leaves: list[LeafSummary] = []
   bases: list[Any] = []
@@ -154,8 +159,6 @@ def summary(tree: Any) -> Summary:
     leaves.append(leaf)
     bases.append(node.base)
     trained.extend([node.a, node.b] if isinstance(node, LoraWeight) else [node.value])
-  if not leaves:
-    raise ValueError("summary: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
   return Summary(
     leaves=tuple(leaves),
     total_parameters=_elements(*bases),

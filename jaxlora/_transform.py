@@ -507,17 +507,12 @@ def call(
 
 def opened(node: Any, path: str, dropout_key: Any) -> Any:
   """What stands for one argument leaf inside the walk."""
-  if isinstance(node, LoraWeight):
-    check_weight(node, path)
-    return _lowrank.enter(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
+  if not is_adapted(node):
+    return node
+  check_weight(node, path)
   if isinstance(node, FullWeight):
-    if node.value is None:
-      raise ValueError(
-        f"{path}: value missing: this is the frozen half of a split tree. Put the halves together with"
-        " jaxlora.join(frozen, trainable)."
-      )
     return node.value
-  return node
+  return _lowrank.enter(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
 
 
 def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tuple[str, Any]], Any]:

@@ -1,11 +1,15 @@
 """Bad input gets an error that names the field or leaf, what was found, what was expected, and what to do."""
 
+import dataclasses
 import json
 import math
 
+import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxlora
@@ -194,6 +198,76 @@ def test_join_of_halves_of_different_trees():
     jaxlora.join(frozen, jaxlora.split(adapt(other))[1])
 
 
+def test_join_says_how_halves_differ_and_what_to_do():
+  sized = lambda shape: adapt({"w": jnp.ones((4, 4)), "b": jnp.ones(shape)}, targets="w", train="b")
+  frozen, trainable = jaxlora.split(sized((4,)))
+  turned = jaxlora.split(adapt({"w": jnp.ones((4, 4)), "b": jnp.ones(4)}, targets="w", train="b", axes={"w": "oi"}))[1]
+  lacking = lambda part: {**trainable, "w": dataclasses.replace(trainable["w"], **{part: None})}
+  remedy = r".*Join what one jaxlora\.split returned"
+  for wrong, message in [
+    (turned, "join: w: roles 'io' in the frozen half, 'oi' in the trainable half"),
+    (jaxlora.split(sized((5,)))[1], r"join: b: value has shape \(5,\), expected the base's, \(4,\)\..*join it with the base"),
+    (flax.core.freeze(trainable), r"root: dict in the frozen half, FrozenDict in the trainable half"),
+    (lacking("a"), "join: w: expected .* a missing in the trainable half"),
+    (lacking("b"), "join: w: expected .* b missing in the trainable half"),
+    ({**trainable, "b": jaxlora.FullWeight(None, None)}, "join: b: expected .* value missing in the trainable half"),
+    ({**trainable, "b": None}, "join: b: FullWeight in the frozen half, nothing in the trainable"),
+    ({"w": trainable["w"]}, "Only in the frozen half: b; only in the trainable half: nothing"),
+  ]:
+    with pytest.raises(ValueError, match=message + ("" if "join it" in message else remedy)):
+      jaxlora.join(frozen, wrong)
+  with pytest.raises(ValueError, match="join: w: expected .* base missing in the frozen half"):
+    jaxlora.join({**frozen, "w": dataclasses.replace(frozen["w"], base=None)}, trainable)
+
+
+def test_join_names_the_first_other_container():
+  make = lambda layers: adapt({"b": {"layers": layers}, "c": {}}, targets="b/.*")
+  frozen = jaxlora.split(make([jnp.ones((6, 4)), {"deep": jnp.ones((6, 4))}]))[0]
+  trainable = jaxlora.split(make((jnp.ones((6, 4)), {"deep": jnp.ones((6, 4))})))[1]
+  with pytest.raises(ValueError, match="b/layers: list in the frozen half, tuple in the trainable half") as caught:
+    jaxlora.join(frozen, trainable)
+  assert "PyTreeDef" not in str(caught.value)
+  with pytest.raises(ValueError, match="c: dict in the frozen half, list in the trainable half"):
+    jaxlora.join(frozen, jaxlora.split(make([jnp.ones((6, 4)), {"deep": jnp.ones((6, 4))}]))[1] | {"c": []})
+  boxed = lambda *names: adapt({"w": nn.Partitioned(jnp.ones((6, 4)), names)}, targets="w")
+  with pytest.raises(ValueError, match="w: the Partitioned in the frozen half has other static fields"):
+    jaxlora.join(jaxlora.split(boxed("a", "b"))[0], jaxlora.split(boxed("b", "a"))[1])
+
+
+def halves():
+  return dict(zip(("frozen", "trainable"), jaxlora.split(adapt(train=".*/bias")), strict=True))
+
+
+@pytest.mark.parametrize(
+  ("half", "missing"), [("frozen", "encoder/query/bias: value"), ("trainable", "encoder/query/bias: base")]
+)
+@pytest.mark.parametrize("name", ["merge", "summary", "split", "optimizer", "strip"])
+def test_a_half_is_no_tree(name, half, missing):
+  call = jaxlora.optimizer(optax.sgd(1.0)).init if name == "optimizer" else getattr(jaxlora, name)
+  tree = halves()[half]
+  if (name, half) == ("strip", "frozen"):  # which is all that it needs
+    jax.tree.map(np.testing.assert_array_equal, call(tree), PARAMS)
+  else:
+    with pytest.raises(ValueError, match=rf"{name}: {missing} missing: this is one half.*jaxlora\.join"):
+      call(tree)
+
+
+def test_parts_must_fit_their_base():
+  weight = adapt({"w": jnp.ones((6, 4))}, targets="w")["w"]
+  fn = jaxlora.wrap(lambda p: p["w"] * 2, on_materialize="ignore")
+  for wrong, message in [
+    (dataclasses.replace(weight, a=weight.a[:, 1:]), r"w: factor a has shape \(2, 5\), expected \(2, 6\)"),
+    (dataclasses.replace(weight, b=weight.b[:, 1:]), r"w: factor b has shape \(2, 3\), expected \(2, 4\)"),
+    (jaxlora.FullWeight(jnp.ones(4), jnp.ones(3)), r"w: value has shape \(3,\), expected the base's, \(4,\)"),
+  ]:
+    for call in (fn, jaxlora.merge):
+      with pytest.raises(ValueError, match=message + r".*join it with the base that it was made for, or adapt"):
+        call({"w": wrong})
+  for lacking in (jaxlora.FullWeight(jnp.ones(4), None), jaxlora.FullWeight(None, jnp.ones(4))):
+    with pytest.raises(ValueError, match=r"w: (value|base) missing: this is one half"):
+      fn({"w": lacking})
+
+
 def test_wrapped_calls_check_that_the_factors_fit():
   tree = adapt({"w": jnp.ones((6, 4))}, targets="w")
   broken = {"w": jaxlora.LoraWeight(tree["w"].base, tree["w"].a[:1], tree["w"].b, rank=2)}
@@ -211,15 +285,31 @@ def test_wrap_names_its_choices():
     jaxlora.wrap(lambda p: p, on_materialize="raise")
 
 
-def test_merge_refuses_factors_that_diverged():
-  tree = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf, adapt())
-  with pytest.raises(ValueError, match=r"merge: found NaN or infinite values in encoder/query/kernel \(a\)"):
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize(
+  ("leaf", "part"), [("query/kernel", "a"), ("query/kernel", "b"), ("query/bias", "value")]
+)
+def test_merge_refuses_factors_that_diverged(leaf, part, bad):
+  tree = adapt(train=".*/bias")
+  _, name = leaf.split("/")
+  query = tree["encoder"]["query"]
+  query[name] = dataclasses.replace(query[name], **{part: getattr(query[name], part).at[0].set(bad)})
+  with pytest.raises(ValueError, match=rf"merge: found NaN or infinite values in encoder/{leaf} \({part}\), expected"):
     jaxlora.merge(tree)
 
 
-def test_trees_without_an_adapter():
-  import optax
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_merge_refuses_sums_that_overflow(dtype):
+  huge = jnp.finfo(dtype).max / 2
+  weight = jaxlora.LoraWeight(jnp.ones((6, 4), dtype), jnp.full((2, 6), huge), jnp.full((2, 4), huge), rank=2)
+  with pytest.raises(ValueError, match=r"merge: found NaN or infinite values in w \(base \+ A B\), expected finite"):
+    jaxlora.merge({"w": weight})
+  assert jax.jit(jaxlora.merge)({"w": weight})["w"].shape == (6, 4)  # where values are not known
+  masked = adapt({"w": jnp.full((6, 4), -jnp.inf)}, targets="w")  # the base's own infinities are its business
+  assert not jnp.isfinite(jaxlora.merge(masked)["w"]).any()
 
+
+def test_trees_without_an_adapter():
   for call in (jaxlora.split, jaxlora.summary, jaxlora.optimizer(optax.sgd(1.0)).init, jaxlora.grad(lambda p: 0.0)):
     with pytest.raises(ValueError, match=r"no adapted leaf.*jaxlora\.adapt"):
       call(PARAMS)
@@ -230,3 +320,7 @@ def test_trees_without_an_adapter():
 def test_an_adapted_leaf_is_no_array():
   with pytest.raises(TypeError, match=r"a LoraWeight was used as an array.*jaxlora\.wrap"):
     jnp.asarray(adapt()["encoder"]["query"]["kernel"])
+  for node, name in ((adapt()["encoder"]["query"]["kernel"], "LoraWeight"), (jaxlora.FullWeight(1, 1), "FullWeight")):
+    for call in (np.asarray, lambda node: np.array(node, np.float32), lambda node: np.ones((2, 6)) @ node):
+      with pytest.raises(TypeError, match=rf"a {name} was used as an array.*jaxlora\.wrap"):
+        call(node)
