@@ -67,11 +67,11 @@ class Summary:
 
   @property
   def saved(self) -> float:
-    """The share of the adapted weights' parameters that need not be trained."""
-    return 1 - self.trainable_parameters / self.adapted_parameters
+    """The share of the adapted weights' parameters that need not be trained; negative where more are."""
+    return _saved(self.trainable_parameters, self.adapted_parameters)
 
   def __str__(self) -> str:
-    rows = [("leaf", "shape", "roles", "rank", "scale", "A", "B", "trained", "of", "fewer")]
+    rows = [("leaf", "shape", "roles", "rank", "scale", "A", "B", "trained", "of", "change")]
     for leaf in self.leaves:
       rows.append(
         (
@@ -84,19 +84,27 @@ class Summary:
           f"{leaf.b_parameters:,}",
           f"{leaf.trainable_parameters:,}",
           f"{leaf.base_parameters:,}",
-          f"{1 - leaf.trainable_parameters / leaf.base_parameters:.0%}",
+          _fewer(_saved(leaf.trainable_parameters, leaf.base_parameters)),
         )
       )
-    share = self.trainable_parameters / self.total_parameters
+    share = 1 - _saved(self.trainable_parameters, self.total_parameters)
     return "\n".join(
       [
         table(rows),
         f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%});"
-        f" {self.saved:.0%} fewer than the {self.adapted_parameters:,} of the leaves above",
+        f" {_fewer(self.saved)} than the {self.adapted_parameters:,} of the leaves above",
         f"base {size(self.base_bytes)}, adapter {size(self.trainable_bytes)}, Adam's moments"
         f" {size(self.optimizer_bytes)} (full fine-tuning: {size(self.full_optimizer_bytes)})",
       ]
     )
+
+
+def _saved(trained: int, of: int) -> float:
+  return 1 - trained / of if of else 0.0  # leaves of size zero save nothing
+
+
+def _fewer(saved: float) -> str:
+  return f"{saved:.0%} fewer" if saved >= 0 else f"{-saved:.0%} more"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

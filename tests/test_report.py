@@ -43,6 +43,18 @@ def test_summary_counts_whole_leaves_and_bytes():
   assert "whole" in str(report)
 
 
+def test_summary_prints_what_saves_nothing():
+  params = {"w": jnp.ones((4, 4)), "none": jnp.ones((0, 4))}
+  report = jaxlora.summary(jaxlora.adapt(params, jaxlora.LoraConfig(rank=4, targets="w", train="none"), KEY))
+  assert report.saved == -1
+  rows = str(report).splitlines()
+  assert rows[2].endswith("0% fewer")
+  assert rows[3].endswith("100% more")
+  assert "32 of 16 parameters (200.00%); 100% more than the 16 of the leaves above" in rows[4]
+  nothing = jaxlora.FullWeight(jnp.ones(0), jnp.ones(0))
+  assert "0 of 0 parameters (100.00%); 0% fewer" in str(jaxlora.summary(nothing))
+
+
 def test_explain_tells_the_path_of_each_weight_and_why():
   params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 4))}
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets=".*"), KEY)
