@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import _paths, _probe
-from jaxlora._config import LeafPlan, LoraConfig, first_match, leaf_plan
+from jaxlora._config import LeafPlan, LoraConfig, first_match, holds_factors, leaf_plan
 from jaxlora._initializers import INITIALIZERS, leaf_key
 from jaxlora._serialization import register_with_flax
 from jaxlora._targets import EvidenceByPath, listed, select
@@ -70,7 +70,7 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   roles = {path: _roles(path, leaves[path], config, evidence) for path in targets}
   for path in leaves:  # every check before the first array is made
     if path in targets:
-      _check_rank(path, leaves[path], roles[path], plans[path])
+      _check_plan(path, leaves[path], roles[path], plans[path])
     elif path in whole:
       _check_trainable(path, leaves[path])
   new = [
@@ -143,7 +143,18 @@ def _fans(shape: Sequence[int], roles: str) -> tuple[int, int]:
   return fans["i"], fans["o"]
 
 
-def _check_rank(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
+def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
+  dtype = plan.dtype or leaf.dtype
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    raise ValueError(
+      f"{path}: dtype {leaf.dtype} cannot be adapted; expected a real floating dtype. Exclude the leaf, or train it whole"
+      " (LoraConfig.train)."
+    )
+  if not holds_factors(dtype):
+    raise ValueError(
+      f"{path}: dtype {dtype} holds no factors; expected a real floating dtype of at least 8 bits. Give the factors one"
+      " of their own (LoraConfig(dtype='bfloat16'), or in overrides), or exclude the leaf."
+    )
   fan_in, fan_out = _fans(leaf.shape, roles)
   if plan.rank > min(fan_in, fan_out):
     raise ValueError(

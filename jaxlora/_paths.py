@@ -105,13 +105,21 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
   return sorted(paths, key=likeness, reverse=True)[:count]
 
 
-def no_match_error(field: str, pattern: Any, paths: Sequence[str]) -> ValueError:
+def no_match_error(
+  field: str,
+  pattern: Any,
+  paths: Sequence[str],
+  among: str = "leaves",
+  hint: str = "",
+  rule: str = "a regex must match the whole path",
+) -> ValueError:
   """The error for a pattern that picked no leaf."""
-  hint = nearest(pattern, paths) if isinstance(pattern, str) else list(paths[:3])
-  rule = (
-    "a name matches a run of whole path components" if field.endswith("names") else "a regex must match the whole path"
-  )
+  if callable(pattern):
+    return ValueError(
+      f"LoraConfig.{field}: the callable {pattern!r} matches none of the {len(paths)} {among}; expected True for at least"
+      f" one (path, leaf). Paths: {', '.join(paths[:3])}."
+    )
   return ValueError(
-    f"LoraConfig.{field.removesuffix(' names')}: {pattern!r} matches none of the {len(paths)} leaves ({rule})."
-    f" Nearest: {', '.join(hint)}."
+    f"LoraConfig.{field}: {pattern!r} matches none of the {len(paths)} {among} ({rule})."
+    + (hint or f" Nearest: {', '.join(nearest(pattern, paths))}.")
   )

@@ -1,8 +1,10 @@
 """Bad input gets an error that names the field or leaf, what was found, what was expected, and what to do."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import flax
 import flax.linen as nn
@@ -59,8 +61,8 @@ def test_dropout_must_be_a_probability_below_one(dropout):
     ({"scaling": "rs"}, r"LoraConfig\.scaling: found 'rs', expected one of 'standard', 'rslora'"),
     ({"init": "zeros"}, r"LoraConfig\.init: found 'zeros', expected one of 'kaiming'"),
     ({"variant": "dora"}, r"LoraConfig\.variant: found 'dora', expected one of 'lora'"),
-    ({"dtype": "int8"}, r"LoraConfig\.dtype: found 'int8', expected a floating dtype"),
-    ({"dtype": "float99"}, r"LoraConfig\.dtype: found 'float99', expected a floating dtype"),
+    ({"dtype": "int8"}, r"LoraConfig\.dtype: found 'int8', expected a real floating dtype"),
+    ({"dtype": "float99"}, r"LoraConfig\.dtype: found 'float99', expected a real floating dtype"),
   ],
 )
 def test_other_fields(fields, message):
@@ -92,6 +94,53 @@ def test_json_round_trip():
   assert jaxlora.LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, jnp.float8_e4m3fn, np.dtype("float32"), "bfloat16"])
+def test_every_value_is_json_ready(dtype):
+  config = jaxlora.LoraConfig(
+    rank=np.int32(3),
+    alpha=np.float32(2),
+    dropout=np.float64(0.1),
+    targets=("query", "attn/out"),
+    train=("head",),
+    dtype=dtype,
+    overrides={".*": {"dtype": dtype, "alpha": np.float32(2), "rank": np.int64(2)}, "q": {}},
+    axes={},
+  )
+  back = jaxlora.LoraConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+  assert back == config
+  assert hash(back) == hash(config)
+  assert config.overrides == {".*": {"rank": 2, "alpha": 2.0, "dtype": jnp.dtype(dtype)}, "q": {}}
+  assert type(config.overrides[".*"]["rank"]) is int
+
+
+def test_a_config_is_a_value():
+  names, overrides, axes = ["query"], {".*": {"rank": 1}}, {".*": "io"}
+  config = jaxlora.LoraConfig(targets=names, overrides=overrides, axes=axes)
+  same = jaxlora.LoraConfig(targets=tuple(names), overrides=overrides, axes=axes)
+  for other in (same, copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+    assert (other, hash(other)) == (config, hash(config))
+  names.append("key")
+  overrides["("] = {"rank": -1}
+  overrides[".*"]["rank"] = 7
+  axes[".*"] = "?"
+  assert config == same
+  assert (config.targets, config.overrides, config.axes) == (("query",), {".*": {"rank": 1}}, {".*": "io"})
+  with pytest.raises(TypeError):
+    config.overrides["x"] = {}
+  with pytest.raises(TypeError):
+    config.overrides[".*"]["rank"] = 2
+  # The first pattern that matches counts, so the order of patterns is part of the value.
+  two = [jaxlora.LoraConfig(overrides=dict(items)) for k in (1, -1) for items in [[("a", {}), ("b", {})][::k]]]
+  assert two[0] != two[1]
+  assert hash(jaxlora.LoraConfig(targets=np.isscalar)) == hash(jaxlora.LoraConfig(targets=np.isscalar))
+
+
+@pytest.mark.parametrize("fields", [None, [1], "rank"])
+def test_from_dict_takes_a_mapping(fields):
+  with pytest.raises(TypeError, match=r"LoraConfig\.from_dict: found .*, expected a mapping of fields, as to_dict"):
+    jaxlora.LoraConfig.from_dict(fields)
+
+
 def test_a_callable_does_not_go_into_json():
   with pytest.raises(TypeError, match=r"LoraConfig\.targets is a callable"):
     jaxlora.LoraConfig(targets=lambda path, leaf: True).to_dict()
@@ -115,16 +164,29 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
   [
     ({"targets": "query/kernel"}, r"'query/kernel' matches none of the 5 leaves.*Nearest: encoder/query/kernel"),
     ({"targets": ["query", "valeu"]}, r"LoraConfig\.targets: 'valeu' matches none.*Nearest: encoder/value/kernel"),
-    ({"targets": lambda path, leaf: False}, r"LoraConfig\.targets: .* matches none of the 5 leaves"),
+    (
+      {"targets": lambda path, leaf: False},
+      r"LoraConfig\.targets: the callable .* matches none of the 5 leaves; expected True for at least one \(path, leaf\)",
+    ),
     ({"exclude": "nothing"}, r"LoraConfig\.exclude: 'nothing' matches none"),
     ({"train": ["scale"]}, r"LoraConfig\.train: 'scale' matches none"),
     ({"exclude": QUERY}, r"leaves nothing to adapt after exclude"),
     ({"train": QUERY}, r"leaves nothing to adapt after exclude=None and train='encoder/query/kernel'"),
     (
       {"overrides": {".*/value/kernel": {"rank": 1}}},
-      r"LoraConfig\.overrides\['.*'\]: .* matches none of the 1 leaves",
+      r"LoraConfig\.overrides\['.*'\]: .* matches none of the 1 adapted leaves.*It matches encoder/value/kernel, which"
+      r" targets do not pick: widen targets, or drop",
     ),
-    ({"axes": {"conv/kernel": "iio"}}, r"LoraConfig\.axes\['conv/kernel'\]: .* matches none of the 1 leaves"),
+    (
+      {"axes": {"conv/kernel": "iio"}},
+      r"LoraConfig\.axes\['conv/kernel'\]: .* matches none of the 1 adapted leaves.*It matches conv/kernel",
+    ),
+    ({"axes": {"query": "io"}}, r"none of the 1 adapted leaves \(a regex must.*\)\. Nearest: encoder/query/kernel"),
+    (
+      {"params": {"norm": {"scale": jnp.ones(3)}, "w": jnp.ones((6, 4))}, "targets": ["w", "norm"]},
+      r"LoraConfig\.targets: 'norm' names no kernel, only norm/scale.*LoraConfig\.train",
+    ),
+    ({"targets": QUERY, "exclude": ".*"}, r"Widen targets, or narrow exclude or train"),
     ({"rank": 5}, r"encoder/query/kernel: rank 5 is larger than the smaller side.*fan-in 6 and fan-out 4.*at most 4"),
     ({"targets": "steps"}, r"steps: dtype int32 cannot be trained; expected a floating dtype"),
     ({"train": "steps"}, r"steps: dtype int32 cannot be trained"),
@@ -135,9 +197,63 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
 )
 def test_adapt_says_which_leaf_and_what_to_do(fields, message):
   before = jax.tree.map(np.array, PARAMS)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as caught:
     adapt(**fields)
+  assert not (callable(fields.get("targets")) and "regex" in str(caught.value))
   jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.float4_e2m1fn, jnp.float8_e8m0fnu])
+def test_factors_are_real_and_wide_enough(dtype):
+  name = jnp.dtype(dtype).name
+  with pytest.raises(
+    ValueError, match=r"LoraConfig\.dtype: found .*, expected a real floating dtype of at least 8 bits"
+  ):
+    jaxlora.LoraConfig(dtype=dtype)
+  params = {"w": jnp.ones((6, 4)).astype(dtype)}
+  with pytest.raises(
+    ValueError, match=rf"^w: dtype {name} (cannot be adapted|holds no factors); expected a real floating"
+  ):
+    adapt(params, targets="w")
+  if dtype != jnp.complex64:
+    weight = adapt(params, targets="w", overrides={"w": {"dtype": "bfloat16"}})["w"]
+    assert (weight.base.dtype, weight.a.dtype) == (dtype, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16])
+def test_narrow_floats_hold_factors(dtype):
+  assert adapt({"w": jnp.ones((6, 4)).astype(dtype)}, targets="w")["w"].a.dtype == dtype
+  assert jaxlora.LoraConfig(dtype=dtype).dtype == dtype
+
+
+def test_a_probe_takes_the_parameters_alone():
+  params = {"params": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+  model = nn.Dense(4)
+  for probe, message in [
+    (lambda p, x: x, "adapt: probe cannot be called with the parameters alone: missing a required argument: 'x'"),
+    (lambda: 1, "adapt: probe cannot be called with the parameters alone: too many positional arguments"),
+    (model.apply, "adapt: probe raised TypeError on the parameters: .*missing 1 required positional argument"),
+  ]:
+    with pytest.raises(
+      TypeError, match=message + r".*; expected a function of the parameters alone, such as lambda p:"
+    ):
+      adapt(params, targets=["kernel"], probe=probe)
+  with pytest.raises(jax.errors.TracerBoolConversionError):  # JAX says what is wrong with the program
+    adapt(params, targets=["kernel"], probe=lambda p: 1 if p["params"]["kernel"].sum() > 0 else 0)
+
+
+@pytest.mark.parametrize("targets", ["w", ["w"], "all-linear", lambda path, leaf: path == "w"])
+@pytest.mark.parametrize("with_probe", [True, False])
+def test_leaves_of_any_kind_reach_the_probe_as_they_are(targets, with_probe):
+  params = {"name": "x", "times": 2, "key": KEY, "v": jnp.ones((5, 3)), "w": jnp.ones((6, 4))}
+
+  def probe(p):
+    assert (p["name"], p["times"]) == ("x", 2)
+    return jnp.tanh(p["w"] @ jax.random.uniform(p["key"], (4, 5))) @ p["v"] * p["times"]
+
+  tree = adapt(params, targets=targets, probe=probe if with_probe else None)
+  assert tree["w"].roles == ("oi" if with_probe else "io")
+  assert (tree["name"], tree["times"]) == ("x", 2)
 
 
 def test_a_leaf_the_probe_does_not_multiply_by_is_named():
@@ -206,7 +322,10 @@ def test_join_says_how_halves_differ_and_what_to_do():
   remedy = r".*Join what one jaxlora\.split returned"
   for wrong, message in [
     (turned, "join: w: roles 'io' in the frozen half, 'oi' in the trainable half"),
-    (jaxlora.split(sized((5,)))[1], r"join: b: value has shape \(5,\), expected the base's, \(4,\)\..*join it with the base"),
+    (
+      jaxlora.split(sized((5,)))[1],
+      r"join: b: value has shape \(5,\), expected the base's, \(4,\)\..*join it with the base",
+    ),
     (flax.core.freeze(trainable), r"root: dict in the frozen half, FrozenDict in the trainable half"),
     (lacking("a"), "join: w: expected .* a missing in the trainable half"),
     (lacking("b"), "join: w: expected .* b missing in the trainable half"),
@@ -286,9 +405,7 @@ def test_wrap_names_its_choices():
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize(
-  ("leaf", "part"), [("query/kernel", "a"), ("query/kernel", "b"), ("query/bias", "value")]
-)
+@pytest.mark.parametrize(("leaf", "part"), [("query/kernel", "a"), ("query/kernel", "b"), ("query/bias", "value")])
 def test_merge_refuses_factors_that_diverged(leaf, part, bad):
   tree = adapt(train=".*/bias")
   _, name = leaf.split("/")
