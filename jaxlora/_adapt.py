@@ -147,8 +147,8 @@ def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
   dtype = plan.dtype or leaf.dtype
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise ValueError(
-      f"{path}: dtype {leaf.dtype} cannot be adapted; expected a real floating dtype. Exclude the leaf, or train it whole"
-      " (LoraConfig.train)."
+      f"{path}: dtype {leaf.dtype} cannot be adapted; expected a real floating dtype. Exclude the leaf, or train it"
+      " whole (LoraConfig.train)."
     )
   if not holds_factors(dtype):
     raise ValueError(
@@ -259,7 +259,7 @@ def join(frozen: Any, trainable: Any) -> Any:
   _check_half(trainable, "trainable", ("a", "b", "value"))
   left, left_def = _paths.flatten(frozen, is_leaf=_is_half_leaf)
   right, right_def = _paths.flatten(trainable, is_leaf=_is_half_leaf)
-  if not (left_def == right_def):  # type: ignore[operator]  # noqa: SIM201 (JAX types PyTreeDef as optional)
+  if _differ(left_def, right_def):
     raise ValueError(f"join: the halves are of different trees. {_difference(frozen, trainable)}. {_SAME_TREE}")
   return jax.tree_util.tree_unflatten(
     left_def, [_joined(path, f, t) for (path, f), (_, t) in zip(left, right, strict=True)]
@@ -312,9 +312,13 @@ def _first_other_container(left: Any, right: Any, place: tuple[Any, ...]) -> tup
   structure = functools.partial(jax.tree_util.tree_structure, is_leaf=_is_half_leaf)
   if type(left) is type(right):
     for (key, ours), (_, theirs) in zip(children(left), children(right), strict=False):
-      if structure(ours) != structure(theirs):
+      if _differ(structure(ours), structure(theirs)):
         return _first_other_container(ours, theirs, (*place, *key))
   return _paths.path_string(place), left, right
+
+
+def _differ(left: Any, right: Any) -> bool:
+  return left != right  # JAX's own types call a tree's structure optional
 
 
 def _kind(node: Any) -> str:

@@ -255,7 +255,10 @@ def _dropout(value: Any, field: str) -> float:
 
 def holds_factors(dtype: Any) -> bool:
   """Whether factors can have this dtype: real, signed, and wide enough for JAX to draw random numbers in it."""
-  return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 8 and jnp.finfo(dtype).min < 0
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return False
+  info = jnp.finfo(dtype)
+  return bool(info.bits >= 8 and info.min < 0)
 
 
 def _dtype(value: Any, field: str) -> Any:

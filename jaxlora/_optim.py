@@ -57,8 +57,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
   """Trains the adapters of a combined tree with `tx`, and leaves everything else exactly as it is.
 
   For loops that keep one parameter tree, such as flax's `TrainState`. Frozen leaves get zero updates and no optimizer
-  state, whether the gradients hold arrays for them (`jax.grad`) or nothing (`jaxlora.grad`). Whatever else is put around
-  `tx` goes inside, `optimizer(optax.MultiSteps(tx, 4))`: outside it would meet those gradients itself.
+  state, whether the gradients hold arrays for them (`jax.grad`) or nothing (`jaxlora.grad`). Whatever else is put
+  around `tx` goes inside, `optimizer(optax.MultiSteps(tx, 4))`: outside it would meet those gradients itself.
 
   Args:
     tx: any optax transformation; it sees the trainable leaves alone, weight decay and clipping included.
@@ -86,7 +86,9 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
   def init(params):
     check_adapted(params, "optimizer")
     if any(isinstance(node.base, optax.MaskedNode) for _, node in adapted_leaves(params)):
-      raise ValueError("optimizer: found one inside another; one is enough: optimizer(tx) masks the base for all of tx.")
+      raise ValueError(
+        "optimizer: found one inside another; one is enough: optimizer(tx) masks the base for all of tx."
+      )
     return routed.init(params)
 
   def update(updates, state, params=None, **extra):

@@ -116,8 +116,8 @@ def no_match_error(
   """The error for a pattern that picked no leaf."""
   if callable(pattern):
     return ValueError(
-      f"LoraConfig.{field}: the callable {pattern!r} matches none of the {len(paths)} {among}; expected True for at least"
-      f" one (path, leaf). Paths: {', '.join(paths[:3])}."
+      f"LoraConfig.{field}: the callable {pattern!r} matches none of the {len(paths)} {among}; expected True for at"
+      f" least one (path, leaf). Paths: {', '.join(paths[:3])}."
     )
   return ValueError(
     f"LoraConfig.{field}: {pattern!r} matches none of the {len(paths)} {among} ({rule})."

@@ -23,7 +23,7 @@ from jaxlora import _compat, _lowrank, _paths
 from jaxlora._initializers import leaf_key
 from jaxlora._lowrank import Factored
 from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable
-from jaxlora._weight import FullWeight, LoraWeight, check_weight, is_adapted
+from jaxlora._weight import FullWeight, check_weight, is_adapted
 
 ON_MATERIALIZE = ("ignore", "warn", "error")
 

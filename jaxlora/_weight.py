@@ -176,9 +176,7 @@ def check_weight(node: Adapted, path: str) -> None:
   shape = jnp.shape(node.base)
   if isinstance(node, FullWeight):
     if jnp.shape(node.value) != shape:
-      raise ValueError(
-        f"{path}: value has shape {jnp.shape(node.value)}, expected the base's, {shape}. {_REFIT}"
-      )
+      raise ValueError(f"{path}: value has shape {jnp.shape(node.value)}, expected the base's, {shape}. {_REFIT}")
     return
   if len(node.roles) != len(shape):
     raise ValueError(

@@ -270,7 +270,9 @@ def test_other_transformations_go_inside_optimizer(gradient, inner):
 
 def test_gradients_with_nothing_in_them_need_the_parameters():
   tree, tx = adapted(), jaxlora.optimizer(optax.sgd(1.0))
-  with pytest.raises(ValueError, match=r"optimizer: update found None in the gradients of down.*tx\.update\(gradients, "):
+  with pytest.raises(
+    ValueError, match=r"optimizer: update found None in the gradients of down.*tx\.update\(gradients, "
+  ):
     tx.update(jaxlora.grad(loss)(tree), tx.init(tree))
   updates, _ = tx.update(jax.grad(loss)(tree), tx.init(tree))
   assert not updates["up"].base.any()
