@@ -108,6 +108,23 @@ def test_exclude_overrides_and_train():
   assert weights["classes/kernel"].rank is None
 
 
+def test_overrides_of_dropout_and_dtype():
+  params = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 8))}
+  config = jaxlora.LoraConfig(
+    rank=2, targets=".*", dropout=0.5, dtype="float16", overrides={"v": {"dropout": 0.25, "dtype": jnp.bfloat16}}
+  )
+  tree = jaxlora.adapt(params, config, KEY)
+  assert [tree[name].dropout for name in "wv"] == [0.5, 0.25]
+  assert [(tree[name].a.dtype, tree[name].b.dtype) for name in "wv"] == [(jnp.float16,) * 2, (jnp.bfloat16,) * 2]
+
+
+def test_axes_win_over_the_probe():
+  params, probe = {"w": jnp.ones((5, 4))}, lambda p: jnp.ones((2, 5)) @ p["w"]
+  for axes, roles in ((None, "io"), ({"w": "oi"}, "oi")):
+    tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets="w", axes=axes), KEY, probe=probe)
+    assert tree["w"].roles == roles
+
+
 def test_alpha_defaults_to_the_rank_of_the_leaf():
   params = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 8))}
   config = jaxlora.LoraConfig(rank=2, targets=".*", overrides={"v": {"rank": 4}})

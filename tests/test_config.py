@@ -166,7 +166,7 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
     ({"targets": ["query", "valeu"]}, r"LoraConfig\.targets: 'valeu' matches none.*Nearest: encoder/value/kernel"),
     (
       {"targets": lambda path, leaf: False},
-      r"LoraConfig\.targets: the callable .* matches none of the 5 leaves; expected True for at least one \(path, leaf\)",
+      r"LoraConfig\.targets: the callable .* none of the 5 leaves; expected True for at least one \(path, leaf\)",
     ),
     ({"exclude": "nothing"}, r"LoraConfig\.exclude: 'nothing' matches none"),
     ({"train": ["scale"]}, r"LoraConfig\.train: 'scale' matches none"),
@@ -290,6 +290,13 @@ def test_something_that_is_no_key(key):
     jaxlora.wrap(lambda p: p, dropout_key=key if key is not None else 0)
 
 
+def test_raw_keys_of_another_generator():
+  raw = jax.random.PRNGKey(3, impl="rbg")
+  assert raw.shape == (4,)
+  typed = adapt(key=jax.random.key(3, impl="rbg"))
+  np.testing.assert_array_equal(adapt(key=raw)["encoder"]["query"]["kernel"].a, typed["encoder"]["query"]["kernel"].a)
+
+
 def test_typed_and_raw_keys_give_the_same_factors():
   typed, raw = adapt(key=jax.random.key(3)), adapt(key=jax.random.PRNGKey(3))
   np.testing.assert_array_equal(typed["encoder"]["query"]["kernel"].a, raw["encoder"]["query"]["kernel"].a)
@@ -335,7 +342,7 @@ def test_join_says_how_halves_differ_and_what_to_do():
   ]:
     with pytest.raises(ValueError, match=message + ("" if "join it" in message else remedy)):
       jaxlora.join(frozen, wrong)
-  with pytest.raises(ValueError, match="join: w: expected .* base missing in the frozen half"):
+  with pytest.raises(ValueError, match=r"join: w: expected .* base missing in the frozen half"):
     jaxlora.join({**frozen, "w": dataclasses.replace(frozen["w"], base=None)}, trainable)
 
 

@@ -312,6 +312,38 @@ def test_explicit_sharding():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What the user asked of an equation holds for those that take its place.
+
+
+def traced_equations(fn):
+  traced = jax.make_jaxpr(jaxlora.wrap(fn, on_materialize="error"))(one_weight((5, 5)), X)
+  return list(helpers.equations(traced))
+
+
+def test_precision_holds_for_the_low_rank_products():
+  highest = lax.Precision.HIGHEST
+  dots = [e for e in traced_equations(lambda p, x: jnp.dot(x, p["w"], precision=highest)) if "dot" in e.primitive.name]
+  assert len(dots) == 3
+  assert all(eqn.params["precision"] == (highest, highest) for eqn in dots)
+
+
+def test_the_policy_of_a_remat_holds():
+  policy = jax.checkpoint_policies.dots_saveable
+  fn = jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"]), policy=policy, prevent_cse=False)
+  (remat,) = [eqn for eqn in traced_equations(fn) if "prevent_cse" in eqn.params]
+  assert remat.params["policy"] is policy
+  assert remat.params["prevent_cse"] is False
+
+
+def test_unroll_and_reverse_of_a_scan_hold():
+  def fn(p, x):
+    return lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), x, length=6, unroll=3, reverse=True)[0]
+
+  (scan,) = [eqn for eqn in traced_equations(fn) if eqn.primitive.name == "scan"]
+  assert (scan.params["unroll"], scan.params["reverse"], scan.params["length"]) == (3, True, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Flax.
 
 
