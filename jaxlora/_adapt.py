@@ -279,7 +279,7 @@ def _check_half(half: Any, name: str, own: tuple[str, ...]) -> None:
     if foreign := [field for field, part in held.items() if part is not None and field not in own]:
       raise ValueError(
         f"join: {path}: expected (frozen, trainable) as split returns them; found {', '.join(foreign)} in the {name}"
-        " half. The halves are swapped, or one of them is a whole tree."
+        " half. The halves are swapped, or one of them is a whole tree: call join(*split(tree))."
       )
     if missing := [field for field, part in held.items() if part is None and field in own]:
       raise ValueError(
