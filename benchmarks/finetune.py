@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 import platform
 import statistics
+import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -368,6 +370,15 @@ def folder(text: str) -> Path:
   return path
 
 
+def check_writable(folder: Path, option: str) -> None:
+  """Makes a directory; raises ValueError if it cannot be written to."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    raise ValueError(f"{option}: cannot write to {folder} ({error.strerror}); name another directory") from error
+
+
 def make_parser() -> argparse.ArgumentParser:
   """The options; their defaults finish in well under 3 minutes on two CPU cores."""
   parser = argparse.ArgumentParser(
@@ -401,16 +412,30 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-  """Runs the comparison; returns what finetune.json holds."""
-  begin = time.perf_counter()
+  """Checks the arguments and runs the comparison; returns what finetune.json holds."""
   parser = make_parser()
   args = parser.parse_args(argv)
   model = ViT()
   try:
     methods = make_methods(model, args)
+    check_writable(args.out, "--out")
+    if not args.no_cache:
+      check_writable(args.cache, "--cache")
   except ValueError as error:
     parser.error(str(error))
-  args.out.mkdir(parents=True, exist_ok=True)
+  try:
+    return compare(model, methods, args)
+  except KeyboardInterrupt:
+    print(
+      f"Interrupted. Finished runs are kept in {args.out / 'runs.json'}: the same command, without --fresh, goes on.",
+      file=sys.stderr,
+    )
+    raise SystemExit(130) from None
+
+
+def compare(model: ViT, methods: Sequence[Method], args: argparse.Namespace) -> dict[str, Any]:
+  """Pretrains, trains and times every method, and writes what came of it."""
+  begin = time.perf_counter()
   old, new = digits.load_task(0), digits.load_task(5)
   old_eval, new_eval = getattr(old, args.evaluate_on), getattr(new, args.evaluate_on)
 

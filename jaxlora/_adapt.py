@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -9,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import _paths, _probe
-from jaxlora._config import LeafPlan, LoraConfig, first_match, leaf_plan
+from jaxlora._config import LeafPlan, LoraConfig, first_match, holds_factors, leaf_plan
 from jaxlora._initializers import INITIALIZERS, leaf_key
 from jaxlora._serialization import register_with_flax
 from jaxlora._targets import EvidenceByPath, listed, select
 from jaxlora._transform import typed_key
-from jaxlora._weight import FullWeight, LoraWeight, check_weight, factor_shape, is_adapted
+from jaxlora._weight import FullWeight, LoraWeight, check_parts, check_weight, factor_shape, is_adapted, parts
 
 
 def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[Any], Any] | None = None) -> Any:
@@ -53,12 +54,10 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
     raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
   key = typed_key(key, "adapt: key")
   register_with_flax()
-  nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+  nodes, treedef = _paths.flatten(params, is_leaf=is_adapted)
   if not nodes:
     raise ValueError("adapt: the tree has no leaves; pass the model's parameters.")
-  leaves = {_paths.path_string(path): leaf for path, leaf in nodes}
-  if len(leaves) != len(nodes):
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in nodes}
+  leaves = dict(nodes)
   for path, leaf in leaves.items():
     if is_adapted(leaf):
       raise ValueError(f"adapt: {path} is adapted already. Merge first (jaxlora.merge), or adapt the original tree.")
@@ -71,7 +70,7 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   roles = {path: _roles(path, leaves[path], config, evidence) for path in targets}
   for path in leaves:  # every check before the first array is made
     if path in targets:
-      _check_rank(path, leaves[path], roles[path], plans[path])
+      _check_plan(path, leaves[path], roles[path], plans[path])
     elif path in whole:
       _check_trainable(path, leaves[path])
   new = [
@@ -144,7 +143,18 @@ def _fans(shape: Sequence[int], roles: str) -> tuple[int, int]:
   return fans["i"], fans["o"]
 
 
-def _check_rank(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
+def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
+  dtype = plan.dtype or leaf.dtype
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    raise ValueError(
+      f"{path}: dtype {leaf.dtype} cannot be adapted; expected a real floating dtype. Exclude the leaf, or train it"
+      " whole (LoraConfig.train)."
+    )
+  if not holds_factors(dtype):
+    raise ValueError(
+      f"{path}: dtype {dtype} holds no factors; expected a real floating dtype of at least 8 bits. Give the factors one"
+      " of their own (LoraConfig(dtype='bfloat16'), or in overrides), or exclude the leaf."
+    )
   fan_in, fan_out = _fans(leaf.shape, roles)
   if plan.rank > min(fan_in, fan_out):
     raise ValueError(
@@ -188,16 +198,19 @@ def map_adapted(lora: Callable[[Any], Any], full: Callable[[Any], Any], plain: C
   return jax.tree_util.tree_map(one, tree, is_leaf=is_adapted)
 
 
-def adapted_leaves(tree: Any) -> dict[str, Any]:
-  """The adapted nodes of a tree by path."""
-  nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
-  return {_paths.path_string(path): node for path, node in nodes if is_adapted(node)}
+def adapted_leaves(tree: Any) -> list[tuple[str, Any]]:
+  """The adapted nodes of a tree with their paths."""
+  nodes, _ = _paths.flatten(tree, is_leaf=is_adapted)
+  return [(path, node) for path, node in nodes if is_adapted(node)]
 
 
 def check_adapted(tree: Any, what: str) -> None:
-  """Raises unless the tree has an adapted leaf."""
-  if not adapted_leaves(tree):
+  """Raises unless the tree has an adapted leaf, and all of them are whole."""
+  leaves = adapted_leaves(tree)
+  if not leaves:
     raise ValueError(f"{what}: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
+  for path, node in leaves:
+    check_parts(node, f"{what}: {path}")
 
 
 def split(tree: Any) -> tuple[Any, Any]:
@@ -213,7 +226,7 @@ def split(tree: Any) -> tuple[Any, Any]:
     `(frozen, trainable)`.
 
   Raises:
-    ValueError: if the tree has no adapted leaf.
+    ValueError: if the tree has no adapted leaf, or is a half itself.
 
   Example:
     >>> frozen, trainable = split(tree)  # doctest: +SKIP
@@ -244,30 +257,68 @@ def join(frozen: Any, trainable: Any) -> Any:
   """
   _check_half(frozen, "frozen", ("base",))
   _check_half(trainable, "trainable", ("a", "b", "value"))
-  left, left_def = jax.tree_util.tree_flatten_with_path(frozen, is_leaf=_is_half_leaf)
-  right, right_def = jax.tree_util.tree_flatten_with_path(trainable, is_leaf=_is_half_leaf)
-  if not (left_def == right_def):  # type: ignore[operator]  # noqa: SIM201 (JAX types PyTreeDef as optional)
-    ours, theirs = ({_paths.path_string(path) for path, _ in side} for side in (left, right))
-    raise ValueError(
-      "join: the halves are of different trees."
-      f" Only in the frozen half: {listed(sorted(ours - theirs)) or 'nothing'};"
-      f" only in the trainable half: {listed(sorted(theirs - ours)) or 'nothing'}."
-      + ("" if ours != theirs else f" Containers differ: {left_def} and {right_def}.")
-    )
+  left, left_def = _paths.flatten(frozen, is_leaf=_is_half_leaf)
+  right, right_def = _paths.flatten(trainable, is_leaf=_is_half_leaf)
+  if _differ(left_def, right_def):
+    raise ValueError(f"join: the halves are of different trees. {_difference(frozen, trainable)}. {_SAME_TREE}")
   return jax.tree_util.tree_unflatten(
-    left_def, [_joined(_paths.path_string(path), f, t) for (path, f), (_, t) in zip(left, right, strict=True)]
+    left_def, [_joined(path, f, t) for (path, f), (_, t) in zip(left, right, strict=True)]
   )
 
 
+_SAME_TREE = (
+  "Join what one jaxlora.split returned, or the trainable half of a tree that was adapted from the same parameters with"
+  " the same targets and train."
+)
+
+
 def _check_half(half: Any, name: str, own: tuple[str, ...]) -> None:
-  """Raises if a half holds what belongs to the other one."""
-  for path, node in adapted_leaves(half).items():
-    held = [field for field in ("base", "a", "b", "value") if getattr(node, field, None) is not None]
-    if foreign := [field for field in held if field not in own]:
+  """Raises if a half holds what belongs to the other one, or lacks what belongs to it."""
+  for path, node in adapted_leaves(half):
+    held = parts(node)
+    if foreign := [field for field, part in held.items() if part is not None and field not in own]:
       raise ValueError(
         f"join: {path}: expected (frozen, trainable) as split returns them; found {', '.join(foreign)} in the {name}"
-        " half. The halves are swapped, or one of them is a whole tree."
+        " half. The halves are swapped, or one of them is a whole tree: call join(*split(tree))."
       )
+    if missing := [field for field, part in held.items() if part is None and field in own]:
+      raise ValueError(
+        f"join: {path}: expected (frozen, trainable) as split returns them; {', '.join(missing)} missing in the {name}"
+        f" half. {_SAME_TREE}"
+      )
+
+
+def _difference(frozen: Any, trainable: Any) -> str:
+  """How two halves of different structure differ: in their leaves, or in the first container that is another one."""
+  ours, theirs = ({path for path, _ in _paths.flatten(half, _is_half_leaf)[0]} for half in (frozen, trainable))
+  if ours != theirs:
+    return (
+      f"Only in the frozen half: {listed(sorted(ours - theirs)) or 'nothing'};"
+      f" only in the trainable half: {listed(sorted(theirs - ours)) or 'nothing'}"
+    )
+  path, left, right = _first_other_container(frozen, trainable, ())
+  kinds = [type(node).__name__ for node in (left, right)]
+  if kinds[0] == kinds[1]:
+    return f"{path}: the {kinds[0]} in the frozen half has other static fields or keys than the one in the trainable"
+  return f"{path}: {kinds[0]} in the frozen half, {kinds[1]} in the trainable half"
+
+
+def _first_other_container(left: Any, right: Any, place: tuple[Any, ...]) -> tuple[str, Any, Any]:
+  """Where two trees with leaves of the same paths have different containers, and which."""
+
+  def children(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)[0]
+
+  structure = functools.partial(jax.tree_util.tree_structure, is_leaf=_is_half_leaf)
+  if type(left) is type(right):
+    for (key, ours), (_, theirs) in zip(children(left), children(right), strict=False):
+      if _differ(structure(ours), structure(theirs)):
+        return _first_other_container(ours, theirs, (*place, *key))
+  return _paths.path_string(place), left, right
+
+
+def _differ(left: Any, right: Any) -> bool:
+  return left != right  # JAX's own types call a tree's structure optional
 
 
 def _kind(node: Any) -> str:
@@ -277,29 +328,23 @@ def _kind(node: Any) -> str:
 
 
 def _joined(path: str, frozen: Any, trainable: Any) -> Any:
-  if isinstance(frozen, LoraWeight) and isinstance(trainable, LoraWeight):
-    if frozen.roles != trainable.roles:
-      raise ValueError(
-        f"join: {path}: roles {frozen.roles!r} in the frozen half, {trainable.roles!r} in the trainable half: the"
-        " halves are of different trees."
-      )
-    whole = dataclasses.replace(trainable, base=frozen.base)
-    if all(hasattr(part, "shape") for part in (whole.base, whole.a, whole.b)):
-      check_weight(whole, f"join: {path}")
-    return whole
-  if isinstance(frozen, FullWeight) and isinstance(trainable, FullWeight):
-    shapes = [getattr(part, "shape", None) for part in (frozen.base, trainable.value)]
-    if shapes[0] != shapes[1]:
-      raise ValueError(
-        f"join: {path}: shape {shapes[0]} frozen, {shapes[1]} trained: the halves are of different trees."
-      )
-    return dataclasses.replace(frozen, value=trainable.value)
-  if is_adapted(frozen) or is_adapted(trainable) or trainable is not None:
+  fits = type(frozen) is type(trainable) if is_adapted(frozen) else trainable is None
+  if not fits:
     raise ValueError(
       f"join: {path}: {_kind(frozen)} in the frozen half, {_kind(trainable)} in the trainable half: the halves are of"
-      " different trees, or are not halves as split returns them."
+      f" different trees, or are not halves as split returns them. {_SAME_TREE}"
     )
-  return frozen
+  if not is_adapted(frozen):
+    return frozen
+  if isinstance(frozen, LoraWeight) and frozen.roles != trainable.roles:
+    raise ValueError(
+      f"join: {path}: roles {frozen.roles!r} in the frozen half, {trainable.roles!r} in the trainable half: the"
+      f" halves are of different trees. {_SAME_TREE}"
+    )
+  whole = dataclasses.replace(trainable, base=frozen.base)
+  if all(hasattr(part, "shape") for part in parts(whole).values()):
+    check_weight(whole, f"join: {path}")
+  return whole
 
 
 def merge(tree: Any) -> Any:
@@ -314,30 +359,43 @@ def merge(tree: Any) -> Any:
     Parameters of the original nesting, shapes and dtypes.
 
   Raises:
-    ValueError: where factors are NaN or infinite (checked outside `jit`, where values are known), naming the leaves, or
-      where they do not fit their base.
+    ValueError: where factors are NaN or infinite, or overflow the weight's dtype (checked outside `jit`, where values
+      are known), naming the leaves; where they do not fit their base, or the tree is a half.
   """
-  for path, node in adapted_leaves(tree).items():
-    if isinstance(node, LoraWeight):
-      check_weight(node, f"merge: {path}")
+  nodes, treedef = _paths.flatten(tree, is_leaf=is_adapted)
+  adapted = [(path, node) for path, node in nodes if is_adapted(node)]
+  for path, node in adapted:
+    check_weight(node, f"merge: {path}")
+  merged = [_merged(node) for _, node in nodes]
   broken = [
     f"{path} ({name})"
-    for path, node in adapted_leaves(tree).items()
-    for name in ("a", "b", "value")
-    if _has_nan(getattr(node, name, None))
+    for (path, node), leaf in zip(nodes, merged, strict=True)
+    if is_adapted(node)
+    for name in _not_finite(node, leaf)
   ]
   if broken:
     raise ValueError(
-      f"merge: found NaN or infinite values in {listed(broken)}, expected finite factors. Training has diverged: go"
-      " back to an earlier checkpoint; nothing was merged."
+      f"merge: found NaN or infinite values in {listed(broken)}, expected finite factors and sums. Training has"
+      " diverged: go back to an earlier checkpoint; nothing was merged."
     )
-  return map_adapted(lambda w: w.materialize(), lambda w: w.value, lambda x: x, tree)
+  return jax.tree_util.tree_unflatten(treedef, merged)
 
 
-def _has_nan(value: Any) -> bool:
-  if value is None or isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype"):
-    return False
-  return not bool(jnp.isfinite(value).all())
+def _merged(node: Any) -> Any:
+  if isinstance(node, LoraWeight):
+    return node.materialize()
+  return node.value if isinstance(node, FullWeight) else node
+
+
+def _not_finite(node: Any, merged: Any) -> list[str]:
+  """What of a node is NaN or infinite: its parts, or where those are fine their sum, which its dtype cannot hold."""
+  held = {**parts(node), "base + A B": merged}
+  if any(isinstance(part, jax.core.Tracer) for part in held.values()):
+    return []
+  finite = {name: jnp.isfinite(part) for name, part in held.items()}
+  broken = [name for name in held if name in ("a", "b", "value") and not finite[name].all()]
+  overflows = (finite["base"] & ~finite["base + A B"]).any()  # a base may hold infinities of its own
+  return broken or ["base + A B"] * bool(overflows)
 
 
 def strip(tree: Any) -> Any:
@@ -348,5 +406,10 @@ def strip(tree: Any) -> Any:
 
   Returns:
     The original parameters.
+
+  Raises:
+    ValueError: if the bases are missing, naming the leaf.
   """
+  for path, node in adapted_leaves(tree):
+    check_parts(node, f"strip: {path}", ("base",))
   return map_adapted(lambda w: w.base, lambda w: w.base, lambda x: x, tree)

@@ -1,6 +1,6 @@
 """`LoraConfig`: which leaves adapt and how, validated when made, and the plan it makes for each leaf."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 import operator
@@ -21,6 +21,31 @@ VARIANTS = ("lora",)
 OVERRIDABLE = ("rank", "alpha", "scaling", "init", "dropout", "dtype")
 
 
+class _Frozen(Mapping[str, Any]):
+  """A mapping that nobody changes. Its order is part of its value, as the first pattern that matches counts."""
+
+  def __init__(self, items: Mapping[str, Any]):
+    self._items = dict(items)
+
+  def __getitem__(self, key: str) -> Any:
+    return self._items[key]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._items)
+
+  def __len__(self) -> int:
+    return len(self._items)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Mapping) and tuple(self.items()) == tuple(other.items())
+
+  def __hash__(self) -> int:
+    return hash(tuple(self.items()))
+
+  def __repr__(self) -> str:
+    return repr(self._items)
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
   """What to adapt, and how.
@@ -28,7 +53,7 @@ class LoraConfig:
   Patterns: a string is a regex that must match a whole "/"-joined path; a list holds names, each a run of path
   components (`["query", "attn/out"]`), which select the kernels under a module or one leaf; a callable takes
   `(path, leaf)` and returns a bool. Mappings (`overrides`, `axes`) are keyed by regexes; the first that matches
-  a leaf counts.
+  a leaf counts. The config keeps checked copies of what it is given; it is hashable, and equal by value.
 
   Args:
     rank: number of terms of each update; at most the smaller of a weight's fan-in and fan-out.
@@ -67,29 +92,14 @@ class LoraConfig:
   variant: str = "lora"
 
   def __post_init__(self):
-    for field in OVERRIDABLE:
-      object.__setattr__(self, field, _checked(field, getattr(self, field), field))
+    checked = {field: _CHECKS[field](getattr(self, field), field) for field in OVERRIDABLE}
     _choice("variant", self.variant, VARIANTS)
-    if not (isinstance(self.targets, str) and self.targets in PRESETS):
-      _paths.validate_pattern(self.targets, "targets")
-    for field in ("exclude", "train"):
-      if getattr(self, field) is not None:
-        _paths.validate_pattern(getattr(self, field), field)
-    for pattern, roles in _mapping(self.axes, "axes").items():
-      if not isinstance(roles, str) or not roles or set(roles) - set(ROLES):
-        raise ValueError(
-          f"LoraConfig.axes[{pattern!r}]: found {roles!r}, expected one letter per axis out of 'i' (contracted),"
-          " 'o' (free), 's' (stacked), such as 'io'."
-        )
-      if "i" not in roles or "o" not in roles:
-        raise ValueError(
-          f"LoraConfig.axes[{pattern!r}]: {roles!r} needs at least one 'i' and one 'o' axis: a low-rank update"
-          " lies between contracted and free axes."
-        )
-    for pattern, fields in _mapping(self.overrides, "overrides").items():
-      for field, value in _mapping(fields, f"overrides[{pattern!r}]", regex=False).items():
-        _choice(f"overrides[{pattern!r}]", field, OVERRIDABLE)
-        _checked(field, value, f"overrides[{pattern!r}][{field!r}]")
+    for field in ("targets", "exclude", "train"):
+      checked[field] = _pattern(getattr(self, field), field)
+    for field, check in (("axes", _roles), ("overrides", _fields)):
+      checked[field] = _mapping(getattr(self, field), field, check)
+    for field, value in checked.items():
+      object.__setattr__(self, field, value)
 
   def to_dict(self) -> dict[str, Any]:
     """The config as JSON-ready values; `from_dict` is its inverse.
@@ -115,8 +125,11 @@ class LoraConfig:
     """A config from `to_dict`'s values; fields left out take their defaults.
 
     Raises:
+      TypeError: if `fields` is no mapping.
       ValueError: on a field that does not exist, with the ones that do.
     """
+    if not isinstance(fields, Mapping):
+      raise TypeError(f"LoraConfig.from_dict: found {fields!r}, expected a mapping of fields, as to_dict returns it.")
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
       _choice("from_dict", name, known)
@@ -139,8 +152,7 @@ class LeafPlan:
 def leaf_plan(config: LoraConfig, path: str) -> LeafPlan:
   """The config's fields for one leaf."""
   fields = {field: getattr(config, field) for field in OVERRIDABLE}
-  for field, value in (first_match(config.overrides, path) or {}).items():
-    fields[field] = _checked(field, value, field)
+  fields |= first_match(config.overrides, path) or {}
   if fields["alpha"] is None:
     fields["alpha"] = float(fields["rank"])
   return LeafPlan(path=path, **fields)
@@ -154,15 +166,49 @@ def first_match(patterns: Mapping[str, Any] | None, path: str) -> Any | None:
   return None
 
 
-def _mapping(value: Any, field: str, regex: bool = True) -> Mapping[str, Any]:
+def _pattern(value: Any, field: str) -> Any:
+  """A checked pattern; a list of names becomes a tuple, that nobody changes."""
+  if value is None and field != "targets":
+    return None
+  if not (field == "targets" and isinstance(value, str) and value in PRESETS):
+    _paths.validate_pattern(value, field)
+  return value if isinstance(value, str) or callable(value) else tuple(value)
+
+
+def _mapping(value: Any, field: str, check: Callable[[Any, str], Any]) -> _Frozen | None:
+  """A checked copy of a mapping keyed by regexes."""
   if value is None:
-    return {}
+    return None
+  for pattern in _keyed_by_strings(value, field):
+    _paths.compile_regex(pattern, field)
+  return _Frozen({pattern: check(item, f"{field}[{pattern!r}]") for pattern, item in value.items()})
+
+
+def _keyed_by_strings(value: Any, field: str) -> Mapping[str, Any]:
   if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
     raise TypeError(f"LoraConfig.{field}: found {value!r}, expected a dict keyed by strings.")
-  if regex:
-    for pattern in value:
-      _paths.compile_regex(pattern, field)
   return value
+
+
+def _roles(value: Any, field: str) -> str:
+  if not isinstance(value, str) or not value or set(value) - set(ROLES):
+    raise ValueError(
+      f"LoraConfig.{field}: found {value!r}, expected one letter per axis out of 'i' (contracted),"
+      " 'o' (free), 's' (stacked), such as 'io'."
+    )
+  if "i" not in value or "o" not in value:
+    raise ValueError(
+      f"LoraConfig.{field}: {value!r} needs at least one 'i' and one 'o' axis: a low-rank update"
+      " lies between contracted and free axes."
+    )
+  return value
+
+
+def _fields(value: Any, field: str) -> _Frozen:
+  """One entry of `overrides`."""
+  for name in _keyed_by_strings(value, field):
+    _choice(field, name, OVERRIDABLE)
+  return _Frozen({name: _CHECKS[name](value[name], f"{field}[{name!r}]") for name in OVERRIDABLE if name in value})
 
 
 def _choice(field: str, value: Any, choices: Sequence[str]) -> None:
@@ -207,6 +253,14 @@ def _dropout(value: Any, field: str) -> float:
   return dropout
 
 
+def holds_factors(dtype: Any) -> bool:
+  """Whether factors can have this dtype: real, signed, and wide enough for JAX to draw random numbers in it."""
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return False
+  info = jnp.finfo(dtype)
+  return bool(info.bits >= 8 and info.min < 0)
+
+
 def _dtype(value: Any, field: str) -> Any:
   if value is None:
     return None
@@ -214,8 +268,11 @@ def _dtype(value: Any, field: str) -> Any:
     dtype = jnp.dtype(value)
   except TypeError:
     dtype = jnp.dtype(int)
-  if not jnp.issubdtype(dtype, jnp.inexact):
-    raise ValueError(f"LoraConfig.{field}: found {value!r}, expected a floating dtype such as 'bfloat16', or None.")
+  if not holds_factors(dtype):
+    raise ValueError(
+      f"LoraConfig.{field}: found {value!r}, expected a real floating dtype of at least 8 bits, such as 'bfloat16', or"
+      " None for the weight's own."
+    )
   return dtype
 
 
@@ -235,7 +292,3 @@ _CHECKS = {
   "scaling": _one_of(tuple(SCALINGS)),
   "init": _one_of(tuple(INITIALIZERS)),
 }
-
-
-def _checked(field: str, value: Any, label: str) -> Any:
-  return _CHECKS[field](value, label)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxlora import _compat, _recompute
 from jaxlora._recompute import Recipe
-from jaxlora._weight import RANK, LoraWeight, factor_axes, low_rank_delta
+from jaxlora._weight import RANK, LoraWeight, factor_axes, low_rank_delta, wider_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -99,13 +99,6 @@ def inexact(x: jax.Array, dtype: Any) -> jax.Array:
   return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
 
 
-def wider(*dtypes: Any) -> Any:
-  """The dtype that holds all of these, 8-bit floats included, which JAX promotes to nothing else."""
-  wide = [dtype for dtype in map(jnp.dtype, dtypes) if dtype.itemsize > 1 or len(set(dtypes)) == 1]
-  with jax.numpy_dtype_promotion("standard"):  # ours to promote, however strict the user's own code is
-    return functools.reduce(jnp.promote_types, wide or [jnp.dtype(jnp.bfloat16)])
-
-
 class Run(NamedTuple):
   """The label of several axes flattened to one."""
 
@@ -165,7 +158,7 @@ def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Resul
 
   dims = places([label for label in shared if label in summed]), places(batch)
   labels = (*batch, *(label for label in (*x.labels, *y.labels) if label not in shared))
-  dtype = wider(x.array.dtype, y.array.dtype)
+  dtype = wider_dtype(x.array.dtype, y.array.dtype)
   product = lax.dot_general(
     x.array.astype(dtype),
     y.array.astype(dtype),
@@ -226,9 +219,9 @@ def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result:
 def rank_sum(x: Labelled, y: Labelled, result: Result) -> Labelled:
   """`sum_r x[:, r] y[r, :]` as one elementwise sum, which fuses; its derivatives are dots.
 
-      d(sum) = dx . y + x . dy        so that, transposed, dx = dout y^T and dy = x^T dout are the dots they should be
+  d(sum) = dx . y + x . dy        so that, transposed, dx = dout y^T and dy = x^T dout are the dots they should be
   """
-  dtype = wider(result.dtype, jnp.float32)
+  dtype = wider_dtype(result.dtype, jnp.float32)
 
   def rank_last(z: Labelled) -> tuple[jax.Array, Hashable]:
     (free,) = (label for label in z.labels if label != RANK)
@@ -345,7 +338,7 @@ def dot(x: jax.Array, w: Factored, pairing: Pairing, base: jax.Array, recipe: Re
   sharded = _explicitly_sharded(x) or _explicitly_sharded(base)
   sharding = _sharding_by_label(Labelled(base, tuple(wanted))) if sharded else None
   x = inexact(x, w.a.dtype)
-  thin = Result(wider(x.dtype, base.dtype), pairing.precision, sharding)
+  thin = Result(wider_dtype(x.dtype, base.dtype), pairing.precision, sharding)
   wide = thin._replace(dtype=base.dtype)
 
   def shrink(x: jax.Array, a: jax.Array) -> Labelled:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlora._adapt import check_adapted, join, map_adapted, split
-from jaxlora._weight import is_adapted
+from jaxlora._adapt import adapted_leaves, check_adapted, join, map_adapted, split
+from jaxlora._weight import is_adapted, parts
 
 
 def labels(tree: Any) -> Any:
@@ -20,6 +22,13 @@ def labels(tree: Any) -> Any:
 
   Returns:
     The tree with a label in the place of each leaf: what `optax.partition` takes to give A and B their own optimisers.
+    Put the partition inside `optimizer`, which gives it the trainable leaves alone: by itself it cannot take the
+    `None`s of `jaxlora.grad`.
+
+  Example:
+    >>> import optax
+    >>> each = {"a": optax.adam(1e-4), "b": optax.adam(2e-3), "full": optax.sgd(0.1), "frozen": optax.set_to_zero()}
+    >>> tx = optimizer(optax.partition(each, labels))
   """
   return map_adapted(
     lambda w: dataclasses.replace(w, base="frozen", a="a", b="b"),
@@ -48,7 +57,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
   """Trains the adapters of a combined tree with `tx`, and leaves everything else exactly as it is.
 
   For loops that keep one parameter tree, such as flax's `TrainState`. Frozen leaves get zero updates and no optimizer
-  state, whether the gradients hold arrays for them (`jax.grad`) or nothing (`jaxlora.grad`).
+  state, whether the gradients hold arrays for them (`jax.grad`) or nothing (`jaxlora.grad`). Whatever else is put
+  around `tx` goes inside, `optimizer(optax.MultiSteps(tx, 4))`: outside it would meet those gradients itself.
 
   Args:
     tx: any optax transformation; it sees the trainable leaves alone, weight decay and clipping included.
@@ -57,18 +67,28 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     An optax transformation for the whole tree.
 
   Raises:
-    ValueError: from `init`, if the tree has no adapted leaf.
+    TypeError: if `tx` is no optax transformation.
+    ValueError: from `init`, if the tree has no adapted leaf, is a half, or is the view of another `optimizer` around
+      this one; from `update`, without `params` where the gradients hold `None`.
 
   Example:
     >>> import optax
     >>> tx = optimizer(optax.adamw(1e-4))
   """
+  if isinstance(tx, optax.MultiSteps):  # optax's own wrappers take it as it is, too
+    tx = tx.gradient_transformation()
+  if not isinstance(tx, optax.GradientTransformation):
+    raise TypeError(f"optimizer: found {tx!r}, expected an optax transformation, such as optax.adamw(1e-4).")
   routed = optax.chain(
     optax.masked(tx, mask), optax.masked(optax.set_to_zero(), lambda tree: jax.tree.map(lambda x: not x, mask(tree)))
   )
 
   def init(params):
     check_adapted(params, "optimizer")
+    if any(isinstance(node.base, optax.MaskedNode) for _, node in adapted_leaves(params)):
+      raise ValueError(
+        "optimizer: found one inside another; one is enough: optimizer(tx) masks the base for all of tx."
+      )
     return routed.init(params)
 
   def update(updates, state, params=None, **extra):
@@ -78,20 +98,21 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
 
 
 def _with_zeros(updates: Any, params: Any) -> Any:
-  """Gradients with zeros where `jaxlora.grad` left nothing."""
+  """Gradients with zeros where `jaxlora.grad` left nothing, or `jax.grad` what no optimizer can add: float0."""
   if params is None:
+    for path, node in adapted_leaves(updates):
+      if None in parts(node).values():
+        raise ValueError(
+          f"optimizer: update found None in the gradients of {path}, as jaxlora.grad gives them, and no params to tell"
+          " its shape. Call tx.update(gradients, state, params)."
+        )
     return updates
 
-  def one(param, update):
+  def one(param: Any, update: Any) -> Any:
     if is_adapted(param):
-      parts = {
-        field.name: zero if part is None else part
-        for field in dataclasses.fields(param)
-        if not field.metadata.get("static")
-        for part, zero in [(getattr(update, field.name), _zeros(getattr(param, field.name)))]
-      }
-      return dataclasses.replace(param, **parts)
-    return _zeros(param) if update is None else update
+      held = parts(update)
+      return dataclasses.replace(param, **{name: one(part, held[name]) for name, part in parts(param).items()})
+    return _zeros(param) if update is None or _is_float0(update) else update
 
   def leaf(node):
     return node is None or is_adapted(node)
@@ -101,6 +122,10 @@ def _with_zeros(updates: Any, params: Any) -> Any:
 
 def _zeros(param: Any) -> Any:
   return None if param is None else jnp.zeros_like(param)
+
+
+def _is_float0(update: Any) -> bool:
+  return getattr(update, "dtype", None) == jax.dtypes.float0
 
 
 def value_and_grad(
@@ -120,16 +145,26 @@ def value_and_grad(
     the places of frozen leaves.
 
   Raises:
-    ValueError: if an argument has no adapted leaf.
+    TypeError: if `argnums` is no integer or sequence of them.
+    ValueError: when called, if `argnums` names no positional argument, or one twice, or one without an adapted leaf.
 
   Example:
     >>> loss = lambda tree, x: apply({"params": tree}, x).sum()  # doctest: +SKIP
     >>> value, grads = value_and_grad(loss)(tree, x)  # doctest: +SKIP
   """
-  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  return _differentiated(fn, argnums, has_aux, "value_and_grad")
 
+
+def _differentiated(
+  fn: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, what: str
+) -> Callable[..., Any]:
+  numbers, single = _argument_numbers(argnums, what)
+
+  @functools.wraps(fn)
   def differentiated(*args: Any, **kwargs: Any) -> Any:
-    places = [n % len(args) for n in numbers]
+    places = _places(numbers, len(args), what)
+    for n in places:
+      check_adapted(args[n], f"{what}: argument {n}")
     halves = {n: split(args[n]) for n in places}
     frozen = tuple(halves[n][0] if n in halves else arg for n, arg in enumerate(args))
 
@@ -140,9 +175,38 @@ def value_and_grad(
       return fn(*full, **kwargs)
 
     value, grads = jax.value_and_grad(of_trainable, has_aux=has_aux)(tuple(halves[n][1] for n in places), frozen)
-    return value, grads[0] if isinstance(argnums, int) else grads
+    return value, grads[0] if single else grads
 
   return differentiated
+
+
+def _argument_numbers(argnums: Any, what: str) -> tuple[tuple[int, ...], bool]:
+  """The numbers in `argnums`, and whether it is one alone."""
+  try:
+    return (operator.index(argnums),), True
+  except TypeError:
+    pass
+  try:
+    return tuple(map(operator.index, argnums)), False
+  except TypeError:
+    raise TypeError(
+      f"{what}: argnums is {argnums!r}, expected the number of a positional argument, or a sequence of such numbers."
+    ) from None
+
+
+def _places(numbers: Sequence[int], count: int, what: str) -> list[int]:
+  """Which of `count` positional arguments the numbers mean."""
+  for n in numbers:
+    if not -count <= n < count:
+      raise ValueError(
+        f"{what}: argnums has {n}, but the call has {count} positional arguments"
+        + (f"; expected a number from {-count} to {count - 1}." if count else ".")
+        + " Pass the tree by position, not by keyword."
+      )
+  places = [n % count for n in numbers]
+  if len(set(places)) != len(places):
+    raise ValueError(f"{what}: argnums {tuple(numbers)} names an argument twice; name each once.")
+  return places
 
 
 def grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -151,8 +215,9 @@ def grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool
   Returns:
     A function that returns the gradients, or `(gradients, aux)`.
   """
-  both = value_and_grad(fn, argnums, has_aux)
+  both = _differentiated(fn, argnums, has_aux, "grad")
 
+  @functools.wraps(fn)
   def differentiated(*args: Any, **kwargs: Any) -> Any:
     value, grads = both(*args, **kwargs)
     return (grads, value[1]) if has_aux else grads

@@ -1,8 +1,10 @@
 """Leaf paths, the patterns that pick leaves by path, and suggestions for a pattern that picked nothing."""
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 import difflib
 import re
+import sys
 from typing import Any
 
 from jax import tree_util
@@ -12,15 +14,38 @@ Predicate = Callable[[str, Any], bool]
 Pattern = str | Sequence[str] | Predicate
 
 
-def path_string(path: Sequence[Any]) -> str:
-  """The "/"-joined path of a leaf, such as `encoder/layer_0/query/kernel`.
+ROOT = "root"  # the path of a tree that is one leaf
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[tuple[str, Any]], Any]:
+  """The leaves with their "/"-joined paths, such as `encoder/layer_0/query/kernel`, and the tree's structure.
 
   Boxes that hold one array in their `value` attribute (`flax.nnx.Param`, `flax.linen.Partitioned`) are not part of
-  the path: the same pattern then serves boxed and plain trees.
+  the path: the same pattern then serves boxed and plain trees. Paths that would be alike, as keys may hold a "/", are
+  written as `jax.tree_util.keystr` writes them; no other path changes for it.
   """
-  if path and isinstance(path[-1], tree_util.GetAttrKey) and path[-1].name == "value":
-    path = path[:-1]
-  return "/".join(_component(key) for key in path)
+  nodes, treedef = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  boxed = _boxed(tree)
+  names = [path_string(path[:-1] if path[:-1] in boxed else path) for path, _ in nodes]
+  count = collections.Counter(names)
+  return [
+    (name if count[name] == 1 else tree_util.keystr(path), leaf)
+    for name, (path, leaf) in zip(names, nodes, strict=True)
+  ], treedef
+
+
+def path_string(path: Sequence[Any]) -> str:
+  return "/".join(map(_component, path)) or ROOT
+
+
+def _boxed(tree: Any) -> set[Any]:
+  """The places of Flax's boxes. Where Flax is not loaded there are none, so it need not be."""
+  kinds = (("flax.core.meta", "AxisMetadata"), ("flax.nnx", "Variable"))
+  boxes = tuple(getattr(sys.modules[module], kind) for module, kind in kinds if module in sys.modules)
+  if not boxes:
+    return set()
+  nodes, _ = tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, boxes))
+  return {path for path, node in nodes if isinstance(node, boxes)}
 
 
 def _component(key: Any) -> str:
@@ -80,13 +105,21 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
   return sorted(paths, key=likeness, reverse=True)[:count]
 
 
-def no_match_error(field: str, pattern: Any, paths: Sequence[str]) -> ValueError:
+def no_match_error(
+  field: str,
+  pattern: Any,
+  paths: Sequence[str],
+  among: str = "leaves",
+  hint: str = "",
+  rule: str = "a regex must match the whole path",
+) -> ValueError:
   """The error for a pattern that picked no leaf."""
-  hint = nearest(pattern, paths) if isinstance(pattern, str) else list(paths[:3])
-  rule = (
-    "a name matches a run of whole path components" if field.endswith("names") else "a regex must match the whole path"
-  )
+  if callable(pattern):
+    return ValueError(
+      f"LoraConfig.{field}: the callable {pattern!r} matches none of the {len(paths)} {among}; expected True for at"
+      f" least one (path, leaf). Paths: {', '.join(paths[:3])}."
+    )
   return ValueError(
-    f"LoraConfig.{field.removesuffix(' names')}: {pattern!r} matches none of the {len(paths)} leaves ({rule})."
-    f" Nearest: {', '.join(hint)}."
+    f"LoraConfig.{field}: {pattern!r} matches none of the {len(paths)} {among} ({rule})."
+    + (hint or f" Nearest: {', '.join(nearest(pattern, paths))}.")
   )

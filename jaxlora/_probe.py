@@ -7,10 +7,11 @@ multiplied by. Nothing is computed. What an equation unknown here does to a valu
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxlora import _compat
 from jaxlora._rules import reshape_groups
@@ -85,22 +86,29 @@ class Evidence:
 def study(probe: Callable[[Any], Any], params: Any) -> list[Evidence]:
   """Traces `probe(params)` abstractly and returns the evidence on each leaf, in flattening order.
 
+  Arrays are traced; other leaves reach the probe as they are.
+
   Raises:
     TypeError: if the probe cannot be called with the parameters alone.
   """
   leaves, treedef = jax.tree_util.tree_flatten(params)
-  if not callable(probe):
-    raise TypeError(
-      f"adapt: probe is {probe!r}, expected a function of the parameters alone, such as"
-      " lambda p: model.apply({'params': p}, x)."
-    )
-  traced = jax.make_jaxpr(lambda *flat: jax.tree_util.tree_leaves(probe(jax.tree_util.tree_unflatten(treedef, flat))))(
-    *leaves
-  )
-  study_ = _Study([Evidence(ndim=jnp.ndim(leaf)) for leaf in leaves])
+  arrays = {k: leaf for k, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+
+  def flat(arrays: dict[int, Any]) -> list[Any]:
+    out = probe(jax.tree_util.tree_unflatten(treedef, [arrays.get(k, leaf) for k, leaf in enumerate(leaves)]))
+    return [leaf for leaf in jax.tree_util.tree_leaves(out) if isinstance(leaf, (jax.Array, np.ndarray))]
+
+  _check_callable(probe, params)
+  try:
+    traced = jax.make_jaxpr(flat)(arrays)
+  except TypeError as error:
+    if type(error) is not TypeError:  # JAX's own, which say what is wrong with the program
+      raise
+    raise TypeError(f"adapt: probe raised TypeError on the parameters: {error}; {_EXPECTED}") from error
+  study_ = _Study([Evidence(ndim=np.ndim(leaf)) for leaf in leaves])
   jaxpr, consts = _compat.open_jaxpr(traced)
   inputs = [
-    Seen(leaf, tuple(frozenset({(leaf, d)}) for d in range(jnp.ndim(array))), NONE) for leaf, array in enumerate(leaves)
+    Seen(leaf, tuple(frozenset({(leaf, d)}) for d in range(np.ndim(array))), NONE) for leaf, array in arrays.items()
   ]
   captured = [unknown(var.aval, INPUT if var.aval.shape else NONE) for var in jaxpr.constvars]
   del consts
@@ -108,6 +116,23 @@ def study(probe: Callable[[Any], Any], params: Any) -> list[Evidence]:
     if len(out.last) == 1 and isinstance(only := next(iter(out.last)), int):
       study_.evidence[only].final = True
   return study_.evidence
+
+
+_EXPECTED = "expected a function of the parameters alone, such as lambda p: model.apply({'params': p}, x)."
+
+
+def _check_callable(probe: Any, params: Any) -> None:
+  """Raises unless the probe can be called with the parameters, as far as its signature tells."""
+  if not callable(probe):
+    raise TypeError(f"adapt: probe is {probe!r}, {_EXPECTED}")
+  try:
+    signature = inspect.signature(probe)
+  except (TypeError, ValueError):  # some callables have none to look at
+    return
+  try:
+    signature.bind(params)
+  except TypeError as error:
+    raise TypeError(f"adapt: probe cannot be called with the parameters alone: {error}; {_EXPECTED}") from error
 
 
 def unknown(aval: Any, last: frozenset[Any]) -> Seen:

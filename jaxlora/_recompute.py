@@ -44,7 +44,7 @@ class Origin(NamedTuple):
 
   eqn: Any
   operands: Sequence[Any]
-  index: int
+  which: int
   value: Any  # keeps the value alive, and with it its identity
 
 
@@ -81,7 +81,9 @@ class Origins:
 
 def is_elementwise_call(eqn: Any) -> bool:
   """Whether an equation is a jitted function of elementwise operations alone, such as `jax.nn.gelu`."""
-  return bool(_inside(eqn)) and all(each.primitive.name in _ELEMENTWISE or is_elementwise_call(each) for each in _inside(eqn))
+  return bool(_inside(eqn)) and all(
+    each.primitive.name in _ELEMENTWISE or is_elementwise_call(each) for each in _inside(eqn)
+  )
 
 
 def keeps_results(eqn: Any) -> bool:
@@ -165,7 +167,7 @@ def _evaluate(step: _Step | int, leaves: Sequence[Any]) -> Any:
     return leaves[step]
   operands = [_evaluate(operand, leaves) for operand in step.operands]
   with _compat.equation_context(step.origin.eqn):
-    return _compat.bind(step.origin.eqn, operands)[step.origin.index]
+    return _compat.bind(step.origin.eqn, operands)[step.origin.which]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

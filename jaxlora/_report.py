@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import _paths, _transform
+from jaxlora._adapt import check_adapted
 from jaxlora._transform import Record, Use
 from jaxlora._weight import LoraWeight, is_adapted
 
@@ -66,11 +67,11 @@ class Summary:
 
   @property
   def saved(self) -> float:
-    """The share of the adapted weights' parameters that need not be trained."""
-    return 1 - self.trainable_parameters / self.adapted_parameters
+    """The share of the adapted weights' parameters that need not be trained; negative where more are."""
+    return _saved(self.trainable_parameters, self.adapted_parameters)
 
   def __str__(self) -> str:
-    rows = [("leaf", "shape", "roles", "rank", "scale", "A", "B", "trained", "of", "fewer")]
+    rows = [("leaf", "shape", "roles", "rank", "scale", "A", "B", "trained", "of", "change")]
     for leaf in self.leaves:
       rows.append(
         (
@@ -83,19 +84,27 @@ class Summary:
           f"{leaf.b_parameters:,}",
           f"{leaf.trainable_parameters:,}",
           f"{leaf.base_parameters:,}",
-          f"{1 - leaf.trainable_parameters / leaf.base_parameters:.0%}",
+          _fewer(_saved(leaf.trainable_parameters, leaf.base_parameters)),
         )
       )
-    share = self.trainable_parameters / self.total_parameters
+    share = 1 - _saved(self.trainable_parameters, self.total_parameters)
     return "\n".join(
       [
         table(rows),
         f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%});"
-        f" {self.saved:.0%} fewer than the {self.adapted_parameters:,} of the leaves above",
+        f" {_fewer(self.saved)} than the {self.adapted_parameters:,} of the leaves above",
         f"base {size(self.base_bytes)}, adapter {size(self.trainable_bytes)}, Adam's moments"
         f" {size(self.optimizer_bytes)} (full fine-tuning: {size(self.full_optimizer_bytes)})",
       ]
     )
+
+
+def _saved(trained: int, of: int) -> float:
+  return 1 - trained / of if of else 0.0  # leaves of size zero save nothing
+
+
+def _fewer(saved: float) -> str:
+  return f"{saved:.0%} fewer" if saved >= 0 else f"{-saved:.0%} more"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -141,8 +150,12 @@ def summary(tree: Any) -> Summary:
     (512, 4096, 4608)
     >>> f"{report.saved:.0%} fewer than {report.adapted_parameters:,}"
     '86% fewer than 32,768'
+
+  Raises:
+    ValueError: if the tree has no adapted leaf, or is a half.
   """
-  nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)
+  check_adapted(tree, "summary")
+  nodes, _ = _paths.flatten(tree, is_leaf=is_adapted)
   leaves: list[LeafSummary] = []
   bases: list[Any] = []
   trained: list[Any] = []
@@ -150,12 +163,10 @@ def summary(tree: Any) -> Summary:
     if not is_adapted(node):
       bases.append(node)
       continue
-    leaf = _leaf_summary(_paths.path_string(path), node)
+    leaf = _leaf_summary(path, node)
     leaves.append(leaf)
     bases.append(node.base)
     trained.extend([node.a, node.b] if isinstance(node, LoraWeight) else [node.value])
-  if not leaves:
-    raise ValueError("summary: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
   return Summary(
     leaves=tuple(leaves),
     total_parameters=_elements(*bases),
@@ -225,8 +236,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     ValueError: if no argument holds an adapted weight.
   """
   record = Record("ignore", set())
-  nodes, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
-  paths = [_transform.argument_path(path) for path, node in nodes if isinstance(node, LoraWeight)]
+  nodes, treedef = _transform.argument_leaves(args, kwargs)
+  paths = [path for path, node in nodes if isinstance(node, LoraWeight)]
   if not paths:
     raise ValueError("explain: no argument holds an adapted weight. Make one with jaxlora.adapt(params, config, key).")
   leaves, inner = jax.tree_util.tree_flatten([node for _, node in nodes])

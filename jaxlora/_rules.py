@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxlora import _lowrank
 from jaxlora._lowrank import Factored, Labelled, Pairing, Result
 from jaxlora._recompute import Recipe
-from jaxlora._weight import RANK, factor_axes
+from jaxlora._weight import RANK, factor_axes, wider_dtype
 
 
 class Unfactorable(Exception):
@@ -345,9 +345,10 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   weight_first = isinstance(lhs, Factored)
   w, x = (lhs, rhs) if weight_first else (rhs, lhs)
   (contract, batch) = op.params["dimension_numbers"]
-  x_of = [dict(zip(*(pair if weight_first else pair[::-1]), strict=True)) for pair in (contract, batch)]
-  pairs = ({int(d): int(k) for d, k in pairs.items()} for pairs in x_of)
-  pairing = Pairing(*pairs, weight_first, op.params["precision"])
+  contracted, batched = (
+    {int(d): int(k) for d, k in zip(*(pair if weight_first else pair[::-1]), strict=True)} for pair in (contract, batch)
+  )
+  pairing = Pairing(contracted, batched, weight_first, op.params["precision"])
   summed = {w.roles[d] for d in pairing.contracted if w.shape[d] != 1} - {"s"}
   if len(summed) > 1:
     raise Unfactorable(f"a contraction across roles {sorted(summed)} of a weight with roles {w.roles!r}")
@@ -391,7 +392,7 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
 
   def convolve(u, a):
     kernel = jnp.moveaxis(a, 0, thin)
-    dtype = _lowrank.wider(u.dtype, base.dtype)
+    dtype = wider_dtype(u.dtype, base.dtype)
     return lax.conv_general_dilated(
       u.astype(dtype),
       (jnp.concatenate([kernel] * groups, axis=thin) if groups > 1 else kernel).astype(dtype),

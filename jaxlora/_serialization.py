@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from jaxlora._weight import FullWeight, LoraWeight
+from jaxlora._weight import FullWeight, LoraWeight, parts
 
 
 def register_with_flax() -> None:
@@ -12,23 +12,15 @@ def register_with_flax() -> None:
   serialization = sys.modules.get("flax.serialization")
   if serialization is not None:
     for kind in (LoraWeight, FullWeight):
-      serialization.register_serialization_state(kind, _to_state, _from_state(serialization), override=True)
-
-
-def _arrays(node: Any) -> list[str]:
-  return [field.name for field in dataclasses.fields(node) if not field.metadata.get("static")]
-
-
-def _to_state(node: Any) -> dict[str, Any]:
-  return {name: getattr(node, name) for name in _arrays(node)}
+      serialization.register_serialization_state(kind, parts, _from_state(serialization), override=True)
 
 
 def _from_state(serialization: Any) -> Any:
   def restore(target: Any, state: dict[str, Any]) -> Any:
-    names = _arrays(target)
+    names = list(parts(target))
     if sorted(state) != sorted(names):
       raise ValueError(f"{type(target).__name__}: found {sorted(state)} in the state, expected {sorted(names)}.")
-    parts = {n: serialization.from_state_dict(getattr(target, n), state[n], name=n) for n in names}
-    return dataclasses.replace(target, **parts)
+    restored = {n: serialization.from_state_dict(getattr(target, n), state[n], name=n) for n in names}
+    return dataclasses.replace(target, **restored)
 
   return restore

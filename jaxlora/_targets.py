@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora import _paths
 from jaxlora._config import ALL_LINEAR, ATTENTION, LoraConfig
@@ -35,13 +36,23 @@ def select(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath) -
   if not targets:
     raise ValueError(
       f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r} and"
-      f" train={config.train!r}. Leaves: {listed(list(leaves))}."
+      f" train={config.train!r}. Widen targets, or narrow exclude or train. Leaves: {listed(list(leaves))}."
     )
   for field in ("overrides", "axes"):
     for pattern in getattr(config, field) or {}:
       if not any(re.fullmatch(pattern, path) for path in targets):
-        raise _paths.no_match_error(f"{field}[{pattern!r}]", pattern, sorted(targets) or list(leaves))
+        raise _paths.no_match_error(
+          f"{field}[{pattern!r}]", pattern, sorted(targets), "adapted leaves", _left_out(pattern, leaves)
+        )
   return targets, whole
+
+
+def _left_out(pattern: str, leaves: LeavesByPath) -> str:
+  """What a pattern that looks among the adapted leaves matches outside of them, for an error message."""
+  others = [path for path in leaves if re.fullmatch(pattern, path)]
+  if not others:
+    return ""
+  return f" It matches {listed(others)}, which targets do not pick: widen targets, or drop this entry."
 
 
 def listed(paths: Sequence[str], count: int = 6) -> str:
@@ -89,7 +100,7 @@ def _attention(kernels: set[str], evidence: EvidenceByPath) -> set[str]:
 
 def _is_kernel(path: str, leaf: Any, evidence: EvidenceByPath) -> bool:
   """Whether a leaf can be a kernel for the presets and for names of modules."""
-  if jnp.ndim(leaf) < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+  if np.ndim(leaf) < 2 or not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
     return False
   if evidence is not None and (evidence[path].contracted is not None or evidence[path].looked_up is not None):
     return evidence[path].is_kernel
@@ -116,9 +127,20 @@ def _pick(
     for name in pattern:
       found = {path for path in leaves if _named(name, path, leaves[path], evidence, kernels_only)}
       if not found:
-        raise _paths.no_match_error(f"{field} names", name, list(leaves))
+        raise _no_kernel_error(field, name, leaves)
       picked |= found
   return picked
+
+
+def _no_kernel_error(field: str, name: str, leaves: LeavesByPath) -> ValueError:
+  """The error for a name that picks nothing: it matches no path, or no kernel."""
+  others = [path for path in leaves if _paths.name_matches(name, path)[0]]
+  if not others:
+    return _paths.no_match_error(field, name, list(leaves), rule="a name matches a run of whole path components")
+  return ValueError(
+    f"LoraConfig.{field}: {name!r} names no kernel, only {listed(others)}. Name a leaf itself to adapt it all the same,"
+    " or train them whole (LoraConfig.train)."
+  )
 
 
 def _named(name: str, path: str, leaf: Any, evidence: EvidenceByPath, kernels_only: bool) -> bool:
@@ -132,4 +154,4 @@ def _named(name: str, path: str, leaf: Any, evidence: EvidenceByPath, kernels_on
 
 
 def _is_table(path: str, leaf: Any) -> bool:
-  return jnp.ndim(leaf) == 2 and _paths.components(path)[-1] == "embedding"
+  return np.ndim(leaf) == 2 and _paths.components(path)[-1] == "embedding"

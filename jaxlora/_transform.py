@@ -25,7 +25,7 @@ from jaxlora._initializers import leaf_key
 from jaxlora._lowrank import Factored
 from jaxlora._recompute import Origins
 from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable, with_roles
-from jaxlora._weight import FullWeight, LoraWeight, check_weight, is_adapted
+from jaxlora._weight import FullWeight, check_weight, is_adapted
 
 ON_MATERIALIZE = ("ignore", "warn", "error")
 
@@ -612,6 +612,9 @@ def wrap(
     fn: a pure function of pytrees, such as `model.apply`. Any argument may hold `LoraWeight`s.
     dropout_key: a random key, typed or raw uint32, for the dropout of adapters that have one; `None` means evaluation,
       without dropout. Pass a new key every step: `wrap(fn, dropout_key=key)` is cheap.
+    recompute: whether the backward pass makes the inputs of adapted products again, where that takes cheap elementwise
+      operations from what it keeps anyway, instead of keeping them, too. Saves most of the memory that training takes
+      beyond running the frozen model; on CPUs it saves time as well. Values and derivatives are the same to rounding.
     on_materialize: what to do where a weight has to be formed as one array: `"warn"` once per place, `"ignore"`, or
       `"error"`.
 
@@ -649,8 +652,8 @@ def call(
   fn: Callable[..., Any], record: Record, dropout_key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
   """One call of a wrapped function: take the weights out, trace, walk."""
-  nodes, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
-  leaves = [opened(node, argument_path(path), dropout_key) for path, node in nodes]
+  nodes, treedef = argument_leaves(args, kwargs)
+  leaves = [opened(node, path, dropout_key) for path, node in nodes]
   dynamic = [k for k, leaf in enumerate(leaves) if isinstance(leaf, (Factored, jax.Array, np.ndarray))]
   if not weights_in(leaves):
     plain_args, plain_kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
@@ -687,22 +690,30 @@ def call(
 
 def opened(node: Any, path: str, dropout_key: Any) -> Any:
   """What stands for one argument leaf inside the walk."""
-  if isinstance(node, LoraWeight):
-    check_weight(node, path)
-    return _lowrank.enter(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
+  if not is_adapted(node):
+    return node
+  check_weight(node, path)
   if isinstance(node, FullWeight):
-    if node.value is None:
-      raise ValueError(
-        f"{path}: value missing: this is the frozen half of a split tree. Put the halves together with"
-        " jaxlora.join(frozen, trainable)."
-      )
     return node.value
-  return node
+  return _lowrank.enter(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
 
 
-def argument_path(path: Sequence[Any]) -> str:
-  """A leaf's path inside its argument: the argument's own position, `args/0` or `kwargs/name`, is left out."""
-  return _paths.path_string(path[2:]) or _paths.path_string(path[1:])
+def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tuple[str, Any]], Any]:
+  """The leaves of a call's arguments, each with its path inside its argument, and the structure of both together.
+
+  The argument's own position or keyword leads the path where several arguments hold adapted weights.
+  """
+  arguments = [*enumerate(args), *sorted(kwargs.items())]
+  flat = [(name, argument, _paths.flatten(argument, is_leaf=is_adapted)[0]) for name, argument in arguments]
+  several = sum(any(is_adapted(leaf) for _, leaf in leaves) for *_, leaves in flat) > 1
+
+  def path_of(name: Any, argument: Any, path: str, leaf: Any) -> str:
+    if leaf is argument:
+      return str(name)
+    return f"{name}/{path}" if several else path
+
+  pairs = [(path_of(name, argument, path, leaf), leaf) for name, argument, leaves in flat for path, leaf in leaves]
+  return pairs, jax.tree_util.tree_structure((args, kwargs), is_leaf=is_adapted)
 
 
 # Raw keys say which generator they are for by their shape alone.

@@ -1,6 +1,6 @@
 """The leaf nodes: `LoraWeight`, a frozen base beside its trainable factors, and `FullWeight`, a leaf trained whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 import math
 from typing import Any, NoReturn
@@ -39,8 +39,22 @@ def low_rank_delta(a: jax.Array, b: jax.Array, roles: str) -> jax.Array:
   return jnp.einsum(a, a_axes, b, b_axes, list(range(len(roles))), precision="highest")
 
 
+def wider_dtype(x: Any, y: Any) -> jnp.dtype:
+  """The floating dtype that holds the values of both, however strict the user's own promotion is."""
+  x, y = sorted((jnp.dtype(x), jnp.dtype(y)), key=lambda dtype: dtype.itemsize)
+  if x == y:
+    return x
+  if x.itemsize == 1:  # JAX promotes no 8-bit floats; every wider one holds their values
+    return y if y.itemsize > 1 else jnp.dtype(jnp.float32)
+  with jax.numpy_dtype_promotion("standard"):
+    return jnp.promote_types(x, y)
+
+
 class _NotAnArray:
   """Adapted leaves are not arrays; code that takes them for one is told what to do."""
+
+  def __array__(self, *_: Any, **__: Any) -> NoReturn:  # NumPy would make an array of one object
+    self.__jax_array__()
 
   def __jax_array__(self) -> NoReturn:
     raise TypeError(
@@ -112,11 +126,10 @@ class LoraWeight(_NotAnArray):
     return low_rank_delta(self.a, self.b * jnp.asarray(self.scale, self.b.dtype), self.roles)
 
   def materialize(self) -> jax.Array:
-    """`base + scale * A B` as one array, summed in the wider dtype and returned in the base's."""
-    delta = self.delta()
-    with jax.numpy_dtype_promotion("standard"):  # ours to promote, however strict the user's own code is
-      wide = jnp.promote_types(self.base.dtype, delta.dtype)
-    return (self.base.astype(wide) + delta.astype(wide)).astype(self.base.dtype)
+    """`base + scale * A B` as one array, formed in the widest dtype of the three and returned in the base's."""
+    wide = wider_dtype(self.base.dtype, wider_dtype(self.a.dtype, self.b.dtype))
+    delta = dataclasses.replace(self, a=self.a.astype(wide), b=self.b.astype(wide)).delta()
+    return (self.base.astype(wide) + delta).astype(self.base.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -141,25 +154,46 @@ def is_adapted(node: Any) -> bool:
   return isinstance(node, Adapted)
 
 
-def check_weight(weight: LoraWeight, path: str) -> None:
-  """Raises unless the parts of `weight` fit together, naming the leaf, what was found and what was expected."""
-  missing = [name for name in ("base", "a", "b") if getattr(weight, name) is None]
+def parts(node: Adapted) -> dict[str, Any]:
+  """What a node holds by name: its fields that are not static."""
+  fields = (field for field in dataclasses.fields(node) if not field.metadata.get("static"))
+  return {field.name: getattr(node, field.name) for field in fields}
+
+
+def check_parts(node: Adapted, path: str, needed: Collection[str] = ("base", "a", "b", "value")) -> None:
+  """Raises unless `node` has the parts that are needed, naming the leaf and what is missing."""
+  missing = [name for name, part in parts(node).items() if part is None and name in needed]
   if missing:
     raise ValueError(
       f"{path}: {', '.join(missing)} missing: this is one half of a split tree. Put the halves together with"
       " jaxlora.join(frozen, trainable)."
     )
-  shape = jnp.shape(weight.base)
-  if len(weight.roles) != len(shape):
+
+
+def check_weight(node: Adapted, path: str) -> None:
+  """Raises unless the parts of `node` are there and fit together, naming the leaf, what was found and expected."""
+  check_parts(node, path)
+  shape = jnp.shape(node.base)
+  if isinstance(node, FullWeight):
+    if jnp.shape(node.value) != shape:
+      raise ValueError(f"{path}: value has shape {jnp.shape(node.value)}, expected the base's, {shape}. {_REFIT}")
+    return
+  if len(node.roles) != len(shape):
     raise ValueError(
-      f"{path}: roles {weight.roles!r} name {len(weight.roles)} axes, the base has shape {shape}. A transformation"
+      f"{path}: roles {node.roles!r} name {len(node.roles)} axes, the base has shape {shape}. A transformation"
       " may have added or removed an axis; roles have one letter per axis of the base."
     )
   for name, own in (("a", "i"), ("b", "o")):
-    found = jnp.shape(getattr(weight, name))
-    expected = factor_shape(shape, weight.roles, own, weight.rank)
+    found = jnp.shape(getattr(node, name))
+    expected = factor_shape(shape, node.roles, own, node.rank)
     if found != expected:
       raise ValueError(
         f"{path}: factor {name} has shape {found}, expected {expected} for a base of shape {shape} with roles"
-        f" {weight.roles!r} and rank {weight.rank}. The factors belong to another base or another rank."
+        f" {node.roles!r} and rank {node.rank}. {_REFIT}"
       )
+
+
+_REFIT = (
+  "It belongs to another base or another rank: join it with the base that it was made for, or adapt this one anew"
+  " (jaxlora.adapt)."
+)

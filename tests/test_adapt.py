@@ -108,6 +108,23 @@ def test_exclude_overrides_and_train():
   assert weights["classes/kernel"].rank is None
 
 
+def test_overrides_of_dropout_and_dtype():
+  params = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 8))}
+  config = jaxlora.LoraConfig(
+    rank=2, targets=".*", dropout=0.5, dtype="float16", overrides={"v": {"dropout": 0.25, "dtype": jnp.bfloat16}}
+  )
+  tree = jaxlora.adapt(params, config, KEY)
+  assert [tree[name].dropout for name in "wv"] == [0.5, 0.25]
+  assert [(tree[name].a.dtype, tree[name].b.dtype) for name in "wv"] == [(jnp.float16,) * 2, (jnp.bfloat16,) * 2]
+
+
+def test_axes_win_over_the_probe():
+  params, probe = {"w": jnp.ones((5, 4))}, lambda p: jnp.ones((2, 5)) @ p["w"]
+  for axes, roles in ((None, "io"), ({"w": "oi"}, "oi")):
+    tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets="w", axes=axes), KEY, probe=probe)
+    assert tree["w"].roles == roles
+
+
 def test_alpha_defaults_to_the_rank_of_the_leaf():
   params = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 8))}
   config = jaxlora.LoraConfig(rank=2, targets=".*", overrides={"v": {"rank": 4}})
@@ -179,6 +196,34 @@ def test_merge_is_the_formula(x64):
   base, a, b = rng.standard_normal((6, 5)), rng.standard_normal((2, 6)), rng.standard_normal((2, 5))
   weight = jaxlora.LoraWeight(*map(jnp.asarray, (base, a, b)), rank=2, alpha=3)
   np.testing.assert_allclose(jaxlora.merge(weight), base + 1.5 * a.T @ b, rtol=1e-14)
+
+
+@pytest.mark.parametrize("factors", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("base", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32])
+def test_merge_sums_in_the_wider_dtype(base, factors):
+  """Against the sum in fp32, rounded once: what a narrower sum would lose shows."""
+  rng = np.random.default_rng(0)
+  make = lambda shape, dtype: jnp.asarray(rng.standard_normal(shape)).astype(dtype)
+  weight = jaxlora.LoraWeight(make((40, 30), base), make((3, 40), factors), make((3, 30), factors), rank=3, alpha=2)
+  base32, a, b = (np.asarray(part, np.float32) for part in (weight.base, weight.a, weight.b))
+  exact = base32 + np.float32(weight.scale) * a.T @ b
+  merged = jaxlora.merge({"w": weight})["w"]
+  assert merged.dtype == base
+  wide = factors if jnp.finfo(base).bits < 16 else jnp.float32 if base != factors else base
+  error = np.abs(np.asarray(merged, np.float32) - exact) / np.abs(exact).max()
+  allowed = jnp.finfo(base).eps / 2 + 4 * jnp.finfo(wide).eps
+  assert error.max() <= allowed
+  if wide == jnp.float32:  # rounded once, from a sum that is right
+    want = jnp.asarray(exact).astype(base)
+    assert np.mean(np.asarray(merged != want)) < (0.01 if base != jnp.float32 else 1)
+
+
+def test_full_weights_do_not_alias_their_base():
+  for leaf in (jnp.ones(4), np.ones(4, np.float32)):
+    tree = jaxlora.adapt({"w": jnp.ones((6, 4)), "b": leaf}, jaxlora.LoraConfig(rank=2, targets="w", train="b"), KEY)
+    assert not np.shares_memory(np.asarray(tree["b"].value), np.asarray(tree["b"].base))
+    jax.jit(lambda value: value + 1, donate_argnums=0)(tree["b"].value)
+    np.testing.assert_array_equal(tree["b"].base, np.ones(4))
 
 
 def test_split_and_join_are_inverse_and_complementary():

@@ -1,11 +1,17 @@
 """Bad input gets an error that names the field or leaf, what was found, what was expected, and what to do."""
 
+import copy
+import dataclasses
 import json
 import math
+import pickle
 
+import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxlora
@@ -55,8 +61,8 @@ def test_dropout_must_be_a_probability_below_one(dropout):
     ({"scaling": "rs"}, r"LoraConfig\.scaling: found 'rs', expected one of 'standard', 'rslora'"),
     ({"init": "zeros"}, r"LoraConfig\.init: found 'zeros', expected one of 'kaiming'"),
     ({"variant": "dora"}, r"LoraConfig\.variant: found 'dora', expected one of 'lora'"),
-    ({"dtype": "int8"}, r"LoraConfig\.dtype: found 'int8', expected a floating dtype"),
-    ({"dtype": "float99"}, r"LoraConfig\.dtype: found 'float99', expected a floating dtype"),
+    ({"dtype": "int8"}, r"LoraConfig\.dtype: found 'int8', expected a real floating dtype"),
+    ({"dtype": "float99"}, r"LoraConfig\.dtype: found 'float99', expected a real floating dtype"),
   ],
 )
 def test_other_fields(fields, message):
@@ -88,6 +94,53 @@ def test_json_round_trip():
   assert jaxlora.LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, jnp.float8_e4m3fn, np.dtype("float32"), "bfloat16"])
+def test_every_value_is_json_ready(dtype):
+  config = jaxlora.LoraConfig(
+    rank=np.int32(3),
+    alpha=np.float32(2),
+    dropout=np.float64(0.1),
+    targets=("query", "attn/out"),
+    train=("head",),
+    dtype=dtype,
+    overrides={".*": {"dtype": dtype, "alpha": np.float32(2), "rank": np.int64(2)}, "q": {}},
+    axes={},
+  )
+  back = jaxlora.LoraConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+  assert back == config
+  assert hash(back) == hash(config)
+  assert config.overrides == {".*": {"rank": 2, "alpha": 2.0, "dtype": jnp.dtype(dtype)}, "q": {}}
+  assert type(config.overrides[".*"]["rank"]) is int
+
+
+def test_a_config_is_a_value():
+  names, overrides, axes = ["query"], {".*": {"rank": 1}}, {".*": "io"}
+  config = jaxlora.LoraConfig(targets=names, overrides=overrides, axes=axes)
+  same = jaxlora.LoraConfig(targets=tuple(names), overrides=overrides, axes=axes)
+  for other in (same, copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+    assert (other, hash(other)) == (config, hash(config))
+  names.append("key")
+  overrides["("] = {"rank": -1}
+  overrides[".*"]["rank"] = 7
+  axes[".*"] = "?"
+  assert config == same
+  assert (config.targets, config.overrides, config.axes) == (("query",), {".*": {"rank": 1}}, {".*": "io"})
+  with pytest.raises(TypeError):
+    config.overrides["x"] = {}
+  with pytest.raises(TypeError):
+    config.overrides[".*"]["rank"] = 2
+  # The first pattern that matches counts, so the order of patterns is part of the value.
+  two = [jaxlora.LoraConfig(overrides=dict(items)) for k in (1, -1) for items in [[("a", {}), ("b", {})][::k]]]
+  assert two[0] != two[1]
+  assert hash(jaxlora.LoraConfig(targets=np.isscalar)) == hash(jaxlora.LoraConfig(targets=np.isscalar))
+
+
+@pytest.mark.parametrize("fields", [None, [1], "rank"])
+def test_from_dict_takes_a_mapping(fields):
+  with pytest.raises(TypeError, match=r"LoraConfig\.from_dict: found .*, expected a mapping of fields, as to_dict"):
+    jaxlora.LoraConfig.from_dict(fields)
+
+
 def test_a_callable_does_not_go_into_json():
   with pytest.raises(TypeError, match=r"LoraConfig\.targets is a callable"):
     jaxlora.LoraConfig(targets=lambda path, leaf: True).to_dict()
@@ -111,16 +164,29 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
   [
     ({"targets": "query/kernel"}, r"'query/kernel' matches none of the 5 leaves.*Nearest: encoder/query/kernel"),
     ({"targets": ["query", "valeu"]}, r"LoraConfig\.targets: 'valeu' matches none.*Nearest: encoder/value/kernel"),
-    ({"targets": lambda path, leaf: False}, r"LoraConfig\.targets: .* matches none of the 5 leaves"),
+    (
+      {"targets": lambda path, leaf: False},
+      r"LoraConfig\.targets: the callable .* none of the 5 leaves; expected True for at least one \(path, leaf\)",
+    ),
     ({"exclude": "nothing"}, r"LoraConfig\.exclude: 'nothing' matches none"),
     ({"train": ["scale"]}, r"LoraConfig\.train: 'scale' matches none"),
     ({"exclude": QUERY}, r"leaves nothing to adapt after exclude"),
     ({"train": QUERY}, r"leaves nothing to adapt after exclude=None and train='encoder/query/kernel'"),
     (
       {"overrides": {".*/value/kernel": {"rank": 1}}},
-      r"LoraConfig\.overrides\['.*'\]: .* matches none of the 1 leaves",
+      r"LoraConfig\.overrides\['.*'\]: .* matches none of the 1 adapted leaves.*It matches encoder/value/kernel, which"
+      r" targets do not pick: widen targets, or drop",
     ),
-    ({"axes": {"conv/kernel": "iio"}}, r"LoraConfig\.axes\['conv/kernel'\]: .* matches none of the 1 leaves"),
+    (
+      {"axes": {"conv/kernel": "iio"}},
+      r"LoraConfig\.axes\['conv/kernel'\]: .* matches none of the 1 adapted leaves.*It matches conv/kernel",
+    ),
+    ({"axes": {"query": "io"}}, r"none of the 1 adapted leaves \(a regex must.*\)\. Nearest: encoder/query/kernel"),
+    (
+      {"params": {"norm": {"scale": jnp.ones(3)}, "w": jnp.ones((6, 4))}, "targets": ["w", "norm"]},
+      r"LoraConfig\.targets: 'norm' names no kernel, only norm/scale.*LoraConfig\.train",
+    ),
+    ({"targets": QUERY, "exclude": ".*"}, r"Widen targets, or narrow exclude or train"),
     ({"rank": 5}, r"encoder/query/kernel: rank 5 is larger than the smaller side.*fan-in 6 and fan-out 4.*at most 4"),
     ({"targets": "steps"}, r"steps: dtype int32 cannot be trained; expected a floating dtype"),
     ({"train": "steps"}, r"steps: dtype int32 cannot be trained"),
@@ -131,9 +197,63 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
 )
 def test_adapt_says_which_leaf_and_what_to_do(fields, message):
   before = jax.tree.map(np.array, PARAMS)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as caught:
     adapt(**fields)
+  assert not (callable(fields.get("targets")) and "regex" in str(caught.value))
   jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.float4_e2m1fn, jnp.float8_e8m0fnu])
+def test_factors_are_real_and_wide_enough(dtype):
+  name = jnp.dtype(dtype).name
+  with pytest.raises(
+    ValueError, match=r"LoraConfig\.dtype: found .*, expected a real floating dtype of at least 8 bits"
+  ):
+    jaxlora.LoraConfig(dtype=dtype)
+  params = {"w": jnp.ones((6, 4)).astype(dtype)}
+  with pytest.raises(
+    ValueError, match=rf"^w: dtype {name} (cannot be adapted|holds no factors); expected a real floating"
+  ):
+    adapt(params, targets="w")
+  if dtype != jnp.complex64:
+    weight = adapt(params, targets="w", overrides={"w": {"dtype": "bfloat16"}})["w"]
+    assert (weight.base.dtype, weight.a.dtype) == (dtype, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16])
+def test_narrow_floats_hold_factors(dtype):
+  assert adapt({"w": jnp.ones((6, 4)).astype(dtype)}, targets="w")["w"].a.dtype == dtype
+  assert jaxlora.LoraConfig(dtype=dtype).dtype == dtype
+
+
+def test_a_probe_takes_the_parameters_alone():
+  params = {"params": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+  model = nn.Dense(4)
+  for probe, message in [
+    (lambda p, x: x, "adapt: probe cannot be called with the parameters alone: missing a required argument: 'x'"),
+    (lambda: 1, "adapt: probe cannot be called with the parameters alone: too many positional arguments"),
+    (model.apply, "adapt: probe raised TypeError on the parameters: .*missing 1 required positional argument"),
+  ]:
+    with pytest.raises(
+      TypeError, match=message + r".*; expected a function of the parameters alone, such as lambda p:"
+    ):
+      adapt(params, targets=["kernel"], probe=probe)
+  with pytest.raises(jax.errors.TracerBoolConversionError):  # JAX says what is wrong with the program
+    adapt(params, targets=["kernel"], probe=lambda p: 1 if p["params"]["kernel"].sum() > 0 else 0)
+
+
+@pytest.mark.parametrize("targets", ["w", ["w"], "all-linear", lambda path, leaf: path == "w"])
+@pytest.mark.parametrize("with_probe", [True, False])
+def test_leaves_of_any_kind_reach_the_probe_as_they_are(targets, with_probe):
+  params = {"name": "x", "times": 2, "key": KEY, "v": jnp.ones((5, 3)), "w": jnp.ones((6, 4))}
+
+  def probe(p):
+    assert (p["name"], p["times"]) == ("x", 2)
+    return jnp.tanh(p["w"] @ jax.random.uniform(p["key"], (4, 5))) @ p["v"] * p["times"]
+
+  tree = adapt(params, targets=targets, probe=probe if with_probe else None)
+  assert tree["w"].roles == ("oi" if with_probe else "io")
+  assert (tree["name"], tree["times"]) == ("x", 2)
 
 
 def test_a_leaf_the_probe_does_not_multiply_by_is_named():
@@ -170,6 +290,13 @@ def test_something_that_is_no_key(key):
     jaxlora.wrap(lambda p: p, dropout_key=key if key is not None else 0)
 
 
+def test_raw_keys_of_another_generator():
+  raw = jax.random.PRNGKey(3, impl="rbg")
+  assert raw.shape == (4,)
+  typed = adapt(key=jax.random.key(3, impl="rbg"))
+  np.testing.assert_array_equal(adapt(key=raw)["encoder"]["query"]["kernel"].a, typed["encoder"]["query"]["kernel"].a)
+
+
 def test_typed_and_raw_keys_give_the_same_factors():
   typed, raw = adapt(key=jax.random.key(3)), adapt(key=jax.random.PRNGKey(3))
   np.testing.assert_array_equal(typed["encoder"]["query"]["kernel"].a, raw["encoder"]["query"]["kernel"].a)
@@ -194,6 +321,79 @@ def test_join_of_halves_of_different_trees():
     jaxlora.join(frozen, jaxlora.split(adapt(other))[1])
 
 
+def test_join_says_how_halves_differ_and_what_to_do():
+  sized = lambda shape: adapt({"w": jnp.ones((4, 4)), "b": jnp.ones(shape)}, targets="w", train="b")
+  frozen, trainable = jaxlora.split(sized((4,)))
+  turned = jaxlora.split(adapt({"w": jnp.ones((4, 4)), "b": jnp.ones(4)}, targets="w", train="b", axes={"w": "oi"}))[1]
+  lacking = lambda part: {**trainable, "w": dataclasses.replace(trainable["w"], **{part: None})}
+  remedy = r".*Join what one jaxlora\.split returned"
+  for wrong, message in [
+    (turned, "join: w: roles 'io' in the frozen half, 'oi' in the trainable half"),
+    (
+      jaxlora.split(sized((5,)))[1],
+      r"join: b: value has shape \(5,\), expected the base's, \(4,\)\..*join it with the base",
+    ),
+    (flax.core.freeze(trainable), r"root: dict in the frozen half, FrozenDict in the trainable half"),
+    (lacking("a"), "join: w: expected .* a missing in the trainable half"),
+    (lacking("b"), "join: w: expected .* b missing in the trainable half"),
+    ({**trainable, "b": jaxlora.FullWeight(None, None)}, "join: b: expected .* value missing in the trainable half"),
+    ({**trainable, "b": None}, "join: b: FullWeight in the frozen half, nothing in the trainable"),
+    ({"w": trainable["w"]}, "Only in the frozen half: b; only in the trainable half: nothing"),
+  ]:
+    with pytest.raises(ValueError, match=message + ("" if "join it" in message else remedy)):
+      jaxlora.join(frozen, wrong)
+  with pytest.raises(ValueError, match=r"join: w: expected .* base missing in the frozen half"):
+    jaxlora.join({**frozen, "w": dataclasses.replace(frozen["w"], base=None)}, trainable)
+
+
+def test_join_names_the_first_other_container():
+  make = lambda layers: adapt({"b": {"layers": layers}, "c": {}}, targets="b/.*")
+  frozen = jaxlora.split(make([jnp.ones((6, 4)), {"deep": jnp.ones((6, 4))}]))[0]
+  trainable = jaxlora.split(make((jnp.ones((6, 4)), {"deep": jnp.ones((6, 4))})))[1]
+  with pytest.raises(ValueError, match="b/layers: list in the frozen half, tuple in the trainable half") as caught:
+    jaxlora.join(frozen, trainable)
+  assert "PyTreeDef" not in str(caught.value)
+  with pytest.raises(ValueError, match="c: dict in the frozen half, list in the trainable half"):
+    jaxlora.join(frozen, jaxlora.split(make([jnp.ones((6, 4)), {"deep": jnp.ones((6, 4))}]))[1] | {"c": []})
+  boxed = lambda *names: adapt({"w": nn.Partitioned(jnp.ones((6, 4)), names)}, targets="w")
+  with pytest.raises(ValueError, match="w: the Partitioned in the frozen half has other static fields"):
+    jaxlora.join(jaxlora.split(boxed("a", "b"))[0], jaxlora.split(boxed("b", "a"))[1])
+
+
+def halves():
+  return dict(zip(("frozen", "trainable"), jaxlora.split(adapt(train=".*/bias")), strict=True))
+
+
+@pytest.mark.parametrize(
+  ("half", "missing"), [("frozen", "encoder/query/bias: value"), ("trainable", "encoder/query/bias: base")]
+)
+@pytest.mark.parametrize("name", ["merge", "summary", "split", "optimizer", "strip"])
+def test_a_half_is_no_tree(name, half, missing):
+  call = jaxlora.optimizer(optax.sgd(1.0)).init if name == "optimizer" else getattr(jaxlora, name)
+  tree = halves()[half]
+  if (name, half) == ("strip", "frozen"):  # which is all that it needs
+    jax.tree.map(np.testing.assert_array_equal, call(tree), PARAMS)
+  else:
+    with pytest.raises(ValueError, match=rf"{name}: {missing} missing: this is one half.*jaxlora\.join"):
+      call(tree)
+
+
+def test_parts_must_fit_their_base():
+  weight = adapt({"w": jnp.ones((6, 4))}, targets="w")["w"]
+  fn = jaxlora.wrap(lambda p: p["w"] * 2, on_materialize="ignore")
+  for wrong, message in [
+    (dataclasses.replace(weight, a=weight.a[:, 1:]), r"w: factor a has shape \(2, 5\), expected \(2, 6\)"),
+    (dataclasses.replace(weight, b=weight.b[:, 1:]), r"w: factor b has shape \(2, 3\), expected \(2, 4\)"),
+    (jaxlora.FullWeight(jnp.ones(4), jnp.ones(3)), r"w: value has shape \(3,\), expected the base's, \(4,\)"),
+  ]:
+    for call in (fn, jaxlora.merge):
+      with pytest.raises(ValueError, match=message + r".*join it with the base that it was made for, or adapt"):
+        call({"w": wrong})
+  for lacking in (jaxlora.FullWeight(jnp.ones(4), None), jaxlora.FullWeight(None, jnp.ones(4))):
+    with pytest.raises(ValueError, match=r"w: (value|base) missing: this is one half"):
+      fn({"w": lacking})
+
+
 def test_wrapped_calls_check_that_the_factors_fit():
   tree = adapt({"w": jnp.ones((6, 4))}, targets="w")
   broken = {"w": jaxlora.LoraWeight(tree["w"].base, tree["w"].a[:1], tree["w"].b, rank=2)}
@@ -211,15 +411,29 @@ def test_wrap_names_its_choices():
     jaxlora.wrap(lambda p: p, on_materialize="raise")
 
 
-def test_merge_refuses_factors_that_diverged():
-  tree = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf, adapt())
-  with pytest.raises(ValueError, match=r"merge: found NaN or infinite values in encoder/query/kernel \(a\)"):
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize(("leaf", "part"), [("query/kernel", "a"), ("query/kernel", "b"), ("query/bias", "value")])
+def test_merge_refuses_factors_that_diverged(leaf, part, bad):
+  tree = adapt(train=".*/bias")
+  _, name = leaf.split("/")
+  query = tree["encoder"]["query"]
+  query[name] = dataclasses.replace(query[name], **{part: getattr(query[name], part).at[0].set(bad)})
+  with pytest.raises(ValueError, match=rf"merge: found NaN or infinite values in encoder/{leaf} \({part}\), expected"):
     jaxlora.merge(tree)
 
 
-def test_trees_without_an_adapter():
-  import optax
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_merge_refuses_sums_that_overflow(dtype):
+  huge = jnp.finfo(dtype).max / 2
+  weight = jaxlora.LoraWeight(jnp.ones((6, 4), dtype), jnp.full((2, 6), huge), jnp.full((2, 4), huge), rank=2)
+  with pytest.raises(ValueError, match=r"merge: found NaN or infinite values in w \(base \+ A B\), expected finite"):
+    jaxlora.merge({"w": weight})
+  assert jax.jit(jaxlora.merge)({"w": weight})["w"].shape == (6, 4)  # where values are not known
+  masked = adapt({"w": jnp.full((6, 4), -jnp.inf)}, targets="w")  # the base's own infinities are its business
+  assert not jnp.isfinite(jaxlora.merge(masked)["w"]).any()
 
+
+def test_trees_without_an_adapter():
   for call in (jaxlora.split, jaxlora.summary, jaxlora.optimizer(optax.sgd(1.0)).init, jaxlora.grad(lambda p: 0.0)):
     with pytest.raises(ValueError, match=r"no adapted leaf.*jaxlora\.adapt"):
       call(PARAMS)
@@ -230,3 +444,7 @@ def test_trees_without_an_adapter():
 def test_an_adapted_leaf_is_no_array():
   with pytest.raises(TypeError, match=r"a LoraWeight was used as an array.*jaxlora\.wrap"):
     jnp.asarray(adapt()["encoder"]["query"]["kernel"])
+  for node, name in ((adapt()["encoder"]["query"]["kernel"], "LoraWeight"), (jaxlora.FullWeight(1, 1), "FullWeight")):
+    for call in (np.asarray, lambda node: np.array(node, np.float32), lambda node: np.ones((2, 6)) @ node):
+      with pytest.raises(TypeError, match=rf"a {name} was used as an array.*jaxlora\.wrap"):
+        call(node)

@@ -23,6 +23,7 @@ def test_the_readmes_python_runs(capsys):
     pytest.skip("the README is not beside the tests")
   blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
   assert len(blocks) >= 3
+  assert sum(bool(line.strip()) for line in blocks[0].splitlines()) == 25  # the main job in small
   scope = {}
   for block in blocks:
     exec(compile(block, str(README), "exec"), scope)

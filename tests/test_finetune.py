@@ -137,9 +137,27 @@ def test_pretraining_is_kept_once_it_is_whole(finetune, tmp_path, monkeypatch):
     (["--targets=head/kernel"], "leaves nothing to adapt"),
     (["--lr-lora=nan"], "'nan' is not a number above 0"),
     ([f"--out={__file__}"], "is not a directory"),
+    ([f"--out={__file__}/out"], f"--out: cannot write to {__file__}/out (Not a directory); name another directory"),
+    (["--out={tmp}", f"--cache={__file__}/cache"], f"--cache: cannot write to {__file__}/cache"),
   ],
 )
-def test_bad_arguments_end_with_a_message(finetune, args, message, capsys):
-  with pytest.raises(SystemExit):
-    finetune.main(args)
+def test_bad_arguments_end_with_a_message(finetune, args, message, capsys, tmp_path, monkeypatch):
+  monkeypatch.setattr(finetune.digits, "pretrain", lambda *_: pytest.fail("it began to work"))
+  with pytest.raises(SystemExit) as caught:
+    finetune.main([arg.format(tmp=tmp_path) for arg in args])
+  assert caught.value.code == 2
   assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(finetune, tmp_path, capsys, monkeypatch):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(finetune.digits, "pretrain", interrupted)
+  with pytest.raises(SystemExit) as caught:
+    finetune.main(["--quiet", f"--out={tmp_path}", f"--cache={tmp_path}"])
+  assert caught.value.code == 130
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert line == (
+    f"Interrupted. Finished runs are kept in {tmp_path / 'runs.json'}: the same command, without --fresh, goes on."
+  )

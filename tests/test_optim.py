@@ -92,17 +92,34 @@ def test_split_leaves_the_base_bit_identical():
   assert values[-1] < 0.7 * values[0]
 
 
-def compiled_step(gradient):
-  """The optimised HLO of a TrainState step."""
+def train_state_step(gradient):
+  """A TrainState step and its arguments."""
   state = TrainState.create(apply_fn=apply, params=adapted(), tx=jaxlora.optimizer(optax.adamw(1e-2)))
-  step = jax.jit(lambda state: state.apply_gradients(grads=gradient(loss)(state.params)))
-  return step.lower(state).compile().as_text()
+  return lambda state: state.apply_gradients(grads=gradient(loss)(state.params)), state
 
 
-@pytest.mark.parametrize("gradient", [jax.grad, jaxlora.grad], ids=["jax.grad", "jaxlora.grad"])
-def test_the_compiled_step_computes_nothing_of_the_bases_shape(gradient):
+def split_step():
+  """A step on the trainable half and its arguments."""
+  frozen, trainable = jaxlora.split(adapted())
+  tx = optax.adamw(1e-2)
+
+  def step(frozen, trainable, state):
+    grads = jax.grad(lambda t: loss(jaxlora.join(frozen, t)))(trainable)
+    updates, state = tx.update(grads, state, trainable)
+    return optax.apply_updates(trainable, updates), state
+
+  return step, frozen, trainable, tx.init(trainable)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [lambda: train_state_step(jax.grad), lambda: train_state_step(jaxlora.grad), split_step],
+  ids=["jax.grad", "jaxlora.grad", "split"],
+)
+def test_the_compiled_step_computes_nothing_of_the_bases_shape(make):
   """What is left of the base in the program: parameters, copies and layout changes of them."""
-  text = compiled_step(gradient)
+  step, *args = make()
+  text = jax.jit(step).lower(*args).compile().as_text()
   shaped = re.findall(r"= f32\[(?:13,17|17,13|17,7|7,17)\][^ ]* ([\w-]+)\(", text)
   assert shaped  # the base is there
   assert set(shaped) <= {"parameter", "copy", "bitcast", "transpose", "get-tuple-element", "copy-start", "copy-done"}
@@ -190,6 +207,98 @@ def test_value_and_grad_argnums_and_aux():
   grads, aux = jaxlora.grad(both, argnums=-1, has_aux=True)(3.0, first, second)
   chex.assert_trees_all_close(grads, g_u)
   assert aux == {"seen": 3.0}
+
+
+def test_value_and_grad_hands_keywords_on_and_keeps_the_name():
+  def documented(tree, *, scale):
+    """What it does."""
+    return scale * loss(tree)
+
+  value, grads = jaxlora.value_and_grad(documented)(adapted(), scale=3.0)
+  expected_value, expected = jaxlora.value_and_grad(loss)(adapted())
+  assert float(value) == pytest.approx(3 * float(expected_value))
+  chex.assert_trees_all_close(grads, jax.tree.map(lambda leaf: 3 * leaf, expected), rtol=1e-5)
+  for made in (jaxlora.grad(documented), jaxlora.value_and_grad(documented)):
+    assert (made.__name__, made.__doc__) == ("documented", "What it does.")
+
+
+def test_argnums_may_be_numpys():
+  chex.assert_trees_all_close(jaxlora.grad(loss, argnums=np.int64(0))(adapted()), jaxlora.grad(loss)(adapted()))
+
+
+@pytest.mark.parametrize("transform", [jaxlora.grad, jaxlora.value_and_grad])
+@pytest.mark.parametrize(
+  ("argnums", "args", "kwargs", "message"),
+  [
+    (3, 2, {}, r": argnums has 3, but the call has 2 positional arguments; expected a number from -2 to 1"),
+    (-3, 2, {}, r": argnums has -3"),
+    (0, 0, {}, r": argnums has 0, but the call has 0 positional arguments\. Pass the tree by position"),
+    (0, 0, {"tree": None}, r": .*Pass the tree by position, not by keyword"),
+    ((0, 0), 2, {}, r": argnums \(0, 0\) names an argument twice"),
+    ((0, -2), 2, {}, r": argnums \(0, -2\) names an argument twice"),
+    (1, 2, {}, r": argument 1: the tree has no adapted leaf.*jaxlora\.adapt"),
+  ],
+)
+def test_argnums_must_name_adapted_arguments_once(transform, argnums, args, kwargs, message):
+  given = (adapted(), X)[:args]
+  with pytest.raises(ValueError, match=f"^{transform.__name__}{message}"):
+    transform(loss, argnums=argnums)(*given, **{name: adapted() for name in kwargs})
+  with pytest.raises(TypeError, match=f"^{transform.__name__}: argnums is 0.5, expected the number"):
+    transform(loss, argnums=0.5)
+
+
+@pytest.mark.parametrize("gradient", [jax.grad, jaxlora.grad], ids=["jax.grad", "jaxlora.grad"])
+@pytest.mark.parametrize(
+  "inner",
+  [
+    lambda: optax.partition(
+      {"a": optax.sgd(1.0), "b": optax.sgd(2.0), "full": optax.sgd(3.0), "frozen": optax.set_to_zero()}, jaxlora.labels
+    ),
+    lambda: optax.MultiSteps(optax.sgd(2.0), 1),
+    lambda: optax.apply_if_finite(optax.sgd(2.0), 3),
+  ],
+  ids=["partition", "MultiSteps", "apply_if_finite"],
+)
+def test_other_transformations_go_inside_optimizer(gradient, inner):
+  tree = adapted(train="bias")
+  tx = jaxlora.optimizer(inner())
+  grads = gradient(loss)(tree)
+  updates, _ = tx.update(grads, tx.init(tree), tree)
+  chex.assert_trees_all_equal(jaxlora.strip(optax.apply_updates(tree, updates)), params())
+  chex.assert_trees_all_close(updates["up"].b, -2 * grads["up"].b)
+
+
+def test_gradients_with_nothing_in_them_need_the_parameters():
+  tree, tx = adapted(), jaxlora.optimizer(optax.sgd(1.0))
+  with pytest.raises(
+    ValueError, match=r"optimizer: update found None in the gradients of down.*tx\.update\(gradients, "
+  ):
+    tx.update(jaxlora.grad(loss)(tree), tx.init(tree))
+  updates, _ = tx.update(jax.grad(loss)(tree), tx.init(tree))
+  assert not updates["up"].base.any()
+
+
+@pytest.mark.parametrize("tx", [3, None, optax.adamw])
+def test_optimizer_takes_optax_transformations(tx):
+  with pytest.raises(TypeError, match=r"optimizer: found .*, expected an optax transformation"):
+    jaxlora.optimizer(tx)
+
+
+def test_one_optimizer_is_enough():
+  twice = jaxlora.optimizer(optax.chain(optax.clip(1.0), jaxlora.optimizer(optax.sgd(1.0))))
+  with pytest.raises(ValueError, match="optimizer: found one inside another; one is enough"):
+    twice.init(adapted())
+
+
+def test_gradients_of_integers_become_zeros():
+  tree = adapted() | {"step": jnp.arange(3)}
+  grads = jax.grad(lambda tree: loss(tree) * tree["step"][1], allow_int=True)(tree)
+  assert grads["step"].dtype == jax.dtypes.float0
+  tx = jaxlora.optimizer(optax.adam(1e-2))
+  updates, _ = tx.update(grads, tx.init(tree), tree)
+  after = optax.apply_updates(tree, updates)
+  np.testing.assert_array_equal(after["step"], tree["step"])
+  assert (after["up"].b != tree["up"].b).all()
 
 
 def test_the_base_may_hold_integers():

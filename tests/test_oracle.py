@@ -36,6 +36,13 @@ def test_other_dtypes(build, dtype):
   helpers.check(case.fn, case.adapted(), case.args, helpers.TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("wrap", ["jit", "scan", "remat", "cond", "vmap", "grad"])
+@pytest.mark.parametrize("build", ["dense", "attention"])
+def test_control_flow_in_single_precision(build, wrap):
+  case = helpers.BUILDERS[build](jnp.float32)
+  helpers.check(helpers.WRAPPERS[wrap](case.fn), case.adapted(), case.args, helpers.TOLERANCE[jnp.float32])
+
+
 @pytest.mark.parametrize("build", helpers.BUILDERS)
 def test_the_probe_finds_the_roles(build):
   case = helpers.BUILDERS[build](jnp.float32)

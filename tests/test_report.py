@@ -43,6 +43,18 @@ def test_summary_counts_whole_leaves_and_bytes():
   assert "whole" in str(report)
 
 
+def test_summary_prints_what_saves_nothing():
+  params = {"w": jnp.ones((4, 4)), "none": jnp.ones((0, 4))}
+  report = jaxlora.summary(jaxlora.adapt(params, jaxlora.LoraConfig(rank=4, targets="w", train="none"), KEY))
+  assert report.saved == -1
+  rows = str(report).splitlines()
+  assert rows[2].endswith("0% fewer")
+  assert rows[3].endswith("100% more")
+  assert "32 of 16 parameters (200.00%); 100% more than the 16 of the leaves above" in rows[4]
+  nothing = jaxlora.FullWeight(jnp.ones(0), jnp.ones(0))
+  assert "0 of 0 parameters (100.00%); 0% fewer" in str(jaxlora.summary(nothing))
+
+
 def test_explain_tells_the_path_of_each_weight_and_why():
   params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 4))}
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets=".*"), KEY)
@@ -68,3 +80,16 @@ def test_explain_runs_nothing_and_takes_shapes():
   tree = jax.eval_shape(lambda p: jaxlora.adapt(p, jaxlora.LoraConfig(rank=2, targets=["kernel"]), KEY), shapes)
   report = jaxlora.explain(model.apply, tree, jax.ShapeDtypeStruct((2, 3), jnp.float32))
   assert [use.path for use in report.uses] == ["params/kernel"]
+
+
+def test_two_arguments_with_the_same_paths_are_told_apart():
+  make = lambda: jaxlora.adapt({"w": jnp.ones((6, 4))}, jaxlora.LoraConfig(rank=2, targets="w"), KEY)
+  first, second, x = make(), make(), jnp.ones((2, 6))
+  report = jaxlora.explain(lambda p, q, x: x @ p["w"], first, second, x)
+  assert ([use.path for use in report.uses], report.unused) == (["0/w"], ("1/w",))
+  report = jaxlora.explain(lambda p, x, *, other: x @ other["w"], first, x, other=second)
+  assert ([use.path for use in report.uses], report.unused) == (["other/w"], ("0/w",))
+  whole = jax.jit(jaxlora.wrap(lambda p, q: jnp.sin(p["w"]) + jnp.sin(q["w"])))
+  with pytest.warns(jaxlora.MaterializeWarning) as caught:
+    whole(first, second)
+  assert [str(warning.message)[:4] for warning in caught] == ["0/w:", "1/w:"]

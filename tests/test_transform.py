@@ -312,6 +312,38 @@ def test_explicit_sharding():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What the user asked of an equation holds for those that take its place.
+
+
+def traced_equations(fn):
+  traced = jax.make_jaxpr(jaxlora.wrap(fn, on_materialize="error"))(one_weight((5, 5)), X)
+  return list(helpers.equations(traced))
+
+
+def test_precision_holds_for_the_low_rank_products():
+  highest = lax.Precision.HIGHEST
+  dots = [e for e in traced_equations(lambda p, x: jnp.dot(x, p["w"], precision=highest)) if "dot" in e.primitive.name]
+  assert len(dots) == 3
+  assert all(eqn.params["precision"] == (highest, highest) for eqn in dots)
+
+
+def test_the_policy_of_a_remat_holds():
+  policy = jax.checkpoint_policies.dots_saveable
+  fn = jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"]), policy=policy, prevent_cse=False)
+  (remat,) = [eqn for eqn in traced_equations(fn) if "prevent_cse" in eqn.params]
+  assert remat.params["policy"] is policy
+  assert remat.params["prevent_cse"] is False
+
+
+def test_unroll_and_reverse_of_a_scan_hold():
+  def fn(p, x):
+    return lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), x, length=6, unroll=3, reverse=True)[0]
+
+  (scan,) = [eqn for eqn in traced_equations(fn) if eqn.primitive.name == "scan"]
+  assert (scan.params["unroll"], scan.params["reverse"], scan.params["length"]) == (3, True, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Flax.
 
 
@@ -491,7 +523,7 @@ def stack_of_layers():
 
 
 def test_a_batched_predicate_of_a_loop():
-  """vmap of a loop whose length is data: every element stops when it is through."""
+  """A loop under vmap whose length is data: every element stops when it is through."""
 
   def fn(p, x):
     grow = lambda x: jnp.tanh(x @ p["w"]) * 2 + x
@@ -677,7 +709,9 @@ def test_explicit_sharding_of_results():
   spec = jax.sharding.PartitionSpec
   with jax.set_mesh(mesh):
     put = lambda leaf, *names: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec(*names)))
-    w = helpers.trained(jaxlora.adapt({"w": helpers.array(1, (6, 8), jnp.float32)}, jaxlora.LoraConfig(rank=2), KEY))["w"]
+    w = helpers.trained(jaxlora.adapt({"w": helpers.array(1, (6, 8), jnp.float32)}, jaxlora.LoraConfig(rank=2), KEY))[
+      "w"
+    ]
     rows = jaxlora.LoraWeight(put(w.base, "model"), put(w.a, None, "model"), put(w.b), rank=2, alpha=w.alpha)
     whole = jaxlora.LoraWeight(put(w.base), put(w.a), put(w.b), rank=2, alpha=w.alpha)
     take = lambda p, ids: p["w"].at[ids].get(out_sharding=spec("data", None))
@@ -694,11 +728,13 @@ def test_explicit_sharding_of_results():
 
 
 def test_kernels_that_are_concatenated_first_are_kernels():
-  """Linen's OptimizedLSTMCell: its gates' kernels are one at the product, and every one of them is adapted and told of."""
+  """Linen's OptimizedLSTMCell makes one kernel of its gates' before the product: all are adapted, and told of."""
   cell = nn.OptimizedLSTMCell(4)
   carry = (jnp.zeros((3, 4)), jnp.zeros((3, 4)))
   params = cell.init(KEY, carry, X)["params"]
   fn = lambda p: cell.apply({"params": p}, carry, X)[1]
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY, probe=fn)
   assert {leaf.path for leaf in jaxlora.summary(tree).leaves} == {f"{s}{g}/kernel" for s in "ih" for g in "figo"}
-  assert {use.path for use in jaxlora.explain(fn, tree).materialized} == {f"{s}{g}/kernel" for s in "ih" for g in "figo"}
+  assert {use.path for use in jaxlora.explain(fn, tree).materialized} == {
+    f"{s}{g}/kernel" for s in "ih" for g in "figo"
+  }
