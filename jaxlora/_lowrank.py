@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jaxlora import _compat, _recompute
@@ -191,12 +192,19 @@ def first_product(
     del leaves  # what x is made of; its derivatives run through x
     return product(x, a)
 
-  @h.defjvp
-  def _(primals, tangents):
+  def jvp(primals, tangents):
     (x, a, leaves), (dx, da, _) = primals, tangents
-    along_a = _recompute.late(lambda leaves, da: product(recipe.again(leaves), da), leaves, da)
-    return h(x, a, leaves), jax.tree.map(jnp.add, product(dx, a), along_a)
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+      terms.append(product(dx, a))
+    if not isinstance(da, SymbolicZero):
+      terms.append(_recompute.late(lambda leaves, da: product(recipe.again(leaves), da), leaves, da))
+    out = h(x, a, leaves)
+    return out, jax.tree.map(
+      lambda *parts: functools.reduce(jnp.add, parts), *terms or [jax.tree.map(jnp.zeros_like, out)]
+    )
 
+  h.defjvp(jvp, symbolic_zeros=True)
   return h(x, a, recipe.leaves)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jaxlora import _compat
@@ -30,21 +31,22 @@ _LINEAR = {
 # Differentiating these keeps their operands: a recipe ends with them.
 _KEEPS_OPERANDS = {
   "mul", "div", "max", "min", "clamp", "pow", "integer_pow", "square", "abs", "sign", "sin", "cos", "log", "log1p",
-  "erf", "select_n", "custom_jvp_call",
+  "erf", "select_n", "custom_jvp_call", "elementwise region",
 }  # fmt: skip
 # What differentiating these keeps is their result, which is one array more.
 _KEEPS_RESULT = {"exp", "exp2", "expm1", "tanh", "logistic", "erf", "erfc", "log1p", "sqrt", "rsqrt", "cbrt"}
 _COMPARES = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite"}
-_ELEMENTWISE = _LINEAR | _KEEPS_OPERANDS | _KEEPS_RESULT | _COMPARES
+REGION = "elementwise region"
+_ELEMENTWISE = _LINEAR | _KEEPS_OPERANDS | _KEEPS_RESULT | _COMPARES | {REGION}
 _SMALL = 8  # an operand with a share of less than 1/8 of the input's elements costs nothing to keep
 
 
 class Origin(NamedTuple):
-  """The equation that made a value, its operands, and which of its results the value is."""
+  """How a value came about: by what kind of operation, how to repeat that, and on what."""
 
-  eqn: Any
+  name: str
+  again: Callable[[Sequence[Any]], Any]
   operands: Sequence[Any]
-  which: int
   value: Any  # keeps the value alive, and with it its identity
 
 
@@ -66,11 +68,15 @@ class Origins:
     self.known: dict[int, Origin] = {}
     self.recipes: dict[int, Recipe | None] = {}
 
-  def note(self, eqn: Any, operands: Sequence[Any], results: Sequence[Any]) -> None:
-    if eqn.primitive.name in _ELEMENTWISE or is_elementwise_call(eqn):
-      for k, value in enumerate(results):
-        if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
-          self.known[id(value)] = Origin(eqn, operands, k, value)
+  def note(
+    self, name: str, bind: Callable[[Sequence[Any]], list[Any]], operands: Sequence[Any], out: list[Any]
+  ) -> None:
+    """Takes down what made the results `out`, if it was elementwise."""
+    if name not in _ELEMENTWISE:
+      return
+    for k, value in enumerate(out):
+      if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
+        self.known[id(value)] = Origin(name, lambda operands, k=k: bind(operands)[k], operands, value)
 
   def recipe(self, value: Any) -> Recipe | None:
     """How to make `value` again from what is kept anyway; `None` where it is better kept itself."""
@@ -79,23 +85,90 @@ class Origins:
     return self.recipes[id(value)]
 
 
-def is_elementwise_call(eqn: Any) -> bool:
-  """Whether an equation is a jitted function of elementwise operations alone, such as `jax.nn.gelu`."""
-  return bool(_inside(eqn)) and all(
-    each.primitive.name in _ELEMENTWISE or is_elementwise_call(each) for each in _inside(eqn)
-  )
+# ----------------------------------------------------------------------------------------------------------------------
+# Elementwise regions: a gelu written out is a dozen equations, of which differentiation would keep several results.
 
 
-def keeps_results(eqn: Any) -> bool:
-  """Whether differentiating an elementwise call keeps more than its operands."""
-  return any(each.primitive.name in _KEEPS_RESULT or keeps_results(each) for each in _inside(eqn))
+class Region(NamedTuple):
+  """Equations that make one array, elementwise, out of one other: all between them is used nowhere else."""
+
+  members: Sequence[int]  # numbers of the equations, in order; the last one makes the result
+  inputs: Sequence[Any]  # the variables that they read from outside
+
+  def evaluate(self, jaxpr: Any, values: Sequence[Any]) -> Any:
+    """The result, from the values of the inputs."""
+    env = dict(zip(self.inputs, values, strict=True))
+    for k in self.members:
+      eqn = jaxpr.eqns[k]
+      operands = [atom.val if isinstance(atom, _compat.Literal) else env[atom] for atom in eqn.invars]
+      with _compat.equation_context(eqn):
+        env.update(zip(eqn.outvars, _compat.bind(eqn, operands), strict=True))
+    return env[jaxpr.eqns[self.members[-1]].outvars[0]]
+
+
+def regions(jaxpr: Any) -> dict[int, Region]:
+  """The regions of a jaxpr of which differentiation would keep more than their inputs; by every member's number."""
+  roots: dict[Any, Any] = {}  # variable -> the large one that it is made of, elementwise
+  thin = set()  # broadcasts of something small
+  members: dict[Any, list[int]] = {}
+  uses: dict[Any, set[int]] = {}
+  for k, eqn in enumerate(jaxpr.eqns):
+    for atom in _variables(eqn.invars):
+      uses.setdefault(atom, set()).add(k)
+    if not _is_elementwise(eqn) or len(eqn.outvars) != 1:
+      continue
+    (out,) = eqn.outvars
+    large = [atom for atom in _variables(eqn.invars) if _elements(atom) * _SMALL > _elements(out)]
+    if not large:
+      thin.add(out)
+    made_of = {roots.get(atom, atom) for atom in large if atom not in thin and not _holds_bools(atom, roots)}
+    if len(made_of) == 1:
+      roots[out] = made_of.pop()
+      members.setdefault(roots[out], []).append(k)
+  for atom in _variables(jaxpr.outvars):
+    uses.setdefault(atom, set()).add(len(jaxpr.eqns))
+  found = (_region(jaxpr, numbers, uses) for numbers in members.values())
+  return {k: region for region in found if region is not None for k in region.members}
+
+
+def _region(jaxpr: Any, numbers: list[int], uses: dict[Any, set[int]]) -> Region | None:
+  """The region of these equations, if they have one result and are worth it."""
+  inside = set(numbers)
+  results = [k for k in numbers if uses.get(jaxpr.eqns[k].outvars[0], set()) - inside]
+  if results != numbers[-1:] or not any(_keeps_results(jaxpr.eqns[k]) for k in numbers):
+    return None
+  made = {jaxpr.eqns[k].outvars[0] for k in numbers}
+  read = dict.fromkeys(atom for k in numbers for atom in _variables(jaxpr.eqns[k].invars) if atom not in made)
+  return Region(numbers, tuple(read)) if _is_float(jaxpr.eqns[numbers[-1]].outvars[0].aval) else None
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+  return [atom for atom in atoms if not isinstance(atom, _compat.Literal)]
+
+
+def _elements(atom: Any) -> int:
+  return math.prod(getattr(atom.aval, "shape", ()))
+
+
+def _holds_bools(atom: Any, roots: dict[Any, Any]) -> bool:
+  """Whether an array is a mask from elsewhere, such as dropout's: cheap to keep."""
+  return atom not in roots and getattr(atom.aval, "dtype", None) == jnp.bool_
+
+
+def _is_elementwise(eqn: Any) -> bool:
+  inner = _inside(eqn)
+  return all(map(_is_elementwise, inner)) if inner else eqn.primitive.name in _ELEMENTWISE
+
+
+def _keeps_results(eqn: Any) -> bool:
+  return eqn.primitive.name in _KEEPS_RESULT or any(map(_keeps_results, _inside(eqn)))
 
 
 def _inside(eqn: Any) -> Sequence[Any]:
-  if eqn.primitive.name not in ("jit", "pjit", "custom_jvp_call"):
-    return ()
+  """The equations of a jitted function, or of one with a derivative of its own."""
   inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-  return () if inner is None else _compat.open_jaxpr(inner)[0].eqns
+  called = eqn.primitive.name in ("jit", "pjit", "custom_jvp_call") and inner is not None
+  return _compat.open_jaxpr(inner)[0].eqns if called else ()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,22 +200,22 @@ class _Cook:
     origin = self.known.get(id(value))
     if origin is None:
       return None
-    name = origin.eqn.primitive.name
+    name = origin.name
     operands = [self.small(operand) for operand in origin.operands]
     large = [k for k, operand in enumerate(operands) if operand is None]
     if name in _LINEAR and len(large) == 1 and not (name == "div" and large == [1]):
       operands[large[0]] = self.back(origin.operands[large[0]])
       return None if operands[large[0]] is None else _Step(origin, operands)
-    if (name in _KEEPS_OPERANDS or is_elementwise_call(origin.eqn)) and large:
+    if name in _KEEPS_OPERANDS and large:
       return _Step(origin, [self.leaf(origin.operands[k]) if k in large else step for k, step in enumerate(operands)])
     return None
 
   def small(self, value: Any) -> _Step | int | None:
     """A value that costs little to keep, or what it was broadcast from; `None` for large ones."""
-    if not self.is_large(value) or getattr(value, "dtype", None) == bool:
+    if not self.is_large(value) or _is_bool(value):
       return self.leaf(value)
     origin = self.known.get(id(value))
-    if origin is None or origin.eqn.primitive.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
+    if origin is None or origin.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
       return None
     source = self.small(origin.operands[0])
     return None if source is None else _Step(origin, [source])
@@ -159,15 +232,17 @@ class _Cook:
 
 
 def _is_float(value: Any) -> bool:
-  return jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating)
+  return jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.floating)
+
+
+def _is_bool(value: Any) -> bool:
+  return jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.bool_)
 
 
 def _evaluate(step: _Step | int, leaves: Sequence[Any]) -> Any:
   if isinstance(step, int):
     return leaves[step]
-  operands = [_evaluate(operand, leaves) for operand in step.operands]
-  with _compat.equation_context(step.origin.eqn):
-    return _compat.bind(step.origin.eqn, operands)[step.origin.which]
+  return step.origin.again([_evaluate(operand, leaves) for operand in step.operands])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,27 +257,28 @@ def late(fn: Callable[[Any, Any], Any], leaves: Sequence[Any], linear: Any) -> A
   return _compat.linear_call(fn, _wait, tuple(leaves), linear)
 
 
-def light(fn: Callable[..., list[Any]], operands: Sequence[Any]) -> list[Any]:
-  """`fn(*operands)` for an elementwise function, of which the backward pass keeps nothing but the operands."""
-  moving = [k for k, operand in enumerate(operands) if _is_float(operand)]
+def light(fn: Callable[[Sequence[Any]], Any], operands: Sequence[Any]) -> Any:
+  """`fn(operands)` for an elementwise function, of which the backward pass keeps nothing but the operands."""
 
   @jax.custom_jvp
   def call(*operands):
-    return fn(*operands)
+    return fn(operands)
 
-  @call.defjvp
-  def _(operands, tangents):
+  def jvp(operands, tangents):
+    moving = [k for k, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+
     def along(operands, tangents):
       def of_moving(*values):
         full = list(operands)
         for k, value in zip(moving, values, strict=True):
           full[k] = value
-        return fn(*full)
+        return fn(full)
 
       return jax.jvp(of_moving, [operands[k] for k in moving], tangents)[1]
 
     return call(*operands), late(along, operands, [tangents[k] for k in moving])
 
+  call.defjvp(jvp, symbolic_zeros=True)
   return call(*operands)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jaxlora import _compat, _lowrank, _paths, _recompute
 from jaxlora._initializers import leaf_key
 from jaxlora._lowrank import Factored
-from jaxlora._recompute import Origins
+from jaxlora._recompute import Origins, Region
 from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable, with_roles
 from jaxlora._weight import FullWeight, check_weight, is_adapted
 
@@ -136,38 +136,57 @@ def weights_in(values: Sequence[Any]) -> list[Factored]:
 # The walk.
 
 
-def run(
-  record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], origins: Origins | None = None
-) -> list[Any]:
+def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
   """Evaluates a jaxpr on values of which some are `Factored`; its results may be, too."""
-  origins = origins or Origins()
   env: dict[Any, Any] = {}
+  origins = Origins()
 
   def read(atom: Any) -> Any:
     return atom.val if isinstance(atom, _compat.Literal) else env[atom]
 
-  env.update(zip(jaxpr.constvars, consts, strict=True))
-  env.update(zip(jaxpr.invars, args, strict=True))
-  freed_after = _last_uses(jaxpr)
-  for k, eqn in enumerate(jaxpr.eqns):
+  def evaluate(eqn: Any) -> None:
     values = [read(atom) for atom in eqn.invars]
     with _compat.equation_context(eqn):
       if weights_in(values):
         out = apply(record, eqn, values, origins)
       else:
-        out = plain(record, eqn, values)
-        origins.note(eqn, values, out)
+        out = _compat.bind(eqn, values)
+        origins.note(eqn.primitive.name, functools.partial(_compat.bind, eqn), values, out)
     env.update(zip(eqn.outvars, out, strict=True))
+
+  def evaluate_region(region: Region) -> None:
+    values = [read(atom) for atom in region.inputs]
+    if weights_in(values):  # an elementwise function of a weight itself
+      for k in region.members:
+        evaluate(jaxpr.eqns[k])
+      return
+    result = functools.partial(region.evaluate, jaxpr)
+    out = _recompute.light(result, values)
+    origins.note(_recompute.REGION, lambda values: [result(values)], values, [out])
+    env[jaxpr.eqns[region.members[-1]].outvars[0]] = out
+
+  env.update(zip(jaxpr.constvars, consts, strict=True))
+  env.update(zip(jaxpr.invars, args, strict=True))
+  regions = _recompute.regions(jaxpr) if record.recompute else {}
+  freed_after = _last_uses(jaxpr, regions)
+  for k, eqn in enumerate(jaxpr.eqns):
+    if k not in regions:
+      evaluate(eqn)
+    elif k == regions[k].members[-1]:
+      evaluate_region(regions[k])
     for var in freed_after.get(k, ()):
-      del env[var]
+      env.pop(var, None)
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+def _last_uses(jaxpr: Any, regions: dict[int, Region]) -> dict[int, list[Any]]:
   """Equation number -> the variables that nothing after it reads: a walk holds no more memory than a plain call."""
   last: dict[Any, int] = {}
   for k, eqn in enumerate(jaxpr.eqns):
-    last.update((atom, k) for atom in eqn.invars if not isinstance(atom, _compat.Literal))
+    at = regions[k].members[-1] if k in regions else k
+    for atom in eqn.invars:
+      if not isinstance(atom, _compat.Literal):
+        last[atom] = max(at, last.get(atom, 0))
   for atom in jaxpr.outvars:
     if not isinstance(atom, _compat.Literal):
       last.pop(atom, None)
@@ -175,13 +194,6 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
   for var, k in last.items():
     freed[k].append(var)
   return freed
-
-
-def plain(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
-  """One equation that no adapted weight reaches."""
-  if record.recompute and _recompute.is_elementwise_call(eqn) and _recompute.keeps_results(eqn):
-    return _recompute.light(lambda *args: _compat.bind(eqn, args), values)
-  return _compat.bind(eqn, values)
 
 
 def apply(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> list[Any]:

@@ -1,0 +1,211 @@
+"""Inputs of adapted products made again for the backward pass: the same numbers, less memory, no second forward pass."""
+
+import flax.linen as nn
+import helpers
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlora
+
+KEY = jax.random.key(0)
+WIDTH, HIDDEN, TOKENS = 16, 64, 96
+
+ACTIVATIONS = {
+  "gelu": nn.gelu,
+  "exact gelu": lambda x: nn.gelu(x, approximate=False),
+  "silu": nn.silu,
+  "relu": nn.relu,
+  "softplus": nn.softplus,
+  "tanh": jnp.tanh,
+  "squared relu": lambda x: jnp.square(nn.relu(x)),
+  "gated": lambda x: nn.sigmoid(x) * jnp.roll(x, 1, axis=-1),
+  "masked": lambda x: jnp.where(x > 0.1, nn.gelu(x), jnp.zeros((), x.dtype)),
+}
+
+
+class Mlp(nn.Module):
+  """Pre-norm blocks with a residual stream."""
+
+  activation: str = "gelu"
+  layers: int = 3
+
+  @nn.compact
+  def __call__(self, x):
+    for k in range(self.layers):
+      hidden = nn.Dense(HIDDEN, name=f"up_{k}", param_dtype=x.dtype)(nn.LayerNorm(param_dtype=x.dtype)(x))
+      x = x + nn.Dense(WIDTH, name=f"down_{k}", param_dtype=x.dtype)(ACTIVATIONS[self.activation](hidden))
+    return x
+
+
+def case(activation="gelu", dtype=jnp.float64, **fields):
+  model, x = Mlp(activation), helpers.array(2, (2, TOKENS // 2, WIDTH), dtype)
+  params = jax.tree.map(lambda leaf: leaf + 0.1, model.init(KEY, x)["params"])
+  fn = lambda p, x: model.apply({"params": p}, x)
+  config = jaxlora.LoraConfig(
+    **{"rank": 2, "alpha": 4, "targets": ["up_0", "up_1", "up_2", "down_0", "down_1", "down_2"]} | fields
+  )
+  return fn, helpers.trained(jaxlora.adapt(params, config, KEY)), x
+
+
+def gradient(fn, recompute, **options):
+  wrapped = jaxlora.wrap(fn, recompute=recompute, on_materialize="error", **options)
+  return jaxlora.value_and_grad(lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x))))
+
+
+@pytest.mark.usefixtures("x64", "lenient")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_the_same(activation):
+  fn, tree, x = case(activation)
+  got, want = (jax.jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
+  helpers.assert_close(got, want, 1e-12)
+  helpers.check(fn, tree, (x,), 1e-12)
+
+
+@pytest.mark.usefixtures("x64", "lenient")
+def test_forward_mode_second_derivatives_and_vmap():
+  fn, tree, x = case("gelu")
+  x = x[:, :3]
+  frozen, trainable = jaxlora.split(tree)
+  tangent = jax.tree.map(lambda leaf: helpers.array(5, leaf.shape, leaf.dtype), trainable)
+
+  def of(f):
+    loss = lambda t, x: jnp.sum(jnp.sin(f(jaxlora.join(frozen, t), x)))
+    return {
+      "jvp": lambda t, x: jax.jvp(lambda t: loss(t, x), (t,), (tangent,)),
+      "hessian times tangent": lambda t, x: jax.jvp(lambda t: jax.grad(loss)(t, x), (t,), (tangent,)),
+      "gradient of a gradient's norm": jax.grad(
+        lambda t, x: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(t, x)))
+      ),
+      "data": jax.grad(loss, argnums=1),
+      "both": jax.grad(loss, argnums=(0, 1)),
+      "per example": lambda t, x: jax.vmap(lambda x: jax.grad(loss)(t, x[None]))(x),
+      "of a vmap": jax.grad(lambda t, x: jnp.sum(jax.vmap(lambda x: loss(t, x[None]))(x))),
+      "two steps of vmap": lambda t, x: jax.vmap(jax.vmap(lambda x: jax.grad(loss)(t, x[None, None])))(x),
+    }
+
+  wanted = of(helpers.oracle(fn))
+  for name, derivative in of(jaxlora.wrap(fn, on_materialize="error")).items():
+    got, want = jax.jit(derivative)(trainable, x), jax.jit(wanted[name])(trainable, x)
+    helpers.assert_close(got, want, 1e-11)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_dropout_is_made_again_with_the_same_mask():
+  fn, tree, x = case(dtype=jnp.float32, dropout=0.5)
+  got, want = (jax.jit(gradient(fn, recompute, dropout_key=KEY))(tree, x) for recompute in (True, False))
+  helpers.assert_close(got, want, 1e-5)
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("control", ["jit", "scan", "remat", "cond", "vmap", "shard_map"])
+def test_inside_control_flow(control):
+  fn, tree, x = case(dtype=jnp.float32)
+  helpers.check(helpers.WRAPPERS[control](fn), tree, (x,), 1e-4)
+
+
+def kept_bytes(fn, recompute, tree, x):
+  """What XLA has to hold at once beside arguments and results, with optimisation on."""
+  step = jax.jit(gradient(fn, recompute), compiler_options={"xla_backend_optimization_level": 3})
+  return step.lower(tree, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def floor_bytes(fn, params, x):
+  """The same for the frozen model: forward, and the gradient of its input."""
+  step = jax.jit(
+    jax.grad(lambda x, p: jnp.sum(jnp.sin(fn(p, x)))), compiler_options={"xla_backend_optimization_level": 3}
+  )
+  return step.lower(x, params).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.usefixtures("lenient")
+def test_memory_stays_at_the_frozen_models():
+  """The issue of it all: training the factors holds no more than running the frozen model backwards."""
+  fn, tree, _ = case(dtype=jnp.float32)
+  x = helpers.array(3, (8, 512, WIDTH), jnp.float32)
+  floor = floor_bytes(fn, jaxlora.merge(tree), x)
+  kept = kept_bytes(fn, True, tree, x)
+  assert kept <= floor
+  assert kept < 0.75 * kept_bytes(fn, False, tree, x)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_no_product_of_the_base_runs_twice():
+  """What is made again is elementwise: as many products as without."""
+  fn, tree, x = case(dtype=jnp.float32)
+  dots = [
+    sum(
+      eqn.primitive.name == "dot_general" for eqn in helpers.equations(jax.make_jaxpr(gradient(fn, recompute))(tree, x))
+    )
+    for recompute in (True, False)
+  ]
+  text = [
+    jax.jit(gradient(fn, recompute)).lower(tree, x).as_text().count("stablehlo.dot_general")
+    for recompute in (True, False)
+  ]
+  assert text[0] == text[1]
+  assert dots[0] >= dots[1]
+
+
+@pytest.mark.usefixtures("lenient")
+def test_values_that_pass_through_waiting_are_untouched_bit_for_bit():
+  """The wait multiplies by a one made of a cotangent's bits, whatever those bits are."""
+  from jaxlora import _recompute
+
+  leaf = np.asarray([1.5, -0.0, np.inf, np.nan, 3e38, 1e-45], np.float32)
+  for cotangent in (0.0, -1.0, np.inf, -np.inf, np.nan, 3e38, -1e-45):
+    (out,) = _recompute._wait([jnp.asarray(leaf)], [jnp.full((2, 3), cotangent, jnp.float32)])
+    np.testing.assert_array_equal(np.asarray(out).view(np.uint32)[:5], leaf.view(np.uint32)[:5])
+
+
+@pytest.mark.usefixtures("lenient")
+def test_elementwise_functions_of_a_weight_itself_are_left_to_the_rules():
+  weights = {"w": helpers.array(1, (5, 7), jnp.float32)}
+  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets="w"), KEY))
+  fn = lambda p, x: x @ (jnp.exp(-p["w"]) + 1.0)
+  helpers.check(fn, tree, (helpers.array(2, (3, 5), jnp.float32),), 1e-5, on_materialize="ignore")
+  with pytest.raises(jaxlora.MaterializeError, match="`exp`"):
+    jaxlora.wrap(fn, on_materialize="error")(tree, helpers.array(2, (3, 5), jnp.float32))
+
+
+@pytest.mark.usefixtures("lenient")
+def test_without_the_primitives_of_this_version_it_is_a_plain_call(monkeypatch):
+  from jaxlora import _compat
+
+  monkeypatch.setattr(_compat, "Primitive", None)
+  fn, tree, x = case(dtype=jnp.float32)
+  got, want = (jax.jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
+  helpers.assert_close(got, want, 1e-5)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_scanned_model_keeps_one_array_a_layer_less():
+  class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      hidden = nn.Dense(HIDDEN, name="up")(nn.LayerNorm()(x))
+      return x + nn.Dense(WIDTH, name="down")(nn.gelu(hidden)), None
+
+  model = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)()
+  x = helpers.array(3, (8, 256, WIDTH), jnp.float32)
+  params = model.init(KEY, x, None)["params"]
+  fn = lambda p, x: model.apply({"params": p}, x, None)[0]
+  tree = helpers.trained(jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY, probe=lambda p: fn(p, x)))
+  helpers.check(fn, tree, (x[:1, :8],), 1e-4)
+  assert kept_bytes(fn, True, tree, x) < 0.8 * kept_bytes(fn, False, tree, x)
+
+
+def test_lax_is_enough():
+  """No Flax: a layer norm and a gate written out."""
+
+  def fn(p, x):
+    centred = x - x.mean(-1, keepdims=True)
+    normed = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-3)
+    gate, value = jnp.split(normed @ p["up"], 2, axis=-1)
+    return (lax.logistic(gate) * value) @ p["down"]
+
+  weights = {"up": helpers.array(1, (6, 16), jnp.float32), "down": helpers.array(2, (8, 6), jnp.float32)}
+  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets=".*"), KEY))
+  helpers.check(fn, tree, (helpers.array(3, (2, 5, 6), jnp.float32),), 1e-5)
