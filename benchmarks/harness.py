@@ -79,6 +79,23 @@ def make_parser(name: str, description: str | None, example: str, rounds: int = 
   return parser
 
 
+def add_layers(parser: argparse.ArgumentParser) -> None:
+  """The number of blocks, where there is one."""
+  parser.add_argument("--layers", type=positive(int), default=6, help="transformer blocks")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+  """The other sizes of the language model, in any framework."""
+  count = positive(int)
+  parser.add_argument("--d", type=count, default=512, help="the model's width")
+  parser.add_argument("--batch", type=count, default=8, help="sequences per step")
+  parser.add_argument("--seq", type=count, default=128, help="tokens per sequence")
+  parser.add_argument("--rank", type=count, default=8, help="LoRA's rank")
+  parser.add_argument("--alpha", type=positive(float), default=16.0, help="LoRA's alpha")
+  parser.add_argument("--vocabulary", type=count, default=4096, help="tokens that there are")
+  parser.add_argument("--bf16", action="store_true", help="parameters and computation in bfloat16")
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
   """Adds `--quick`, which stands for smaller defaults, and parses: what is given explicitly wins over it."""
   small = " ".join(f"--{name} {value}" for name, value in quick.items())
@@ -156,9 +173,14 @@ def hardware() -> dict[str, Any]:
   return {**cpu(), "backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
 
 
+def installed(package: str) -> bool:
+  """Whether a package can be imported; it is not imported for this."""
+  return importlib.util.find_spec(package) is not None
+
+
 def versions(*more: str) -> dict[str, str]:
   """What it ran with: the packages that everything needs, and those of `more` that are installed."""
-  names = ("jax", "jaxlib", "flax", "optax", *(name for name in more if importlib.util.find_spec(name)))
+  names = ("jax", "jaxlib", "flax", "optax", *(name for name in more if installed(name)))
   packages = {name: importlib.metadata.version(name) for name in names}
   return {"python": platform.python_version(), **packages, "jaxlora": jaxlora.__version__}
 
@@ -168,6 +190,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
   return {field: str(value) if isinstance(value, Path) else value for field, value in vars(args).items()}
 
 
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+  """How every result of a claim begins."""
+  return {"settings": settings(args), "versions": versions(*PEERS), "hardware": hardware()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Results.
 
@@ -175,6 +202,16 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def progress(total: int, unit: str, quiet: bool) -> tqdm:
   """The progress bar."""
   return tqdm(total=total, unit=unit, disable=quiet, dynamic_ncols=True)
+
+
+def ticker(bar: tqdm) -> Callable[[str], None]:
+  """A function that moves the bar by one and says what comes."""
+
+  def tick(what: str) -> None:
+    bar.set_description(what)
+    bar.update(1)
+
+  return tick
 
 
 def write(path: Path, values: Any) -> None:
@@ -197,6 +234,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def ratio_cell(ratio: Mapping[str, Any] | None) -> str:
   """A ratio as tables show it: median (min-max)."""
   return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+
+
+def exact_cell(value: float | None) -> str:
+  """A compiled figure's ratio as tables show it."""
+  return "-" if value is None else f"{value:.3f}"
 
 
 def milliseconds(values: Mapping[str, Any]) -> str:
