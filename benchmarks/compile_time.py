@@ -1,13 +1,14 @@
 """An adapted step traces, lowers and compiles in little more time than the base's, and each layer adds the same.
 
-Seconds of tracing, lowering and compiling one training step, from cleared caches and a new function object each time, over
-those of the base's full fine-tuning step and the frozen floor's; the same over the number of layers, which must grow
-linearly, and for a scanned model, which must stay flat. Then what a cached call costs in Python: the same program called
-with an adapted tree and with the same leaves in plain dicts.
+Seconds of tracing, lowering and compiling one training step, from cleared caches and a new function object each time,
+over those of the base's full fine-tuning step and the frozen floor's; the same over the number of layers, which must
+grow linearly, and for a scanned model, which must stay flat. Then what a cached call costs in Python: the same program
+called with an adapted tree and with the same leaves in plain dicts.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def make_run(contestant: Contestant, entry: Entry) -> Callable[[], None]:
     marks.append(time.perf_counter())
     lowered.compile()
     marks.append(time.perf_counter())
-    entry.phases.append(dict(zip(PHASES, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True)))
+    entry.phases.append(dict(zip(PHASES, (b - a for a, b in itertools.pairwise(marks)), strict=True)))
 
   return run
 

@@ -22,8 +22,8 @@ RECOMPUTE, NO_RECOMPUTE = "jaxlora, recompute", "jaxlora, no recompute"
 def factor_flops(base: Base) -> tuple[int, int]:
   """FLOPs of the factors, and of the input gradient of the first block's query, key and value, which nobody needs.
 
-  Forward are x A and (x A) B; backward both factors' gradients and the two products on the way to the input. A block that
-  is recomputed has the forward ones again, but for the last (x A) B, of which no gradient depends.
+  Forward are x A and (x A) B; backward both factors' gradients and the two products on the way to the input. A block
+  that is recomputed has the forward ones again, but for the last (x A) B, on which no gradient depends.
   """
   settings = base.settings
   tokens = settings.batch * settings.seq
