@@ -2,27 +2,25 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-import importlib.metadata
+import functools
 import json
 import os
 from pathlib import Path
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from typing import Any, NamedTuple
 
 import digits
 from digits import Params, Split, ViT
 from flax import serialization
+import harness
 import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxlora
 
@@ -173,26 +171,14 @@ def run(program: Program, setup: Setup, seed: int, tick: Callable[[int], Any]) -
 
 def step_ratios(
   programs: Sequence[Program], setup: Setup, rounds: int, tick: Callable[[int], Any]
-) -> dict[str, list[float]]:
-  """Step time over full fine-tuning's of the same round: a busy machine slows both, and the ratio stays."""
+) -> dict[str, dict[str, Any]]:
+  """Step time over full fine-tuning's of the same round."""
   batch = next(digits.batches(setup.train, setup.batch_size, setup.steps, seed=0))
-  states = []
+  runs = {}
   for program in programs:
     frozen, trainable = start(program.method, setup.pretrained, seed=0)
-    states.append((trainable, program.tx.init(trainable), frozen, batch))
-  ratios: dict[str, list[float]] = {program.method.name: [] for program in programs}
-  for number in range(rounds + 1):
-    seconds = {}
-    for k in np.roll(range(len(programs)), number):  # nobody is always first
-      begin = time.perf_counter()
-      for _ in range(STEPS_PER_ROUND):
-        jax.block_until_ready(programs[k].step(*states[k]))
-      seconds[programs[k].method.name] = time.perf_counter() - begin
-      tick(STEPS_PER_ROUND)
-    if number:  # the first round warms up
-      for name, values in ratios.items():
-        values.append(seconds[name] / seconds[programs[-1].method.name])
-  return ratios
+    runs[program.method.name] = functools.partial(program.step, trainable, program.tx.init(trainable), frozen, batch)
+  return harness.ratios(harness.interleave(runs, rounds, STEPS_PER_ROUND, tick), over=programs[-1].method.name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,14 +195,7 @@ class Runs:
   def keep(self, key: str, result: dict[str, Any]) -> None:
     """Adds a run; the file is replaced whole, never half written."""
     self.found[key] = result
-    write(self.path, self.found)
-
-
-def write(path: Path, values: Any) -> None:
-  """Writes JSON under another name first: a reader sees the old file or the new one."""
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(values, indent=2) + "\n")
-  partial.replace(path)
+    harness.write(self.path, self.found)
 
 
 def source_digest() -> str:
@@ -224,25 +203,6 @@ def source_digest() -> str:
   package = Path(jaxlora.__file__).parent
   files = [*sorted(package.glob("*.py")), HERE / "digits.py", HERE / "finetune.py"]
   return digits.digest([file.read_text() for file in files])
-
-
-def hardware() -> dict[str, Any]:
-  """What it ran on."""
-  cpuinfo = Path("/proc/cpuinfo")
-  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-  models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-  return {
-    "cpu": models[0] if models else platform.processor() or platform.machine(),
-    "cores": os.cpu_count(),
-    "backend": jax.default_backend(),
-    "device": jax.devices()[0].device_kind,
-  }
-
-
-def versions() -> dict[str, str]:
-  """What it ran with."""
-  packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-  return {"python": platform.python_version(), **packages, "jaxlora": jaxlora.__version__}
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -253,7 +213,7 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
   return {"mean": statistics.fmean(known), "std": statistics.stdev(known) if len(known) > 1 else 0.0}
 
 
-def summarize(program: Program, runs: list[dict[str, Any]], ratios: list[float], total: int) -> dict[str, Any]:
+def summarize(program: Program, runs: list[dict[str, Any]], ratio: dict[str, Any], total: int) -> dict[str, Any]:
   """One row of the table, with the seeds behind it."""
   return {
     "method": program.method.name,
@@ -264,7 +224,7 @@ def summarize(program: Program, runs: list[dict[str, Any]], ratios: list[float],
     "trainable_share": program.trainable / total,
     "optimizer_bytes": program.optimizer_bytes,
     "adapter_file_bytes": runs[0]["adapter_file_bytes"],
-    "step_over_full": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": ratios},
+    "step_over_full": ratio,
     "flops_per_step": program.flops,
     "seeds": runs,
   }
@@ -277,26 +237,21 @@ def table(results: dict[str, Any]) -> str:
     return "-" if value is None else f"{value['mean']:.1%} ± {100 * value['std']:.1f}"
 
   head = ("method", "new digits", "old, kept", "old, removed", "trainable", "optimizer", "file", "step / full", "FLOPs")
-  rows = [head]
+  rows = []
   for row in results["methods"]:
-    ratio = row["step_over_full"]
     cells = (
       row["method"],
       *(percent(row[field]) for field in ("new", "old", "old_removed")),
       f"{row['trainable_parameters']:,} ({row['trainable_share']:.1%})",
       *(f"{row[field] / 1024:,.1f} KiB" for field in ("optimizer_bytes", "adapter_file_bytes")),
-      f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
+      harness.ratio_cell(row["step_over_full"]),
       f"{row['flops_per_step'] / 1e9:.3f} G",
     )
     rows.append(cells)
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
   settings = results["settings"]
   return "\n".join(
     [
-      lines[0],
-      "  ".join("-" * width for width in widths),
-      *lines[1:],
+      harness.table(head, rows),
       f"Accuracy on the {settings['evaluate_on']} split: mean ± sample standard deviation, seeds:"
       f" {settings['seeds']}. The pretrained model has {results['pretrained']['old']:.1%} on the old digits.",
       "old, kept: the tuned backbone under the old head; old, removed: after the adapter is taken off again.",
@@ -341,53 +296,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
 # The command.
 
 
-def ranks(text: str) -> list[int]:
-  """A comma list of ranks."""
-  return sorted({positive(int)(part) for part in text.split(",")})
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-  """A parser of numbers above zero, for argparse."""
-
-  def parse(text: str) -> Any:
-    try:
-      value = kind(text)
-    except ValueError:
-      value = 0
-    if not 0 < value < float("inf"):
-      noun = "whole number" if kind is int else "number"
-      raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} above 0")
-    return value
-
-  return parse
-
-
-def folder(text: str) -> Path:
-  """A directory, there already or to be made."""
-  path = Path(text)
-  if path.exists() and not path.is_dir():
-    raise argparse.ArgumentTypeError(f"{text!r} is not a directory")
-  return path
-
-
-def check_writable(folder: Path, option: str) -> None:
-  """Makes a directory; raises ValueError if it cannot be written to."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-  except OSError as error:
-    raise ValueError(f"{option}: cannot write to {folder} ({error.strerror}); name another directory") from error
-
-
 def make_parser() -> argparse.ArgumentParser:
   """The options; their defaults finish in well under 3 minutes on two CPU cores."""
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    epilog="example: python benchmarks/finetune.py --rank 4,8,16,32 --targets attention",
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
-  count, rate = positive(int), positive(float)
-  parser.add_argument("--rank", type=ranks, default="8", help="LoRA ranks, separated by commas")
+  parser = harness.make_parser("finetune", __doc__, "--rank 4,8,16,32 --targets attention", rounds=21)
+  count, rate = harness.positive(int), harness.positive(float)
+  parser.add_argument("--rank", type=harness.several(count), default="8", help="LoRA ranks, separated by commas")
   parser.add_argument("--targets", default="all-linear", help="all-linear, attention, or a regex over whole paths")
   parser.add_argument("--seeds", type=count, default=3, help="number of seeds: heads, factors and batches")
   parser.add_argument("--steps", type=count, default=150, help="steps of adaptation, for every method")
@@ -399,15 +312,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
       f"--lr-{name}", type=rate, default=lr, help="peak learning rate, chosen on the validation split"
     )
-  parser.add_argument("--rounds", type=count, default=21, help="interleaved rounds of timing")
   parser.add_argument(
     "--evaluate-on", choices=("test", "validation"), default="test", help="use validation to choose settings"
   )
-  parser.add_argument("--out", type=folder, default=HERE / "results" / "finetune", help="where the results go")
-  parser.add_argument("--cache", type=folder, default=HERE / ".cache", help="where pretrained parameters are kept")
+  parser.add_argument(
+    "--cache", type=harness.folder, default=HERE / ".cache", help="where pretrained parameters are kept"
+  )
   parser.add_argument("--no-cache", action="store_true", help="pretrain anew and keep nothing")
   parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
-  parser.add_argument("--quiet", action="store_true", help="no progress bar")
   return parser
 
 
@@ -418,9 +330,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   model = ViT()
   try:
     methods = make_methods(model, args)
-    check_writable(args.out, "--out")
+    harness.check_writable(args.out, "--out")
     if not args.no_cache:
-      check_writable(args.cache, "--cache")
+      harness.check_writable(args.cache, "--cache")
   except ValueError as error:
     parser.error(str(error))
   try:
@@ -440,7 +352,7 @@ def compare(model: ViT, methods: Sequence[Method], args: argparse.Namespace) -> 
   old_eval, new_eval = getattr(old, args.evaluate_on), getattr(new, args.evaluate_on)
 
   steps = args.pretrain_steps + len(methods) * (args.seeds * args.steps + (args.rounds + 1) * STEPS_PER_ROUND)
-  with tqdm(total=steps, unit="step", disable=args.quiet, dynamic_ncols=True) as bar:
+  with harness.progress(steps, "step", args.quiet) as bar:
     bar.set_description("pretraining")
     cache = None if args.no_cache else args.cache
     pretrained, name = digits.pretrain(model, old.train, args.pretrain_steps, args.batch_size, cache, bar.update)
@@ -453,7 +365,7 @@ def compare(model: ViT, methods: Sequence[Method], args: argparse.Namespace) -> 
 
     kept = Runs(args.out / "runs.json", args.fresh)
     decisive = {field: getattr(args, field) for field in ("steps", "batch_size", "evaluate_on")}
-    decisive |= {"pretrained": name, "source": source_digest(), "versions": versions()}
+    decisive |= {"pretrained": name, "source": source_digest(), "versions": harness.versions()}
     runs: dict[str, list[dict[str, Any]]] = {method.name: [] for method in methods}
     for program in programs:
       for seed in range(args.seeds):
@@ -471,15 +383,15 @@ def compare(model: ViT, methods: Sequence[Method], args: argparse.Namespace) -> 
 
   total = sum(leaf.size for leaf in jax.tree.leaves(pretrained))
   results = {
-    "settings": {field: str(value) if isinstance(value, Path) else value for field, value in vars(args).items()},
-    "versions": versions(),
-    "hardware": hardware(),
+    "settings": harness.settings(args),
+    "versions": harness.versions(),
+    "hardware": harness.hardware(),
     "model": model.settings(),
     "pretrained": {"name": name, "parameters": total, "old": digits.accuracy(model, pretrained, old_eval)},
     "methods": [summarize(p, runs[p.method.name], ratios[p.method.name], total) for p in programs],
     "seconds": time.perf_counter() - begin,
   }
-  write(args.out / "finetune.json", results)
+  harness.write(args.out / "finetune.json", results)
   plot(results, args.out / "finetune.png")
   print(table(results))
   return results

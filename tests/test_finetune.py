@@ -28,7 +28,7 @@ def finetune():
     module = importlib.import_module("finetune")
     patch.setattr(module, "ViT", lambda: module.digits.ViT(width=32, depth=1, mlp=64))
     yield module
-    for name in ("finetune", "digits"):
+    for name in ("finetune", "digits", "harness"):
       sys.modules.pop(name, None)
 
 
@@ -96,7 +96,11 @@ def test_finished_runs_are_picked_up(finetune, finished, monkeypatch):
 
   monkeypatch.setattr(finetune, "run", run)
   monkeypatch.setattr(finetune, "compile_step", lambda method, setup: finetune.Program(method, None, None, 1.0, 1, 1))
-  monkeypatch.setattr(finetune, "step_ratios", lambda programs, *_: {p.method.name: [1.0] for p in programs})
+  monkeypatch.setattr(
+    finetune,
+    "step_ratios",
+    lambda programs, *_: finetune.harness.ratios({p.method.name: [1.0] for p in programs}, "full fine-tuning"),
+  )
   results = finetune.main(finished.args)
   assert not again
   assert [row["seeds"] for row in results["methods"]] == [row["seeds"] for row in finished.results["methods"]]

@@ -1,0 +1,277 @@
+"""An adapted step traces, lowers and compiles in little more time than the base's, and each layer adds the same.
+
+Seconds of tracing, lowering and compiling one training step, from cleared caches and a new function object each time,
+over those of the base's full fine-tuning step and the frozen floor's; the same over the number of layers, which must
+grow linearly, and for a scanned model, which must stay flat. Then what a cached call costs in Python: the same program
+called with an adapted tree and with the same leaves in plain dicts.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+import itertools
+import time
+from typing import Any, NamedTuple
+
+import contestants
+from contestants import FLOOR, FULL, Contestant, Settings
+import harness
+import jax
+from matplotlib.figure import Figure
+
+import jaxlora
+
+PHASES = ("trace", "lower", "compile")
+SWEPT = (FLOOR, FULL, "jaxlora")
+REACH = 1.15
+BASE_CALL, TREE_CALL, DICT_CALL = "base", "adapted tree", "the same leaves in dicts"
+
+
+class Entry(NamedTuple):
+  """A contestant at a number of layers, and the seconds that its phases took, round by round."""
+
+  name: str
+  settings: Settings
+  phases: list[dict[str, float]]
+
+  @property
+  def key(self) -> str:
+    """Its name among the others."""
+    return f"{self.name}, {'scanned, ' * self.settings.scan}{self.settings.layers} layers"
+
+
+def make_run(contestant: Contestant, entry: Entry) -> Callable[[], None]:
+  """One compilation from nothing; a new function object finds nothing cached."""
+  base = contestants.make_base(entry.settings)
+  program = contestant.build(base)
+  args = jax.eval_shape(lambda: (program.state, program.frozen, base.batch))  # keeps no parameters in memory
+  step = program.step
+
+  def run() -> None:
+    jax.clear_caches()
+    marks = [time.perf_counter()]
+    traced = jax.jit(lambda *args: step(*args), donate_argnums=0).trace(*args)
+    marks.append(time.perf_counter())
+    lowered = traced.lower()
+    marks.append(time.perf_counter())
+    lowered.compile()
+    marks.append(time.perf_counter())
+    entry.phases.append(dict(zip(PHASES, (b - a for a, b in itertools.pairwise(marks)), strict=True)))
+
+  return run
+
+
+def make_entries(
+  settings: Settings, layers: Sequence[int]
+) -> tuple[dict[str, Entry], dict[str, Contestant], list[str]]:
+  """Everybody at the most layers, and the swept at fewer, and scanned."""
+  here, absent = contestants.present(contestants.contestants(), settings)
+  by_name = {one.name: one for one in here}
+  most = settings._replace(layers=layers[-1])
+  wanted = [(name, most) for name in by_name]
+  wanted += [(name, settings._replace(layers=count)) for count in layers[:-1] for name in SWEPT]
+  if not settings.scan:
+    scanned = [settings._replace(layers=count, scan=True) for count in sorted({layers[0], layers[-1]})]
+    wanted += [(name, one) for one in scanned for name in SWEPT]
+  entries = [Entry(name, one, []) for name, one in wanted]
+  return {entry.key: entry for entry in entries}, by_name, absent
+
+
+def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], Any]) -> dict[str, Any]:
+  """Compiles everybody again and again, in interleaved rounds."""
+  entries, by_name, absent = make_entries(settings, args.layers)
+  runs = {key: make_run(by_name[entry.name], entry) for key, entry in entries.items()}
+  top = {name: Entry(name, settings._replace(layers=args.layers[-1]), []).key for name in by_name}
+  again = Entry(FULL, entries[top[FULL]].settings, [])
+  runs = harness.with_control(runs, top[FULL], make_run(by_name[FULL], again))
+  seconds = harness.interleave(runs, args.rounds, 1, lambda _: tick("compiling"))
+  over_full, over_floor = harness.ratios(seconds, top[FULL]), harness.ratios(seconds, top[FLOOR])
+  rows = {
+    name: {
+      "over_full": over_full[key],
+      "over_floor": over_floor[key],
+      "seconds": harness.summarize(seconds[key]),
+      # the first round warms up
+      "phases": {phase: harness.summarize([one[phase] for one in entries[key].phases[1:]]) for phase in PHASES},
+    }
+    for name, key in top.items()
+  }
+  return {
+    "title": settings._replace(layers=args.layers[-1]).title(),
+    "model": settings._asdict(),
+    "control": over_full[top[FULL] + harness.CONTROL],
+    "rows": rows,
+    "layers": sweep(seconds, entries, scan=settings.scan),
+    "scanned": None if settings.scan else sweep(seconds, entries, scan=True),
+    "left_out": absent,
+  }
+
+
+def sweep(seconds: dict[str, list[float]], entries: dict[str, Entry], scan: bool) -> dict[str, dict[str, Any]]:
+  """Seconds over the number of layers, and how a late layer compares with an early one."""
+  found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in SWEPT}
+  for key, entry in entries.items():
+    if entry.name in SWEPT and entry.settings.scan == scan:
+      found[entry.name][entry.settings.layers] = harness.summarize(seconds[key])
+  return {
+    name: {
+      "seconds": {str(count): by_count[count] for count in sorted(by_count)},
+      "late_over_early": late_over_early(by_count),
+      "most_over_fewest": by_count[max(by_count)]["median"] / by_count[min(by_count)]["median"],
+    }
+    for name, by_count in found.items()
+  }
+
+
+def late_over_early(by_count: dict[int, dict[str, Any]]) -> float | None:
+  """Seconds per layer in the last stretch over those in the first: 1 where the cost is linear."""
+  counts = sorted(by_count)
+  if len(counts) < 3:
+    return None
+  early, late = ((by_count[b]["median"] - by_count[a]["median"]) / (b - a) for a, b in (counts[:2], counts[-2:]))
+  return late / early
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cost of a call in Python.
+
+
+def to_dicts(tree: Any) -> Any:
+  """The tree with plain dicts in the place of its nodes."""
+  is_node = lambda leaf: isinstance(leaf, jaxlora.LoraWeight)
+  fields = lambda w: {"base": w.base, "a": w.a, "b": w.b} if is_node(w) else w
+  return jax.tree.map(fields, tree, is_leaf=is_node)
+
+
+def compare_calls(rounds: int, tick: Callable[[str], Any]) -> dict[str, Any]:
+  """A model that takes no time to run, called through `jit`: what is left is Python and the leaves."""
+  base = contestants.make_base(Settings(width=64, layers=2, batch=1, seq=1, vocabulary=8))
+  tree, x = contestants.adapt(base), base.batch.x
+  structure = jax.tree.structure(tree)
+  wrapped = contestants.wrap(base.model.apply)
+  of_tree = jax.jit(lambda tree, x: wrapped({"params": tree}, x))
+  of_dicts = jax.jit(lambda dicts, x: of_tree(jax.tree.unflatten(structure, jax.tree.leaves(dicts)), x))
+  of_base = jax.jit(lambda params, x: base.model.apply({"params": params}, x))
+  dicts = to_dicts(tree)
+  # the order of leaves is that of the fields here and of the keys there
+  ordered = jax.tree.unflatten(jax.tree.structure(dicts), jax.tree.leaves(tree))
+  runs = {
+    BASE_CALL: lambda: of_base(base.params, x),
+    TREE_CALL: lambda: of_tree(tree, x),
+    DICT_CALL: lambda: of_dicts(ordered, x),
+  }
+  runs = harness.with_control(runs, TREE_CALL, runs[TREE_CALL])
+  seconds = harness.interleave(runs, rounds, harness.calls_per_turn(runs), lambda _: tick("calling"))
+  over = harness.ratios(seconds, DICT_CALL)
+  return {
+    "leaves": len(jax.tree.leaves(tree)),
+    "base_leaves": len(jax.tree.leaves(base.params)),
+    "control": harness.ratios(seconds, TREE_CALL)[TREE_CALL + harness.CONTROL],
+    "rows": {
+      name: {"over_dicts": over[name], "seconds": harness.summarize(seconds[name])}
+      for name in (BASE_CALL, TREE_CALL, DICT_CALL)
+    },
+  }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results.
+
+
+def describe(results: dict[str, Any]) -> str:
+  """The three tables."""
+  rows = []
+  for name, row in results["rows"].items():
+    phases = (f"{row['phases'][phase]['median']:.2f} s" for phase in PHASES)
+    ratios = (harness.ratio_cell(row[field]) for field in ("over_full", "over_floor"))
+    rows.append((name, *ratios, *phases, f"{row['seconds']['median']:.2f} s"))
+  lines = [
+    results["title"],
+    harness.table(("one step", "/ full", "/ floor", *PHASES, "all"), rows),
+    f"A/A control (full fine-tuning again): {harness.ratio_cell(results['control'])}",
+    *results["left_out"],
+    "",
+    describe_layers(results["layers"]),
+  ]
+  if results["scanned"]:
+    lines += ["", "scanned", describe_layers(results["scanned"])]
+  calls = results["calls"]
+  rows = [
+    (name, harness.ratio_cell(row["over_dicts"]), f"{1e6 * row['seconds']['median']:.0f} us")
+    for name, row in calls["rows"].items()
+  ]
+  head = (f"a cached call ({calls['base_leaves']} leaves, adapted {calls['leaves']})", "/ dicts", "time")
+  control = f"A/A control (the adapted tree again): {harness.ratio_cell(calls['control'])}"
+  return "\n".join([*lines, "", harness.table(head, rows), control])
+
+
+def describe_layers(layers: dict[str, dict[str, Any]]) -> str:
+  """Seconds over the number of layers."""
+  counts = list(next(iter(layers.values()))["seconds"])
+  rows = [
+    (
+      name,
+      *(f"{value['median']:.2f} s" for value in row["seconds"].values()),
+      "-" if row["late_over_early"] is None else f"{row['late_over_early']:.2f}",
+      f"{row['most_over_fewest']:.2f}",
+    )
+    for name, row in layers.items()
+  ]
+  return harness.table(("layers", *counts, "late / early layer", "most / fewest"), rows)
+
+
+def plot(results: dict[str, Any], path: Any) -> None:
+  """Phases of each contestant, and seconds over the number of layers."""
+  figure = Figure(figsize=(11, 4.2), layout="constrained")
+  left, right = figure.subplots(1, 2)
+  names = list(results["rows"])
+  offset = [0.0] * len(names)
+  for phase in PHASES:
+    values = [results["rows"][name]["phases"][phase]["median"] for name in names]
+    left.barh(names, values, left=offset, label=phase)
+    offset = [a + b for a, b in zip(offset, values, strict=True)]
+  left.invert_yaxis()
+  left.set(title=results["title"], xlabel="seconds")
+  left.legend(frameon=False)
+  for layers, style, suffix in ((results["layers"], "-", ""), (results["scanned"] or {}, ":", ", scanned")):
+    for (name, row), color in zip(layers.items(), ("gray", "tab:red", "tab:blue"), strict=False):
+      counts = [int(count) for count in row["seconds"]]
+      medians = [value["median"] for value in row["seconds"].values()]
+      right.plot(counts, medians, style, marker="o", color=color, label=name + suffix)
+  right.set(title="trace + lower + compile", xlabel="layers", ylabel="seconds", ylim=(0, None))
+  right.legend(frameon=False, fontsize=8)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=150)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The options; each round compiles everything once, so there are fewer."""
+  parser = harness.make_parser("compile_time", __doc__, "--layers 2,4,8", rounds=5)
+  contestants.add_sizes(parser)
+  counts = harness.several(harness.positive(int))
+  parser.add_argument("--layers", type=counts, default="2,4,8,12", help="numbers of blocks, separated by commas")
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+  """Runs the comparison; returns what compile_time.json holds."""
+  parser = make_parser()
+  args = harness.parse(parser, argv, d=64, layers="1,2", rounds=2)
+  settings = Settings.parse(parser, args, layers=args.layers[-1])
+  everybody = len(contestants.present(contestants.contestants(), settings)[0])
+  swept = len(SWEPT) * (len(args.layers) - 1 + (0 if settings.scan else len({args.layers[0], args.layers[-1]})))
+  with harness.progress((everybody + swept + 1 + 4) * (args.rounds + 1), "turn", args.quiet) as bar:
+    comparison = compare(settings, args, harness.ticker(bar))
+    calls = compare_calls(args.rounds, harness.ticker(bar))
+  results = {**harness.provenance(args), **comparison, "calls": calls}
+  harness.write(args.out / "compile_time.json", results)
+  plot(results, args.out / "compile_time.png")
+  print(describe(results))
+  return results
+
+
+if __name__ == "__main__":
+  main()

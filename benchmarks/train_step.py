@@ -1,0 +1,192 @@
+"""A LoRA step costs the frozen forward and input gradient and little more; its peers cost as much as full fine-tuning.
+
+Each way to train takes the same step on the same model, and its time is compared, within interleaved rounds of one run,
+with the frozen floor's (no trainer can do without it) and with full fine-tuning's.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+import json
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import contestants
+from contestants import FLOOR, FULL, Settings
+import harness
+import jax
+
+PEFT = "PEFT (torch)"
+REACH_FLOOR, REACH_FLOOR_VARIANT, REACH_FULL = 1.03, 1.08, 0.70
+
+
+def suite(settings: Settings) -> list[Settings]:
+  """The settings themselves, and everything that is claimed to be as good."""
+  sizes = [{"rank": 4 * settings.rank}, {"width": settings.width // 2}]
+  changes = [*sizes, {"scan": True}, {"remat": True}, {"bf16": True}]
+  return [settings, *(settings._replace(**change) for change in changes)]
+
+
+def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], Any]) -> dict[str, Any]:
+  """Everybody at one setting."""
+  everybody = [one for one in contestants.contestants() if wanted(one.name, args.only)]
+  here, absent = contestants.present(everybody, settings)
+  base = contestants.make_base(settings)
+  entries = contestants.prepare(base, here, tick)
+  seconds = contestants.time_steps(base, entries, args.rounds, lambda _: tick(f"timing {settings.title()}"))
+  over_floor, over_full = harness.ratios(seconds, FLOOR), harness.ratios(seconds, FULL)
+  rows = {
+    name: {
+      "over_floor": over_floor[name],
+      "over_full": over_full[name],
+      "seconds": harness.summarize(seconds[name]),
+      "flops": entry.compiled.flops,
+      "bytes": entry.compiled.bytes,
+      "check": entry.check,
+    }
+    for name, entry in entries.items()
+  }
+  comparison = {
+    "title": settings.title(),
+    "settings": settings._asdict(),
+    "control": over_floor[FLOOR + harness.CONTROL],
+    "train_state_over_split": flows_apart(seconds),
+    "rows": rows,
+    "left_out": absent,
+  }
+  if wanted(PEFT, args.only):
+    tick("PEFT")
+    reason = peft_misfit(settings)
+    if reason:
+      absent.append(f"{PEFT} is left out: {reason}")
+    else:
+      comparison["peft"] = run_peft(settings, args.rounds)
+      rows[PEFT] = peft_row(comparison["peft"])
+  return comparison
+
+
+def flows_apart(seconds: dict[str, list[float]]) -> dict[str, Any] | None:
+  """What the `TrainState` flow takes over the `split` flow, where both ran."""
+  split, train_state = "jaxlora", "jaxlora, TrainState"
+  return harness.ratios(seconds, split)[train_state] if split in seconds and train_state in seconds else None
+
+
+def wanted(name: str, only: Sequence[str] | None) -> bool:
+  """Whether `--only` lets a contestant in; the two that ratios are taken over always run."""
+  return not only or name in (FLOOR, FULL) or any(name.startswith(start) for start in only)
+
+
+def peft_misfit(settings: Settings) -> str | None:
+  """Why PEFT cannot run beside the others, or None."""
+  if not (harness.installed("torch") and harness.installed("peft")):
+    return "torch and peft are not installed; the extra `peers` brings them: pip install 'jaxlora[peers]'"
+  if settings.scan or settings.remat:
+    return "its model is neither scanned nor remat"
+  if jax.default_backend() != "cpu":
+    return "it runs on the CPU alone"
+  return None
+
+
+def run_peft(settings: Settings, rounds: int) -> dict[str, Any]:
+  """PEFT's own comparison, in a process of its own."""
+  sizes = {"d": settings.width, **{name: getattr(settings, name) for name in ("layers", "batch", "seq", "rank")}}
+  sizes |= {"alpha": settings.alpha, "vocabulary": settings.vocabulary, "rounds": rounds}
+  options = [f"--{name}={value}" for name, value in sizes.items()] + ["--bf16"] * settings.bf16
+  with tempfile.TemporaryDirectory() as out:
+    script = Path(__file__).with_name("peft_torch.py")
+    done = subprocess.run(
+      [sys.executable, script, *options, f"--out={out}", "--quiet"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+      raise RuntimeError(f"peft_torch.py failed: {done.stderr}")
+    return json.loads((Path(out) / "peft_torch.json").read_text())
+
+
+def peft_row(results: dict[str, Any]) -> dict[str, Any]:
+  """PEFT's row: its ratios are to torch's own floor and full fine-tuning."""
+  values = {field: results[field]["PEFT"] for field in ("over_floor", "over_full", "seconds")}
+  return {**values, "flops": None, "bytes": None, "check": results["check"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results.
+
+
+def describe(comparison: dict[str, Any]) -> str:
+  """One setting's table."""
+  rows = []
+  for name, row in comparison["rows"].items():
+    flops = "-" if row["flops"] is None else f"{row['flops'] / 1e9:.2f} G"
+    temp = "-" if row["bytes"] is None else f"{row['bytes']['temp'] / 1e6:,.0f} MB"
+    ratios = (harness.ratio_cell(row[field]) for field in ("over_floor", "over_full"))
+    rows.append((name, *ratios, harness.milliseconds(row["seconds"]), flops, temp))
+  lines = [comparison["title"], harness.table(("method", "step / floor", "step / full", "time", "FLOPs", "temp"), rows)]
+  lines.append(f"A/A control (the floor again / the floor): {harness.ratio_cell(comparison['control'])}")
+  if comparison["train_state_over_split"]:
+    lines.append(f"TrainState / split: {harness.ratio_cell(comparison['train_state_over_split'])}")
+  return "\n".join([*lines, *comparison["left_out"]])
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+  """A panel for each setting, and one for the ratio to full fine-tuning."""
+  panels = []
+  for number, comparison in enumerate(results["comparisons"]):
+    over_floor, over_full = (
+      {name: row[field] for name, row in comparison["rows"].items()} for field in ("over_floor", "over_full")
+    )
+    reach = REACH_FLOOR_VARIANT if number else REACH_FLOOR
+    panels.append(harness.Panel(comparison["title"], "step time / frozen floor", over_floor, reach))
+    if not number:
+      panels.append(harness.Panel(comparison["title"], "step time / full fine-tuning", over_full, REACH_FULL))
+  harness.plot_bars(panels, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def names() -> list[str]:
+  """Everybody, installed or not."""
+  return [*(one.name for one in contestants.contestants()), PEFT]
+
+
+def beginnings(text: str) -> list[str]:
+  """A comma list of what names begin with."""
+  for start in text.split(","):
+    if not any(name.startswith(start) for name in names()):
+      raise argparse.ArgumentTypeError(f"no contestant begins with {start!r}; there are: {'; '.join(names())}")
+  return text.split(",")
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The options."""
+  parser = harness.make_parser("train_step", __doc__, "--suite")
+  harness.add_layers(parser)
+  contestants.add_sizes(parser)
+  parser.add_argument("--suite", action="store_true", help="also 4 x the rank, d / 2, scanned, remat, and bf16")
+  parser.add_argument("--only", type=beginnings, help="names to let in, by how they begin: jaxlora,qwix")
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+  """Runs the comparison; returns what train_step.json holds."""
+  parser = make_parser()
+  args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
+  settings = Settings.parse(parser, args)
+  everything = suite(settings) if args.suite else [settings]
+  for one in everything:
+    Settings.parse(parser, args, **one._asdict())
+  count = sum(wanted(name, args.only) for name in names())
+  with harness.progress(len(everything) * contestants.turns(count, args.rounds), "turn", args.quiet) as bar:
+    comparisons = [compare(one, args, harness.ticker(bar)) for one in everything]
+  results = {**harness.provenance(args), "comparisons": comparisons}
+  harness.write(args.out / "train_step.json", results)
+  plot(results, args.out / "train_step.png")
+  print("\n\n".join(map(describe, comparisons)))
+  return results
+
+
+if __name__ == "__main__":
+  main()
