@@ -1,12 +1,15 @@
-"""Recomputing the input of an adapted product for the backward pass, instead of keeping it.
+"""What the backward pass makes again, from what it keeps anyway, instead of keeping it, too.
 
-The gradient of A needs the input x of its product; a frozen weight alone would not. Mostly x is a few cheap operations
-away from values that the rest of the backward pass keeps anyway: a normalised activation from the centred one, a gelu's
-result from its operands. The walk notes what made each value (`Origins`), a `Recipe` says how to make x again, and
-`late` makes sure that it is made only once its cotangent has arrived: a compiler would otherwise merge the copy with the
-original, or schedule it beside it, and keep it all the same.
+Two things are worth it. The gradient of A needs the input x of its product, which a frozen weight alone would not; and
+x is mostly a few cheap operations away from values that are kept in any case: a normalised activation from the centred
+one, a gelu's result from its argument. And an elementwise function written out, such as that gelu, keeps several arrays
+when it is differentiated equation by equation; its arguments are enough.
 
-Reading order: where values come from -> the recipe -> the linear call that waits.
+The walk notes what made each value (`Origins`), a `Recipe` says how to make x again, a `Region` is an elementwise
+function, and `late` sees to it that nothing is made again before its cotangent has arrived: a compiler would otherwise
+merge the copy with the original, or schedule it beside it, and keep it all the same.
+
+Reading order: where values come from -> elementwise regions -> the recipe -> the linear call that waits.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,6 +64,10 @@ class Recipe(NamedTuple):
     return Recipe((*self.leaves, extra), lambda leaves: step(self.again(leaves[:-1]), leaves[-1]))
 
 
+def _picking(bind: Callable[[Sequence[Any]], list[Any]], k: int) -> Callable[[Sequence[Any]], Any]:
+  return lambda operands: bind(operands)[k]
+
+
 class Origins:
   """What made the values of one walk, as far as it was cheap."""
 
@@ -76,7 +83,7 @@ class Origins:
       return
     for k, value in enumerate(out):
       if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
-        self.known[id(value)] = Origin(name, lambda operands, k=k: bind(operands)[k], operands, value)
+        self.known[id(value)] = Origin(name, _picking(bind, k), operands, value)
 
   def recipe(self, value: Any) -> Recipe | None:
     """How to make `value` again from what is kept anyway; `None` where it is better kept itself."""

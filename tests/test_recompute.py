@@ -1,4 +1,4 @@
-"""Inputs of adapted products made again for the backward pass: the same numbers, less memory, no second forward pass."""
+"""What is made again for the backward pass: the same numbers, less memory, and no product twice."""
 
 import flax.linen as nn
 import helpers
