@@ -142,11 +142,19 @@ class Labelled:
 
 
 class Result(NamedTuple):
-  """What a product is to be: its dtype, the user's precision, and how it is sharded where types say so."""
+  """What a product is to be.
+
+  Attributes:
+    dtype: its dtype.
+    precision: the user's, as in `jax.lax.dot_general`.
+    sharding: from its labels to how it is sharded, where types say so.
+    looping: whether it is computed in the body of a loop.
+  """
 
   dtype: Any
   precision: Any = None
   sharding: Callable[[Sequence[Hashable]], Any] | None = None
+  looping: bool = False
 
 
 def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
@@ -209,14 +217,15 @@ def first_product(
 
 
 # Up to this rank XLA's CPU backend does better with the second product as a sum of outer products: it computes that sum
-# inside the base's own product or inside what comes after, and neither reads nor writes an array of the output's size.
+# inside what comes after, and neither writes nor keeps an array of the output's size. Not in a loop: what a loop keeps
+# for the backward pass it writes in any case.
 _SUMMED_RANK = 16
 
 
 def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
   """`y = h B`, whichever of the two is on the left."""
   two_matrices = x.array.ndim == y.array.ndim == 2 and list(summed) == [RANK] and len({*x.labels, *y.labels}) == 3
-  if two_matrices and result.sharding is None and jax.default_backend() == "cpu":
+  if two_matrices and result.sharding is None and not result.looping and jax.default_backend() == "cpu":
     rank = x.array.shape[x.labels.index(RANK)]
     if rank <= _SUMMED_RANK and jnp.issubdtype(result.dtype, jnp.floating):
       return rank_sum(x, y, result)
@@ -317,7 +326,9 @@ def base_dot(x: jax.Array, base: jax.Array, pairing: Pairing, like: Any) -> jax.
   return y.expanded().ordered(pairing.result_labels(x.ndim, base.ndim))
 
 
-def dot(x: jax.Array, w: Factored, pairing: Pairing, base: jax.Array, recipe: Recipe | None = None) -> jax.Array:
+def dot(
+  x: jax.Array, w: Factored, pairing: Pairing, base: jax.Array, recipe: Recipe | None = None, looping: bool = False
+) -> jax.Array:
   """The low-rank part of a `dot_general` of `x` and `w`, laid out as that `dot_general` lays out its result.
 
       h = x A^T,   y = h B      (2-D: token axes are flattened to one, so is each group of the weight's axes)
@@ -332,6 +343,7 @@ def dot(x: jax.Array, w: Factored, pairing: Pairing, base: jax.Array, recipe: Re
     pairing: which axes are summed and which are batched.
     base: the base's product: its dtype, and its sharding where that is part of its type, are the result's.
     recipe: how to make `x` again in the backward pass; `None` keeps it.
+    looping: whether this is inside the body of a loop.
 
   Returns:
     Array of the shape and dtype of the base product.
@@ -346,7 +358,7 @@ def dot(x: jax.Array, w: Factored, pairing: Pairing, base: jax.Array, recipe: Re
   sharded = _explicitly_sharded(x) or _explicitly_sharded(base)
   sharding = _sharding_by_label(Labelled(base, tuple(wanted))) if sharded else None
   x = inexact(x, w.a.dtype)
-  thin = Result(wider_dtype(x.dtype, base.dtype), pairing.precision, sharding)
+  thin = Result(wider_dtype(x.dtype, base.dtype), pairing.precision, sharding, looping)
   wide = thin._replace(dtype=base.dtype)
 
   def shrink(x: jax.Array, a: jax.Array) -> Labelled:

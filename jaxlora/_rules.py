@@ -31,6 +31,7 @@ class Op(NamedTuple):
   result: Any  # the type of the equation's first result
   use: int  # how many products this weight went through before: picks its dropout mask
   recipe: Callable[[Any], Recipe | None]  # how to make an operand again in the backward pass
+  looping: bool  # whether the equation is inside the body of a loop
 
 
 Rule = Callable[[Op, Sequence[Any]], list[Any]]
@@ -361,7 +362,7 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   if base is None:
     (base,) = pairing.product(x, w.base, op.bind)
   u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
-  return [_lowrank.add(base, _lowrank.dot(u, w, pairing, base, recipe))]
+  return [_lowrank.add(base, _lowrank.dot(u, w, pairing, base, recipe, looping=op.looping))]
 
 
 @rule("conv_general_dilated")
@@ -388,7 +389,7 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
     raise Unfactorable(f"a convolution with {groups} feature groups and a kernel of roles {w.roles!r}")
   base = op.bind(x, w.base)[0]
   u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
-  result = Result(base.dtype, op.params["precision"])
+  result = Result(base.dtype, op.params["precision"], looping=op.looping)
 
   def convolve(u, a):
     kernel = jnp.moveaxis(a, 0, thin)

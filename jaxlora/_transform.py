@@ -73,6 +73,7 @@ class Record:
     self.on_materialize = on_materialize
     self.seen = seen
     self.recompute = recompute
+    self.looping = False
     self.uses: list[Use] = []
     self.products: collections.Counter[str] = collections.Counter()
     self.places: list[str] = []
@@ -83,13 +84,13 @@ class Record:
     return _compat.source_line(eqn) or next(filter(None, reversed(self.places)), "")
 
   @contextlib.contextmanager
-  def without_recompute(self) -> Iterator[None]:
-    """While something is walked that keeps no inputs of products in any case."""
-    before, self.recompute = self.recompute, False
+  def in_a_loop(self) -> Iterator[None]:
+    """While the body of a loop is walked."""
+    before, self.looping = self.looping, True
     try:
       yield
     finally:
-      self.recompute = before
+      self.looping = before
 
   @contextlib.contextmanager
   def enclosed_by(self, eqn: Any) -> Iterator[None]:
@@ -223,6 +224,7 @@ def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) 
     result=eqn.outvars[0].aval,
     use=record.products[paths[0]],
     recipe=origins.recipe if record.recompute else lambda value: None,
+    looping=record.looping,
   )
   out = RULES[name](op, values)
   if name in PRODUCTS and not weights_in(out):
@@ -272,9 +274,9 @@ def _jit(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   """Layers that are one jitted function stay one: it is rebuilt once for all weights of one structure."""
   nameless = [_nameless(record, k, value) for k, value in enumerate(values)]
   leaves, treedef = jax.tree.flatten(nameless)
-  key = (id(eqn.params["jaxpr"]), treedef, tuple(jax.typeof(leaf) for leaf in leaves))
+  key = (id(eqn.params["jaxpr"]), record.looping, treedef, tuple(jax.typeof(leaf) for leaf in leaves))
   if key not in record.jits:
-    record.jits[key] = _rebuilt_jit(eqn, record.recompute)
+    record.jits[key] = _rebuilt_jit(eqn, record)
   inner = record.jits[key]
   out = inner.fn(*nameless)
   for use in inner.record.uses:
@@ -310,9 +312,10 @@ def _replay(record: Record, use: Use, w: Factored) -> None:
     record.report(use, w.key is not None)
 
 
-def _rebuilt_jit(eqn: Any, recompute: bool) -> Inner:
+def _rebuilt_jit(eqn: Any, around: Record) -> Inner:
   params = eqn.params
-  record = Record("ignore", set(), recompute)
+  record = Record("ignore", set(), around.recompute)
+  record.looping = around.looping
   inner = closed(record, params["jaxpr"])
 
   def pinned(value: Any, sharding: Any) -> Any:
@@ -338,12 +341,7 @@ def _call(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 def _remat(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   params = eqn.params
-  plain = closed(record, params["jaxpr"])
-
-  def inner(*args):
-    with record.without_recompute():  # all of it is recomputed already
-      return plain(*args)
-
+  inner = closed(record, params["jaxpr"])
   if params.get("differentiated") and params["prevent_cse"]:
     # The backward half of a remat: it was to keep the compiler from merging it with the forward half.
     values = lax.optimization_barrier(list(values))
@@ -481,7 +479,8 @@ def _scan(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   def body(free, step_and_xs):
     step, here = step_and_xs
     here = [at_step(sliced(k, x), step) for k, x in enumerate(here)]
-    out = inner(*(at_step(const, step) for const in consts), *carry.unpack(free, step), *here)
+    with record.in_a_loop():
+      out = inner(*(at_step(const, step) for const in consts), *carry.unpack(free, step), *here)
     new = plain_outputs(record, carry.pack(out[:n_carry]), eqn, "a scan")
     return new, [y.replace(key=None) if isinstance(y, Factored) else y for y in out[n_carry:]]
 
@@ -516,7 +515,8 @@ def _while(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   def step(state):
     free, count = state
     at = count if counted else None
-    out = body(*(at_step(const, at) for const in body_consts), *carry.unpack(free, at))
+    with record.in_a_loop():
+      out = body(*(at_step(const, at) for const in body_consts), *carry.unpack(free, at))
     new = plain_outputs(record, carry.pack(out), eqn, "a loop")
     # Under vmap every element has a predicate of its own: those that are through keep what they have.
     going = predicate(free) if many else None
