@@ -238,16 +238,19 @@ def rank_sum(x: Labelled, y: Labelled, result: Result) -> Labelled:
 
   d(sum) = dx . y + x . dy        so that, transposed, dx = dout y^T and dy = x^T dout are the dots they should be
   """
+  (row,) = (label for label in x.labels if label != RANK)
+  (column,) = (label for label in y.labels if label != RANK)
   dtype = wider_dtype(result.dtype, jnp.float32)
-
-  def rank_last(z: Labelled) -> tuple[jax.Array, Hashable]:
-    (free,) = (label for label in z.labels if label != RANK)
-    return z.ordered((free, RANK)).astype(dtype), free
-
-  (rows, row), (columns, column) = rank_last(x), rank_last(y)
-  terms = [rows[:, r : r + 1] * columns[:, r][None] for r in range(rows.shape[1])]
-  total = functools.reduce(jnp.add, terms)
+  total = _outer_sum(x.ordered((row, RANK)).astype(dtype), y.ordered((RANK, column)).astype(dtype))
   return Labelled(total.astype(result.dtype), (row, column))
+
+
+@functools.partial(jax.jit, inline=True)  # one trace for all products of a shape
+def _outer_sum(rows: jax.Array, columns: jax.Array) -> jax.Array:
+  terms = (
+    lax.slice_in_dim(rows, r, r + 1, axis=1) * lax.slice_in_dim(columns, r, r + 1, axis=0) for r in range(rows.shape[1])
+  )
+  return functools.reduce(jnp.add, terms)
 
 
 @rank_sum.defjvp
