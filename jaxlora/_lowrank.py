@@ -260,7 +260,7 @@ def _(result: Result, primals: Any, tangents: Any) -> tuple[Labelled, Labelled]:
   return rank_sum(x, y, result), jax.tree.map(jnp.add, *moved)
 
 
-def _explicitly_sharded(x: jax.Array) -> bool:
+def _explicitly_sharded(x: Any) -> bool:
   """Whether the type of `x` says how it is sharded: merging its axes would then have to say it, too."""
   return any(axis is not None for axis in getattr(jax.typeof(x).sharding, "spec", ()))
 

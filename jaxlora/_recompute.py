@@ -289,13 +289,16 @@ def light(fn: Callable[[Sequence[Any]], Any], operands: Sequence[Any]) -> Any:
   return call(*operands)
 
 
-def _wait(leaves: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+def _wait(leaves: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
   """The leaves, unchanged, but as values that depend on the cotangents.
 
-  `optimization_barrier` would say this, and XLA drops it before it fuses and schedules. So the dependence is one of
-  arithmetic: times one, where that one is made of a cotangent's bits. No compiler pass ahead of code generation sees
-  that it is one; code generation does, and the product costs nothing.
+  `optimization_barrier` says this, but XLA's CPU backend drops it before it fuses and schedules. There the dependence
+  is one of arithmetic: times one, where that one is made of a cotangent's bits. No compiler pass ahead of code
+  generation sees that it is one; code generation does, and the product costs nothing. Not with several devices, where
+  one element of a sharded cotangent would have to reach them all.
   """
+  if jax.default_backend() != "cpu" or jax.device_count() > 1:
+    return lax.optimization_barrier((list(leaves), list(cotangents)))[0]
   bits = lax.bitcast_convert_type(_first_element(cotangents[0]).astype(jnp.float32), jnp.uint32)
   one = 1 + lax.shift_right_logical(lax.shift_right_logical(bits, jnp.uint32(31)), jnp.uint32(1)).astype(jnp.float32)
   return [leaf * one.astype(leaf.dtype) if _is_float(leaf) and leaf.ndim else leaf for leaf in leaves]

@@ -1,9 +1,11 @@
 """What is made again for the backward pass: the same numbers, less memory, and no product twice."""
 
+import re
+
 import flax.linen as nn
 import helpers
 import jax
-from jax import lax
+from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,12 +52,24 @@ def case(activation="gelu", dtype=jnp.float64, **fields):
   return fn, helpers.trained(jaxlora.adapt(params, config, KEY)), x
 
 
+@pytest.fixture(params=["one device", "several"])
+def devices(request, monkeypatch):
+  """The two ways of waiting; these tests run with eight devices."""
+  if request.param == "one device":
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 def gradient(fn, recompute, **options):
   wrapped = jaxlora.wrap(fn, recompute=recompute, on_materialize="error", **options)
   return jaxlora.value_and_grad(lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x))))
 
 
-@pytest.mark.usefixtures("x64", "lenient")
+@pytest.mark.usefixtures("x64", "lenient", "devices")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_the_same(activation):
   fn, tree, x = case(activation)
@@ -64,7 +78,7 @@ def test_gradients_are_the_same(activation):
   helpers.check(fn, tree, (x,), 1e-12)
 
 
-@pytest.mark.usefixtures("x64", "lenient")
+@pytest.mark.usefixtures("x64", "lenient", "devices")
 def test_forward_mode_second_derivatives_and_vmap():
   fn, tree, x = case("gelu")
   x = x[:, :3]
@@ -92,18 +106,67 @@ def test_forward_mode_second_derivatives_and_vmap():
     helpers.assert_close(got, want, 1e-11)
 
 
-@pytest.mark.usefixtures("lenient")
+@pytest.mark.usefixtures("lenient", "one_device")
 def test_dropout_is_made_again_with_the_same_mask():
   fn, tree, x = case(dtype=jnp.float32, dropout=0.5)
   got, want = (jax.jit(gradient(fn, recompute, dropout_key=KEY))(tree, x) for recompute in (True, False))
   helpers.assert_close(got, want, 1e-5)
 
 
-@pytest.mark.usefixtures("lenient")
+@pytest.mark.usefixtures("lenient", "devices")
 @pytest.mark.parametrize("control", ["jit", "scan", "remat", "cond", "vmap", "shard_map"])
 def test_inside_control_flow(control):
   fn, tree, x = case(dtype=jnp.float32)
   helpers.check(helpers.WRAPPERS[control](fn), tree, (x,), 1e-4)
+
+
+@pytest.mark.usefixtures("x64", "lenient")
+@pytest.mark.parametrize("spec", [(), ("data",), ("data", "time")])
+def test_meshes_whose_types_say_how_arrays_are_sharded(spec):
+  fn, tree, x = case()
+  axes = (jax.sharding.AxisType.Explicit,) * 2
+  mesh = jax.make_mesh((2, 2), ("data", "time"), axis_types=axes, devices=jax.devices()[:4])
+  want = jax.jit(gradient(fn, False))(tree, x)
+  with jax.set_mesh(mesh):
+    place = lambda leaf, *names: jax.device_put(
+      leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+    )
+    got = jax.jit(gradient(fn, True))(jax.tree.map(place, tree), place(x, *spec))
+  helpers.assert_close(jax.device_get(got), jax.device_get(want), 1e-12)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_no_more_collectives_than_without():
+  fn, tree, x = case(dtype=jnp.float32)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  place = lambda leaf, *names: jax.device_put(
+    leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+  )
+  args = jax.tree.map(place, tree), place(x, "data")
+  texts = [jax.jit(gradient(fn, recompute)).lower(*args).compile().as_text() for recompute in (True, False)]
+  found = [sorted(re.findall(r"(all-\w+|collective-permute)\(", text)) for text in texts]
+  assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("lenient", "one_device")
+def test_no_tokens_and_a_symbolic_number_of_them():
+  fn, tree, x = case(dtype=jnp.float32)
+  none = jax.jit(gradient(fn, True))(tree, x[:0])
+  assert not any(leaf.any() for leaf in jax.tree.leaves(none))
+  (batch,) = export.symbolic_shape("batch")
+  exported = export.export(jax.jit(gradient(fn, True)))(tree, jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype))
+  helpers.assert_close(exported.call(tree, x), jax.jit(gradient(fn, False))(tree, x), 1e-5)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_other_backends_wait_by_a_barrier(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  fn, tree, x = case(dtype=jnp.float32)
+  helpers.check(fn, tree, (x,), 1e-4)
+  text = jax.jit(gradient(fn, True)).lower(tree, x).as_text()
+  assert "optimization_barrier" in text
+  assert "shift_right_logical" not in text
 
 
 def kept_bytes(fn, recompute, tree, x):
@@ -120,7 +183,7 @@ def floor_bytes(fn, params, x):
   return step.lower(x, params).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.usefixtures("lenient")
+@pytest.mark.usefixtures("lenient", "one_device")
 def test_memory_stays_at_the_frozen_models():
   """The issue of it all: training the factors holds no more than running the frozen model backwards."""
   fn, tree, _ = case(dtype=jnp.float32)
@@ -149,7 +212,7 @@ def test_no_product_of_the_base_runs_twice():
   assert dots[0] >= dots[1]
 
 
-@pytest.mark.usefixtures("lenient")
+@pytest.mark.usefixtures("lenient", "one_device")
 def test_values_that_pass_through_waiting_are_untouched_bit_for_bit():
   """The wait multiplies by a one made of a cotangent's bits, whatever those bits are."""
   from jaxlora import _recompute
@@ -180,7 +243,7 @@ def test_without_the_primitives_of_this_version_it_is_a_plain_call(monkeypatch):
   helpers.assert_close(got, want, 1e-5)
 
 
-@pytest.mark.usefixtures("lenient")
+@pytest.mark.usefixtures("lenient", "one_device")
 def test_a_scanned_model_keeps_one_array_a_layer_less():
   class Body(nn.Module):
     @nn.compact
