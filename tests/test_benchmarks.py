@@ -122,7 +122,7 @@ def test_compile_time(bench, run, monkeypatch):
   rows = finished.results["rows"]
   check_rows(finished, list(rows))
   for row in rows.values():
-    assert sum(phase["median"] for phase in row["phases"].values()) <= row["seconds"]["median"]
+    assert sum(phase["median"] for phase in row["phases"].values()) <= row["seconds"]["median"] * (1 + 1e-6)
   assert list(finished.results["layers"]["jaxlora"]["seconds"]) == ["1", "2"]
   assert finished.results["calls"]["leaves"] > finished.results["calls"]["base_leaves"]
 
