@@ -236,7 +236,7 @@ def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result:
 def rank_sum(x: Labelled, y: Labelled, result: Result) -> Labelled:
   """`sum_r x[:, r] y[r, :]` as one elementwise sum, which fuses; its derivatives are dots.
 
-  d(sum) = dx . y + x . dy        so that, transposed, dx = dout y^T and dy = x^T dout are the dots they should be
+  d(sum) = dx . y + x . dy      so that, transposed, dx = dout y^T and dy = x^T dout are the dots they should be
   """
   (row,) = (label for label in x.labels if label != RANK)
   (column,) = (label for label in y.labels if label != RANK)

@@ -274,7 +274,8 @@ def _jit(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   """Layers that are one jitted function stay one: it is rebuilt once for all weights of one structure."""
   nameless = [_nameless(record, k, value) for k, value in enumerate(values)]
   leaves, treedef = jax.tree.flatten(nameless)
-  key = (id(eqn.params["jaxpr"]), record.looping, treedef, tuple(jax.typeof(leaf) for leaf in leaves))
+  own = tuple(eqn.params.get(name) for name in ("name", "in_shardings", "out_shardings", "compiler_options_kvs"))
+  key = (id(eqn.params["jaxpr"]), own, record.looping, treedef, tuple(jax.typeof(leaf) for leaf in leaves))
   if key not in record.jits:
     record.jits[key] = _rebuilt_jit(eqn, record)
   inner = record.jits[key]
@@ -328,6 +329,8 @@ def _rebuilt_jit(eqn: Any, around: Record) -> Inner:
     return lax.with_sharding_constraint(value, sharding)
 
   def body(*args):
+    record.uses.clear()  # should JAX trace this again, it is still the same uses
+    record.products.clear()
     out = inner(*(pinned(*pair) for pair in zip(args, params.get("in_shardings", (None,) * len(args)), strict=True)))
     return [pinned(*pair) for pair in zip(out, params.get("out_shardings", (None,) * len(out)), strict=True)]
 

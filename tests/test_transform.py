@@ -620,6 +620,21 @@ def test_a_jitted_layer_stays_one_function():
   assert [use.path for use in jaxlora.explain(fn, tree, X).uses] == list(tree)
 
 
+def test_jits_of_one_function_keep_their_own_shardings():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  place = lambda *names: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+  layer = lambda w, x: jnp.tanh(x @ w)
+  apart, together = (jax.jit(layer, out_shardings=sharding) for sharding in (place("data"), place()))
+  fn = lambda p, x: (apart(p["layer_0"], x), together(p["layer_1"], x))
+  outs = jax.jit(jaxlora.wrap(fn, on_materialize="error"))(layers(2), helpers.array(3, (16, 5), jnp.float32))
+  assert [
+    out.sharding.is_equivalent_to(place(*names), 2) for out, names in zip(outs, (("data",), ()), strict=True)
+  ] == [
+    True,
+    True,
+  ]
+
+
 def test_what_a_jitted_layer_materialises_is_said_of_every_weight():
   layer = jax.jit(lambda w, x: x @ jnp.sin(w))
   fn = lambda p, x: layer(p["layer_1"], layer(p["layer_0"], x))
