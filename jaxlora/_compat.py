@@ -24,6 +24,11 @@ try:
 except ImportError:  # a JAX that moved them: `linear_call` gives way to a plain call, and memory is saved no longer
   Primitive = None  # type: ignore[assignment,misc]
 
+try:
+  from jax.interpreters import partial_eval as pe
+except ImportError:  # a JAX that moved it: more is kept for the backward pass
+  pe = None  # type: ignore[assignment]
+
 Literal = jex_core.Literal
 
 
@@ -120,10 +125,26 @@ def linear_call(
     out, out_def = jax.tree.flatten(out)
     return out
 
-  jaxpr = jax.make_jaxpr(flat)(*kept, *moving)
+  jaxpr, used = without_dead_code(jax.make_jaxpr(flat)(*kept, *moving), len(moving))
+  kept = [value for value, use in zip(kept, used, strict=False) if use]
   assert out_def is not None
   out = _linear_call_p().bind(*kept, *moving, jaxpr=jaxpr, before=before, count=len(kept))
   return jax.tree.unflatten(out_def, out)
+
+
+def without_dead_code(jaxpr: Any, needed: int = 0) -> tuple[Any, list[bool]]:
+  """A closed jaxpr without the equations and the operands that nothing needs, and which operands it still has.
+
+  The last `needed` operands stay in any case. A JAX without `dce_jaxpr` gives the jaxpr back as it is.
+  """
+  inner, consts = open_jaxpr(jaxpr)
+  count = len(inner.invars)
+  try:
+    keep = [k >= count - needed for k in range(count)]
+    pruned, used = pe.dce_jaxpr(inner, [True] * len(inner.outvars), keep)
+    return jex_core.ClosedJaxpr(pruned, consts), list(used)
+  except (AttributeError, TypeError, ValueError, AssertionError):
+    return jaxpr, [True] * count
 
 
 @functools.cache

@@ -9,7 +9,7 @@ The walk notes what made each value (`Origins`), a `Recipe` says how to make x a
 function, and `late` sees to it that nothing is made again before its cotangent has arrived: a compiler would otherwise
 merge the copy with the original, or schedule it beside it, and keep it all the same.
 
-Reading order: where values come from -> elementwise regions -> the recipe -> the linear call that waits.
+Reading order: where values come from -> the recipe -> the linear call that waits.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,11 +37,11 @@ _KEEPS_OPERANDS = {
   "erf", "select_n", "custom_jvp_call", "elementwise region",
 }  # fmt: skip
 # What differentiating these keeps is their result, which is one array more.
-_KEEPS_RESULT = {"exp", "exp2", "expm1", "tanh", "logistic", "erf", "erfc", "log1p", "sqrt", "rsqrt", "cbrt"}
+KEEPS_RESULT = {"exp", "exp2", "expm1", "tanh", "logistic", "erf", "erfc", "log1p", "sqrt", "rsqrt", "cbrt"}
 _COMPARES = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite"}
 REGION = "elementwise region"
-_ELEMENTWISE = _LINEAR | _KEEPS_OPERANDS | _KEEPS_RESULT | _COMPARES | {REGION}
-_SMALL = 8  # an operand with a share of less than 1/8 of the input's elements costs nothing to keep
+ELEMENTWISE = _LINEAR | _KEEPS_OPERANDS | KEEPS_RESULT | _COMPARES | {REGION}
+SMALL = 8  # an operand with a share of less than 1/8 of the input's elements costs nothing to keep
 
 
 class Origin(NamedTuple):
@@ -79,7 +79,7 @@ class Origins:
     self, name: str, bind: Callable[[Sequence[Any]], list[Any]], operands: Sequence[Any], out: list[Any]
   ) -> None:
     """Takes down what made the results `out`, if it was elementwise."""
-    if name not in _ELEMENTWISE:
+    if name not in ELEMENTWISE:
       return
     for k, value in enumerate(out):
       if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
@@ -90,92 +90,6 @@ class Origins:
     if id(value) not in self.recipes:
       self.recipes[id(value)] = _Cook(self.known, value).recipe()
     return self.recipes[id(value)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Elementwise regions: a gelu written out is a dozen equations, of which differentiation would keep several results.
-
-
-class Region(NamedTuple):
-  """Equations that make one array, elementwise, out of one other: all between them is used nowhere else."""
-
-  members: Sequence[int]  # numbers of the equations, in order; the last one makes the result
-  inputs: Sequence[Any]  # the variables that they read from outside
-
-  def evaluate(self, jaxpr: Any, values: Sequence[Any]) -> Any:
-    """The result, from the values of the inputs."""
-    env = dict(zip(self.inputs, values, strict=True))
-    for k in self.members:
-      eqn = jaxpr.eqns[k]
-      operands = [atom.val if isinstance(atom, _compat.Literal) else env[atom] for atom in eqn.invars]
-      with _compat.equation_context(eqn):
-        env.update(zip(eqn.outvars, _compat.bind(eqn, operands), strict=True))
-    return env[jaxpr.eqns[self.members[-1]].outvars[0]]
-
-
-def regions(jaxpr: Any) -> dict[int, Region]:
-  """The regions of a jaxpr of which differentiation would keep more than their inputs; by every member's number."""
-  roots: dict[Any, Any] = {}  # variable -> the large one that it is made of, elementwise
-  thin = set()  # broadcasts of something small
-  members: dict[Any, list[int]] = {}
-  uses: dict[Any, set[int]] = {}
-  for k, eqn in enumerate(jaxpr.eqns):
-    for atom in _variables(eqn.invars):
-      uses.setdefault(atom, set()).add(k)
-    if not _is_elementwise(eqn) or len(eqn.outvars) != 1:
-      continue
-    (out,) = eqn.outvars
-    large = [atom for atom in _variables(eqn.invars) if _elements(atom) * _SMALL > _elements(out)]
-    if not large:
-      thin.add(out)
-    made_of = {roots.get(atom, atom) for atom in large if atom not in thin and not _holds_bools(atom, roots)}
-    if len(made_of) == 1:
-      roots[out] = made_of.pop()
-      members.setdefault(roots[out], []).append(k)
-  for atom in _variables(jaxpr.outvars):
-    uses.setdefault(atom, set()).add(len(jaxpr.eqns))
-  found = (_region(jaxpr, numbers, uses) for numbers in members.values())
-  return {k: region for region in found if region is not None for k in region.members}
-
-
-def _region(jaxpr: Any, numbers: list[int], uses: dict[Any, set[int]]) -> Region | None:
-  """The region of these equations, if they have one result and are worth it."""
-  inside = set(numbers)
-  results = [k for k in numbers if uses.get(jaxpr.eqns[k].outvars[0], set()) - inside]
-  if results != numbers[-1:] or not any(_keeps_results(jaxpr.eqns[k]) for k in numbers):
-    return None
-  made = {jaxpr.eqns[k].outvars[0] for k in numbers}
-  read = dict.fromkeys(atom for k in numbers for atom in _variables(jaxpr.eqns[k].invars) if atom not in made)
-  return Region(numbers, tuple(read)) if _is_float(jaxpr.eqns[numbers[-1]].outvars[0].aval) else None
-
-
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-  return [atom for atom in atoms if not isinstance(atom, _compat.Literal)]
-
-
-def _elements(atom: Any) -> int:
-  return math.prod(getattr(atom.aval, "shape", ()))
-
-
-def _holds_bools(atom: Any, roots: dict[Any, Any]) -> bool:
-  """Whether an array is a mask from elsewhere, such as dropout's: cheap to keep."""
-  return atom not in roots and getattr(atom.aval, "dtype", None) == jnp.bool_
-
-
-def _is_elementwise(eqn: Any) -> bool:
-  inner = _inside(eqn)
-  return all(map(_is_elementwise, inner)) if inner else eqn.primitive.name in _ELEMENTWISE
-
-
-def _keeps_results(eqn: Any) -> bool:
-  return eqn.primitive.name in _KEEPS_RESULT or any(map(_keeps_results, _inside(eqn)))
-
-
-def _inside(eqn: Any) -> Sequence[Any]:
-  """The equations of a jitted function, or of one with a derivative of its own."""
-  inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-  called = eqn.primitive.name in ("jit", "pjit", "custom_jvp_call") and inner is not None
-  return _compat.open_jaxpr(inner)[0].eqns if called else ()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +149,7 @@ class _Cook:
     return len(self.leaves) - 1
 
   def is_large(self, value: Any) -> bool:
-    return math.prod(jnp.shape(value)) * _SMALL > self.elements
+    return math.prod(jnp.shape(value)) * SMALL > self.elements
 
 
 def _is_float(value: Any) -> bool:
@@ -264,29 +178,9 @@ def late(fn: Callable[[Any, Any], Any], leaves: Sequence[Any], linear: Any) -> A
   return _compat.linear_call(fn, _wait, tuple(leaves), linear)
 
 
-def light(fn: Callable[[Sequence[Any]], Any], operands: Sequence[Any]) -> Any:
-  """`fn(operands)` for an elementwise function, of which the backward pass keeps nothing but the operands."""
-
-  @jax.custom_jvp
-  def call(*operands):
-    return fn(operands)
-
-  def jvp(operands, tangents):
-    moving = [k for k, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
-
-    def along(operands, tangents):
-      def of_moving(*values):
-        full = list(operands)
-        for k, value in zip(moving, values, strict=True):
-          full[k] = value
-        return fn(full)
-
-      return jax.jvp(of_moving, [operands[k] for k in moving], tangents)[1]
-
-    return call(*operands), late(along, operands, [tangents[k] for k in moving])
-
-  call.defjvp(jvp, symbolic_zeros=True)
-  return call(*operands)
+def uses(fn: Callable[[Any, Any], Any], leaves: Any, linear: Any) -> list[bool]:
+  """Which of the leaves `late(fn, leaves, linear)` keeps."""
+  return _compat.without_dead_code(jax.make_jaxpr(fn)(leaves, linear))[1][: len(jax.tree.leaves(leaves))]
 
 
 def _wait(leaves: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:

@@ -20,10 +20,11 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import _compat, _lowrank, _paths, _recompute
+from jaxlora import _compat, _lowrank, _paths, _recompute, _regions
 from jaxlora._initializers import leaf_key
 from jaxlora._lowrank import Factored
-from jaxlora._recompute import Origins, Region
+from jaxlora._recompute import Origins
+from jaxlora._regions import Region
 from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable, with_roles
 from jaxlora._weight import FullWeight, check_weight, is_adapted
 
@@ -161,14 +162,14 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
       for k in region.members:
         evaluate(jaxpr.eqns[k])
       return
-    result = functools.partial(region.evaluate, jaxpr)
-    out = _recompute.light(result, values)
-    origins.note(_recompute.REGION, lambda values: [result(values)], values, [out])
-    env[jaxpr.eqns[region.members[-1]].outvars[0]] = out
+    out, small = _regions.light(region, values)
+    make = _regions.again(region)
+    origins.note(_recompute.REGION, lambda operands: [make(operands)], [*values, *small], [out])
+    env[region.result] = out
 
   env.update(zip(jaxpr.constvars, consts, strict=True))
   env.update(zip(jaxpr.invars, args, strict=True))
-  regions = _recompute.regions(jaxpr) if record.recompute else {}
+  regions = _regions.find(jaxpr) if record.recompute else {}
   freed_after = _last_uses(jaxpr, regions)
   for k, eqn in enumerate(jaxpr.eqns):
     if k not in regions:

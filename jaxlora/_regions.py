@@ -1,0 +1,258 @@
+"""Parts of a program that differentiation had better see as one: a norm, a softmax, a gelu written out.
+
+Each is some equations that make one large array out of one other, elementwise or along whole rows. Differentiated
+equation by equation they would keep several arrays of that size for the backward pass; the one they start from, and the
+statistics of its rows, are enough. For a softmax even the one that they end with is, which the next product keeps anyway.
+
+Reading order: finding them -> evaluating one -> its derivative.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+import jax.numpy as jnp
+
+from jaxlora import _compat, _recompute
+
+# What may be inside of a region besides elementwise operations.
+_ALONG_ROWS = {"reduce_sum", "reduce_max", "reduce_min"}
+_INSIDE = _recompute.ELEMENTWISE | _ALONG_ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+  """Equations that make one array out of one large other; all that they make besides is used nowhere else.
+
+  Attributes:
+    jaxpr: whose equations they are.
+    members: their numbers, in order; the last one makes the result.
+    inputs: the variables that they read from outside, of which `root` is the large one.
+    small: the variables of little size that they make: sums along rows, and what comes of those.
+    root: see above.
+  """
+
+  jaxpr: Any
+  members: Sequence[int]
+  inputs: tuple[Any, ...]
+  small: tuple[Any, ...]
+  root: Any
+
+  @property
+  def result(self) -> Any:
+    return self.jaxpr.eqns[self.members[-1]].outvars[0]
+
+  def evaluate(self, values: Sequence[Any], instead: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
+    """All variables of the region; those in `instead` have that value, and the derivative of what they are made of."""
+    env = dict(zip(self.inputs, values, strict=True))
+    for k in self.members:
+      eqn = self.jaxpr.eqns[k]
+      operands = [atom.val if isinstance(atom, _compat.Literal) else env[atom] for atom in eqn.invars]
+      with _compat.equation_context(eqn):
+        env.update(zip(eqn.outvars, _evaluate(eqn, operands, instead or {}), strict=True))
+    return env
+
+  def softmax(self) -> tuple[Any, Any] | None:
+    """Numerator and denominator, where the result is a large exponential over something small."""
+    eqn = self.jaxpr.eqns[self.members[-1]]
+    if eqn.primitive.name != "div" or any(isinstance(atom, _compat.Literal) for atom in eqn.invars):
+      return None
+    over, under = eqn.invars
+    exponentials = (self.jaxpr.eqns[k].outvars[0] for k in self.members if self.jaxpr.eqns[k].primitive.name == "exp")
+    return (over, under) if under in self.small and over in exponentials else None
+
+
+def _evaluate(eqn: Any, operands: Sequence[Any], instead: Mapping[Any, Any]) -> list[Any]:
+  """The results of one equation; those in `instead` have that value, but the derivative that they would have."""
+  if eqn.primitive.name == "exp" and eqn.outvars[0] in instead:  # whose derivative is made of its value
+    return [_exp_with_value(*operands, instead[eqn.outvars[0]])]
+  made = zip(eqn.outvars, _compat.bind(eqn, operands), strict=True)
+  return [_with_value(value, instead[var]) if var in instead else value for var, value in made]
+
+
+@jax.custom_jvp
+def _with_value(made: Any, value: Any) -> Any:
+  del made
+  return value
+
+
+@_with_value.defjvp
+def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+  return primals[1], tangents[0]
+
+
+@jax.custom_jvp
+def _exp_with_value(x: Any, value: Any) -> Any:
+  del x
+  return value
+
+
+@_exp_with_value.defjvp
+def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+  return primals[1], tangents[0] * primals[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding them.
+
+
+def find(jaxpr: Any) -> dict[int, Region]:
+  """The regions of a jaxpr of which differentiation would keep more than their inputs; by every member's number."""
+  roots: dict[Any, Any] = {}  # variable -> the large one that it is made of
+  members: dict[Any, list[int]] = {}
+  uses: dict[Any, set[int]] = {}
+  for k, eqn in enumerate(jaxpr.eqns):
+    operands = _variables(eqn.invars)
+    for atom in operands:
+      uses.setdefault(atom, set()).add(k)
+    if len(eqn.outvars) == 1 and _fits(eqn) and (root := _root(operands, eqn.outvars[0], roots)) is not None:
+      roots[eqn.outvars[0]] = root
+      members.setdefault(root, []).append(k)
+  for atom in _variables(jaxpr.outvars):
+    uses.setdefault(atom, set()).add(len(jaxpr.eqns))
+  found = (
+    _region(jaxpr, root, part, uses) for root, numbers in members.items() for part in _parts(jaxpr, numbers, uses)
+  )
+  return {k: region for region in found if region is not None for k in region.members}
+
+
+def _root(operands: Sequence[Any], out: Any, roots: Mapping[Any, Any]) -> Any | None:
+  """The one large variable that an equation's result is made of; `None` if there are several, or none.
+
+  Masks from elsewhere, such as dropout's, are cheap to keep; so is what is small beside the rest.
+  """
+  made_of = {roots.get(atom, atom) for atom in operands if atom in roots or not _is_mask(atom)}
+  size = max(map(_elements, [*made_of, out]))
+  made_of = {atom for atom in made_of if _elements(atom) * _recompute.SMALL > size}
+  if len(made_of) != 1:
+    return None
+  (root,) = made_of
+  return root if 1 < _elements(root) >= _elements(out) else None
+
+
+def _parts(jaxpr: Any, numbers: Sequence[int], uses: Mapping[Any, set[int]]) -> list[list[int]]:
+  """Equations of one root, apart by what is used of them outside; those that two results share are in no part."""
+  ends: dict[int, set[int]] = {}  # equation -> the results that it serves
+  for k in reversed(numbers):
+    readers = uses.get(jaxpr.eqns[k].outvars[0], set())
+    ends[k] = {k} if not readers or readers - set(numbers) else set()
+    ends[k] = ends[k].union(*(ends[reader] for reader in readers if reader in ends))
+  parts: dict[int, list[int]] = {}
+  for k in numbers:
+    if len(ends[k]) == 1:
+      parts.setdefault(next(iter(ends[k])), []).append(k)
+  shared = {end for k in numbers if len(ends[k]) > 1 for end in ends[k]}
+  return [part for end, part in parts.items() if end not in shared]
+
+
+def _region(jaxpr: Any, root: Any, numbers: list[int], uses: Mapping[Any, set[int]]) -> Region | None:
+  """The region of these equations, if they are worth it."""
+  result = jaxpr.eqns[numbers[-1]].outvars[0]
+  large = _elements(result) * _recompute.SMALL > _elements(root)
+  if not large or not _is_float(result) or not any(_keeps_results(jaxpr.eqns[k]) for k in numbers):
+    return None
+  made = [jaxpr.eqns[k].outvars[0] for k in numbers]
+  inputs = dict.fromkeys(atom for k in numbers for atom in _variables(jaxpr.eqns[k].invars) if atom not in set(made))
+  small = [var for var in made if _elements(var) * _recompute.SMALL <= _elements(root) and _is_float(var)]
+  return Region(jaxpr, numbers, tuple(inputs), tuple(small), root)
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+  return [atom for atom in atoms if not isinstance(atom, _compat.Literal)]
+
+
+def _elements(atom: Any) -> int:
+  return math.prod(getattr(atom.aval, "shape", ()))
+
+
+def _is_mask(atom: Any) -> bool:
+  return getattr(atom.aval, "dtype", None) == jnp.bool_
+
+
+def _is_float(atom: Any) -> bool:
+  return jnp.issubdtype(atom.aval.dtype, jnp.floating)
+
+
+def _fits(eqn: Any) -> bool:
+  inner = _inside(eqn)
+  return all(map(_fits, inner)) if inner else eqn.primitive.name in _INSIDE
+
+
+def _keeps_results(eqn: Any) -> bool:
+  return eqn.primitive.name in _recompute.KEEPS_RESULT or any(map(_keeps_results, _inside(eqn)))
+
+
+def _inside(eqn: Any) -> Sequence[Any]:
+  """The equations of a jitted function, or of one with a derivative of its own."""
+  inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+  called = eqn.primitive.name in ("jit", "pjit", "custom_jvp_call") and inner is not None
+  return _compat.open_jaxpr(inner)[0].eqns if called else ()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Its derivative.
+
+
+def light(region: Region, values: Sequence[Any]) -> tuple[Any, list[Any]]:
+  """The result of a region, of which the backward pass keeps little, and its small variables, as constants."""
+
+  def outputs(env: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
+    return env[region.result], [env[var] for var in region.small]
+
+  @jax.custom_jvp
+  def call(*values):
+    return outputs(region.evaluate(values))
+
+  def jvp(values, tangents):
+    result, small = call(*values)
+    moving = [k for k, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+    steps = [tangents[k] for k in moving]
+    lines = [
+      _along(region, moving, from_result) for from_result in (True, False) if not from_result or region.softmax()
+    ]
+    kept = (tuple(values), tuple(small), result)
+    line = next(
+      line
+      for line in lines
+      if line is lines[-1] or not _recompute.uses(line, kept, steps)[region.inputs.index(region.root)]
+    )
+    return (result, small), (_recompute.late(line, kept, steps), list(map(jnp.zeros_like, small)))
+
+  call.defjvp(jvp, symbolic_zeros=True)
+  result, small = call(*values)
+  return result, list(map(jax.lax.stop_gradient, small))
+
+
+def _along(region: Region, moving: Sequence[int], from_result: bool) -> Callable[[Any, Any], Any]:
+  """The derivative of a region as a function of what is kept, and of the tangents of the inputs numbered `moving`."""
+
+  def along(kept, tangents):
+    values, small, result = kept
+    instead = dict(zip(region.small, small, strict=True))
+    if from_result:
+      over, under = region.softmax()
+      instead[over] = result * instead[under]
+
+    def of_moving(*some):
+      full = list(values)
+      for k, value in zip(moving, some, strict=True):
+        full[k] = value
+      return region.evaluate(full, instead)[region.result]
+
+    return jax.jvp(of_moving, [values[k] for k in moving], list(tangents))[1]
+
+  return along
+
+
+def again(region: Region) -> Callable[[Sequence[Any]], Any]:
+  """The result again, from the inputs and the small variables."""
+  split = len(region.inputs)
+
+  def make(operands: Sequence[Any]) -> Any:
+    instead = dict(zip(region.small, operands[split:], strict=True))
+    return region.evaluate(operands[:split], instead)[region.result]
+
+  return make
