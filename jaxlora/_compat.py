@@ -182,8 +182,9 @@ def _linear_call_p() -> Any:
 
   def transpose(cotangents, *args, jaxpr, before, count):
     fn = jex_core.jaxpr_as_fun(jaxpr)
+    moving = [cotangent for cotangent in cotangents if type(cotangent) is not ad.Zero]
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-    kept = before(args[:count], cotangents)
+    kept = before(args[:count], moving)
     types = [arg.aval for arg in args[count:]]  # not only shapes: under shard_map they say what differs between shards
     moved = jax.linear_transpose(lambda *linear: fn(*kept, *linear), *types)(cotangents)
     return [None] * count + list(moved)

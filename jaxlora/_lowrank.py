@@ -260,7 +260,7 @@ def _(result: Result, primals: Any, tangents: Any) -> tuple[Labelled, Labelled]:
   return rank_sum(x, y, result), jax.tree.map(jnp.add, *moved)
 
 
-def _explicitly_sharded(x: Any) -> bool:
+def explicitly_sharded(x: Any) -> bool:
   """Whether the type of `x` says how it is sharded: merging its axes would then have to say it, too."""
   return any(axis is not None for axis in getattr(jax.typeof(x).sharding, "spec", ()))
 
@@ -316,7 +316,7 @@ def base_dot(x: jax.Array, base: jax.Array, pairing: Pairing, like: Any) -> jax.
   The gradient `dx = dy W^T` is then one product, too: of a kernel with its output axes apart, `(in, heads, width)`, XLA
   would lay out a transposed copy each time. Token axes stay apart: a mesh may shard more than one of them.
   """
-  plain = x.dtype == base.dtype and not pairing.batched and not _explicitly_sharded(x)
+  plain = x.dtype == base.dtype and not pairing.batched and not explicitly_sharded(x)
   if base.ndim < 3 or not plain or not pairing.contracted:
     return None
   u, v, summed = _merged_alike(
@@ -329,16 +329,69 @@ def base_dot(x: jax.Array, base: jax.Array, pairing: Pairing, like: Any) -> jax.
   return y.expanded().ordered(pairing.result_labels(x.ndim, base.ndim))
 
 
+@dataclasses.dataclass(frozen=True)
+class Shrink:
+  """The first thin product, `h = x A^T`, as a function of `x` and A: equal for products that are alike.
+
+  Attributes:
+    labels: of the axes of `x`.
+    factor: of the axes of A.
+    summed: the labels that are summed.
+    weight_first: whether the weight is the left operand.
+    result: what `h` is to be.
+  """
+
+  labels: tuple[Hashable, ...]
+  factor: tuple[Hashable, ...]
+  summed: tuple[Hashable, ...]
+  weight_first: bool
+  result: Result
+
+  def __call__(self, x: jax.Array, a: jax.Array) -> Labelled:
+    u, first, summed = Labelled(x, self.labels), Labelled(a, self.factor), list(self.summed)
+    if self.result.sharding is None:
+      u, first, summed = _merged_alike(u, first, summed)
+      u = u.merged(_own(self.labels))
+    return contract(*((first, u) if self.weight_first else (u, first)), summed, self.result)
+
+
+def shrinking(x: Any, w: Factored, pairing: Pairing, dtype: Any, sharding: Any = None, looping: bool = False) -> Shrink:
+  """How `x` meets A in a product of result `dtype`."""
+  inputs = tuple(d for d in range(len(w.roles)) if d in pairing.contracted and w.roles[d] == "i")
+  thin = Result(wider_dtype(x.dtype, dtype), pairing.precision, sharding, looping)
+  return Shrink(pairing.input_labels(x.ndim), factor_axes(w.roles, "i"), inputs, pairing.weight_first, thin)
+
+
+def shrink_all(x: jax.Array, uses: Sequence[tuple[Shrink, jax.Array]]) -> list[Labelled]:
+  """`h` for several weights that share an input; weights that meet it alike do so in one product."""
+  groups: dict[Any, list[int]] = {}
+  for k, (shrink, a) in enumerate(uses):
+    groups.setdefault((shrink, a.dtype), []).append(k)
+  out: dict[int, Labelled] = {}
+  for (shrink, _), members in groups.items():
+    factors = [uses[k][1] for k in members]
+    rank = shrink.factor.index(RANK)
+    h = shrink(x, lax.concatenate(factors, rank) if len(factors) > 1 else factors[0])
+    parts = lax.split(h.array, [a.shape[rank] for a in factors], h.labels.index(RANK))
+    out.update((k, Labelled(part, h.labels)) for k, part in zip(members, parts, strict=True))
+  return [out[k] for k in range(len(uses))]
+
+
 def dot(
-  x: jax.Array, w: Factored, pairing: Pairing, base: jax.Array, recipe: Recipe | None = None, looping: bool = False
+  x: jax.Array,
+  w: Factored,
+  pairing: Pairing,
+  base: jax.Array,
+  recipe: Recipe | None = None,
+  looping: bool = False,
+  h: Labelled | None = None,
 ) -> jax.Array:
   """The low-rank part of a `dot_general` of `x` and `w`, laid out as that `dot_general` lays out its result.
 
       h = x A^T,   y = h B      (2-D: token axes are flattened to one, so is each group of the weight's axes)
 
   In this form autodiff gives `dB = h^T dy` and `dA = (dy B^T)^T x`, both with the rank leading, and no transpose of a
-  whole cotangent. No axis of role `o` may be contracted together with one of role `i`; where only `o` axes are, the
-  factors trade places.
+  whole cotangent. No axis of role `o` may be contracted.
 
   Args:
     x: the input, any shape.
@@ -347,34 +400,24 @@ def dot(
     base: the base's product: its dtype, and its sharding where that is part of its type, are the result's.
     recipe: how to make `x` again in the backward pass; `None` keeps it.
     looping: whether this is inside the body of a loop.
+    h: the first product, where it was computed before, together with others'.
 
   Returns:
     Array of the shape and dtype of the base product.
   """
-  if any(w.roles[d] == "o" for d in pairing.contracted):
-    w = w.flipped()
-  labels, ndim = pairing.input_labels(x.ndim), len(w.roles)
-  inputs = [d for d in range(ndim) if d in pairing.contracted and w.roles[d] == "i"]
+  ndim = len(w.roles)
   stack = [d for d in pairing.contracted if w.roles[d] == "s"]
   wanted = pairing.result_labels(x.ndim, ndim)
 
-  sharded = _explicitly_sharded(x) or _explicitly_sharded(base)
+  sharded = explicitly_sharded(x) or explicitly_sharded(base)
   sharding = _sharding_by_label(Labelled(base, tuple(wanted))) if sharded else None
-  x = inexact(x, w.a.dtype)
-  thin = Result(wider_dtype(x.dtype, base.dtype), pairing.precision, sharding, looping)
-  wide = thin._replace(dtype=base.dtype)
-
-  def shrink(x: jax.Array, a: jax.Array) -> Labelled:
-    u, first, summed = Labelled(x, labels), Labelled(a, factor_axes(w.roles, "i")), list[Hashable](inputs)
-    if not sharded:
-      u, first, summed = _merged_alike(u, first, inputs)
-      u = u.merged(_own(labels))
-    return pairing.product(u, first, contract, summed, thin)
-
-  h = first_product(shrink, x, w.a, recipe)
+  if h is None:
+    x = inexact(x, w.a.dtype)
+    h = first_product(shrinking(x, w, pairing, base.dtype, sharding, looping), x, w.a, recipe)
   second = Labelled(w.b, factor_axes(w.roles, "o"))
   if not sharded:
     second = second.merged([d for d in pairing.free(ndim) if w.roles[d] == "o"])
+  wide = Result(base.dtype, pairing.precision, sharding, looping)
   y = pairing.product(h, second, second_product, [RANK, *stack], wide)
   return y.expanded().ordered(wanted)
 

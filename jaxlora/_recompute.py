@@ -74,6 +74,7 @@ class Origins:
   def __init__(self) -> None:
     self.known: dict[int, Origin] = {}
     self.recipes: dict[int, Recipe | None] = {}
+    self.halves: dict[int, Any] = {}  # by an equation's identity: what was computed of it ahead
 
   def note(
     self, name: str, bind: Callable[[Sequence[Any]], list[Any]], operands: Sequence[Any], out: list[Any]

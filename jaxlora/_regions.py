@@ -9,6 +9,7 @@ Reading order: finding them -> evaluating one -> its derivative.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -196,55 +197,81 @@ def _inside(eqn: Any) -> Sequence[Any]:
 # Its derivative.
 
 
-def light(region: Region, values: Sequence[Any]) -> tuple[Any, list[Any]]:
-  """The result of a region, of which the backward pass keeps little, and its small variables, as constants."""
+def light(region: Region, values: Sequence[Any], taps: Callable[[Any, Any], Any], factors: Any) -> tuple[Any, Any, Any]:
+  """A region, of which the backward pass keeps little, together with what is linear in its result.
 
-  def outputs(env: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
-    return env[region.result], [env[var] for var in region.small]
+  The derivative makes the result again once, for the region's own sake and for the taps'.
+
+  Args:
+    region: what to evaluate.
+    values: of its inputs.
+    taps: `taps(result, factors)`, bilinear.
+    factors: list of arrays, perhaps empty.
+
+  Returns:
+    The result; the small variables, as constants; `taps(result, factors)`.
+  """
 
   @jax.custom_jvp
-  def call(*values):
-    return outputs(region.evaluate(values))
+  def call(values, factors):
+    env = region.evaluate(values)
+    return env[region.result], [env[var] for var in region.small], taps(env[region.result], factors)
 
-  def jvp(values, tangents):
-    result, small = call(*values)
-    moving = [k for k, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
-    steps = [tangents[k] for k in moving]
-    lines = [
-      _along(region, moving, from_result) for from_result in (True, False) if not from_result or region.softmax()
-    ]
-    kept = (tuple(values), tuple(small), result)
-    line = next(
-      line
-      for line in lines
-      if line is lines[-1] or not _recompute.uses(line, kept, steps)[region.inputs.index(region.root)]
-    )
-    return (result, small), (_recompute.late(line, kept, steps), list(map(jnp.zeros_like, small)))
+  def jvp(primals, tangents):
+    result, small, tapped = call(*primals)
+    moving = [[k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)] for steps in tangents]
+    steps = [[steps[k] for k in numbers] for steps, numbers in zip(tangents, moving, strict=True)]
+    kept = (*primals, small, result)
+    along = _along(region, taps, *moving, from_result=True)
+    if not region.softmax() or _recompute.uses(along, kept, steps)[region.inputs.index(region.root)]:
+      along = _along(region, taps, *moving, from_result=False)
+    d_result, d_tapped = _recompute.late(along, kept, steps)
+    still = jax.tree.map(_standing_still, (result, small))
+    return (result, small, tapped), (still[0] if d_result is None else d_result, still[1], d_tapped)
 
   call.defjvp(jvp, symbolic_zeros=True)
-  result, small = call(*values)
-  return result, list(map(jax.lax.stop_gradient, small))
+  result, small, tapped = call(list(values), factors)
+  return result, list(map(jax.lax.stop_gradient, small)), tapped
 
 
-def _along(region: Region, moving: Sequence[int], from_result: bool) -> Callable[[Any, Any], Any]:
-  """The derivative of a region as a function of what is kept, and of the tangents of the inputs numbered `moving`."""
+def _standing_still(value: Any) -> SymbolicZero:
+  return SymbolicZero(jax.typeof(value))
 
-  def along(kept, tangents):
-    values, small, result = kept
+
+def _along(
+  region: Region, taps: Callable[[Any, Any], Any], inputs: Sequence[int], factors: Sequence[int], *, from_result: bool
+) -> Callable[[Any, Any], Any]:
+  """The derivative as a function of what is kept, and of the tangents of the numbered inputs and factors.
+
+  d taps = taps(d result, factors) + taps(result again, d factors)
+  """
+
+  def along(kept, steps):
+    values, all_factors, small, result = kept
     instead = dict(zip(region.small, small, strict=True))
     if from_result:
       over, under = region.softmax()
       instead[over] = result * instead[under]
 
-    def of_moving(*some):
-      full = list(values)
-      for k, value in zip(moving, some, strict=True):
-        full[k] = value
-      return region.evaluate(full, instead)[region.result]
+    def of_inputs(*some):
+      return region.evaluate(_with(values, inputs, some), instead)[region.result]
 
-    return jax.jvp(of_moving, [values[k] for k in moving], list(tangents))[1]
+    start = [values[k] for k in inputs]
+    again, d_result = jax.jvp(of_inputs, start, list(steps[0])) if inputs else (of_inputs(), None)
+    terms = [taps(d_result, all_factors)] if inputs else []
+    if factors:
+      terms.append(taps(again, _with(list(map(jnp.zeros_like, all_factors)), factors, steps[1])))
+    return d_result, jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *terms)
 
   return along
+
+
+def _with(values: Sequence[Any], numbers: Sequence[int], some: Sequence[Any]) -> list[Any]:
+  """The values, with others in the numbered places."""
+  out = list(values)
+  for k, value in zip(numbers, some, strict=True):
+    out[k] = value
+  return out
 
 
 def again(region: Region) -> Callable[[Sequence[Any]], Any]:

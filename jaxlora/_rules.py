@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora import _lowrank
-from jaxlora._lowrank import Factored, Labelled, Pairing, Result
+from jaxlora._lowrank import Factored, Labelled, Pairing, Result, Shrink
 from jaxlora._recompute import Recipe
 from jaxlora._weight import RANK, factor_axes, wider_dtype
 
@@ -32,6 +32,7 @@ class Op(NamedTuple):
   use: int  # how many products this weight went through before: picks its dropout mask
   recipe: Callable[[Any], Recipe | None]  # how to make an operand again in the backward pass
   looping: bool  # whether the equation is inside the body of a loop
+  h: Labelled | None  # a product's first half, where it was computed ahead
 
 
 Rule = Callable[[Op, Sequence[Any]], list[Any]]
@@ -338,18 +339,16 @@ def matched_sizes(w: Factored, groups: Sequence[tuple[Sequence[int], str]]) -> F
   return with_roles(w, "".join(roles))
 
 
-@rule("dot_general")
-def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
-  lhs, rhs = args
-  if isinstance(lhs, Factored) and isinstance(rhs, Factored):
-    raise Unfactorable("the product of two adapted weights")
-  weight_first = isinstance(lhs, Factored)
-  w, x = (lhs, rhs) if weight_first else (rhs, lhs)
-  (contract, batch) = op.params["dimension_numbers"]
+def meeting(params: dict[str, Any], w: Factored, weight_first: bool) -> tuple[Factored, Pairing]:
+  """How a `dot_general` brings its input and a weight together; no axis of the weight's role `o` is contracted.
+
+  No axis of role `o` may be contracted together with one of role `i`; where only `o` axes are, the factors trade places.
+  """
+  (contract, batch) = params["dimension_numbers"]
   contracted, batched = (
     {int(d): int(k) for d, k in zip(*(pair if weight_first else pair[::-1]), strict=True)} for pair in (contract, batch)
   )
-  pairing = Pairing(contracted, batched, weight_first, op.params["precision"])
+  pairing = Pairing(contracted, batched, weight_first, params["precision"])
   summed = {w.roles[d] for d in pairing.contracted if w.shape[d] != 1} - {"s"}
   if len(summed) > 1:
     raise Unfactorable(f"a contraction across roles {sorted(summed)} of a weight with roles {w.roles!r}")
@@ -358,11 +357,34 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
       raise Unfactorable("a product that contracts neither the input axes nor the output axes of the weight")
     summed = {"i"}
   w = matched_sizes(w, [(tuple(pairing.contracted), next(iter(summed)))])
+  return (w.flipped() if "o" in summed else w), pairing
+
+
+@rule("dot_general")
+def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
+  lhs, rhs = args
+  if isinstance(lhs, Factored) and isinstance(rhs, Factored):
+    raise Unfactorable("the product of two adapted weights")
+  weight_first = isinstance(lhs, Factored)
+  w, x = (lhs, rhs) if weight_first else (rhs, lhs)
+  w, pairing = meeting(op.params, w, weight_first)
   base = _lowrank.base_dot(x, w.base, pairing, op.result)
   if base is None:
     (base,) = pairing.product(x, w.base, op.bind)
   u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
-  return [_lowrank.add(base, _lowrank.dot(u, w, pairing, base, recipe, looping=op.looping))]
+  return [_lowrank.add(base, _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h))]
+
+
+def first_half(eqn: Any, w: Factored, weight_first: bool, looping: bool) -> tuple[Shrink, Any] | None:
+  """The first thin product of a `dot_general`, and its A, where it may be computed ahead of the rest; else `None`."""
+  if w.key is not None or "s" in w.roles:
+    return None
+  try:
+    w, pairing = meeting(eqn.params, w, weight_first)
+  except Unfactorable:
+    return None
+  x, out = eqn.invars[1 if weight_first else 0].aval, eqn.outvars[0].aval
+  return _lowrank.shrinking(x, w, pairing, out.dtype, looping=looping), w.a
 
 
 @rule("conv_general_dilated")

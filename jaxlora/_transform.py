@@ -25,7 +25,7 @@ from jaxlora._initializers import leaf_key
 from jaxlora._lowrank import Factored
 from jaxlora._recompute import Origins
 from jaxlora._regions import Region
-from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable, with_roles
+from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable, first_half, with_roles
 from jaxlora._weight import FullWeight, check_weight, is_adapted
 
 ON_MATERIALIZE = ("ignore", "warn", "error")
@@ -162,14 +162,34 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
       for k in region.members:
         evaluate(jaxpr.eqns[k])
       return
-    out, small = _regions.light(region, values)
+    taps = tapped(region.result)
+    uses = list(taps.values())
+
+    def shrink_all(x, factors):
+      return _lowrank.shrink_all(x, [(shrink, a) for (shrink, _), a in zip(uses, factors, strict=True)])
+
+    out, small, halves = _regions.light(region, values, shrink_all, [a for _, a in uses])
+    origins.halves.update(zip(taps, halves, strict=True))
     make = _regions.again(region)
     origins.note(_recompute.REGION, lambda operands: [make(operands)], [*values, *small], [out])
     env[region.result] = out
 
+  def tapped(var: Any) -> dict[int, Any]:
+    """The adapted products of a value, by their equations' identity: how each shrinks it, and its A."""
+    found = {}
+    for eqn in readers.get(var, ()):
+      weight_first = eqn.invars[1] is var
+      weight = env.get(eqn.invars[0 if weight_first else 1])
+      if isinstance(weight, Factored):
+        half = first_half(eqn, weight, weight_first, record.looping)
+        if half is not None:
+          found[id(eqn)] = half
+    return found
+
   env.update(zip(jaxpr.constvars, consts, strict=True))
   env.update(zip(jaxpr.invars, args, strict=True))
   regions = _regions.find(jaxpr) if record.recompute else {}
+  readers = _products_of([region.result for region in regions.values()], jaxpr)
   freed_after = _last_uses(jaxpr, regions)
   for k, eqn in enumerate(jaxpr.eqns):
     if k not in regions:
@@ -179,6 +199,17 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
     for var in freed_after.get(k, ()):
       env.pop(var, None)
   return [read(atom) for atom in jaxpr.outvars]
+
+
+def _products_of(values: Sequence[Any], jaxpr: Any) -> dict[Any, list[Any]]:
+  """The products that have one of these variables, and another one, as operands."""
+  products: dict[Any, list[Any]] = {value: [] for value in values}
+  for eqn in jaxpr.eqns if products else ():
+    if eqn.primitive.name == "dot_general" and eqn.invars[0] is not eqn.invars[1]:
+      for atom in eqn.invars:
+        if not isinstance(atom, _compat.Literal) and atom in products:
+          products[atom].append(eqn)
+  return products
 
 
 def _last_uses(jaxpr: Any, regions: dict[int, Region]) -> dict[int, list[Any]]:
@@ -226,6 +257,7 @@ def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) 
     use=record.products[paths[0]],
     recipe=origins.recipe if record.recompute else lambda value: None,
     looping=record.looping,
+    h=origins.halves.pop(id(eqn), None),
   )
   out = RULES[name](op, values)
   if name in PRODUCTS and not weights_in(out):
