@@ -163,7 +163,7 @@ def _linear_call_p() -> Any:
   def jvp(primals, tangents, **params):
     count, fn = params["count"], jex_core.jaxpr_as_fun(params["jaxpr"])
     out = primitive.bind(*primals, **params)
-    total: Any = [ad.Zero.from_primal_value(value) for value in out]  # type: ignore[attr-defined]
+    total: Any = [ad.Zero(jax.typeof(value).to_tangent_aval()) for value in out]
     moved = [k for k in range(count) if type(tangents[k]) is not ad.Zero]
     if moved:  # plainly: these are derivatives of the second order
 

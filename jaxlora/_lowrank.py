@@ -222,6 +222,16 @@ def first_product(
 _SUMMED_RANK = 16
 
 
+def kept_twice(h: Labelled, result: Result) -> bool:
+  """Whether XLA would keep both terms of `x W + h B` for the backward pass, instead of their sum.
+
+  Its CPU backend does: it adds them wherever it reads them. It is `h` that should be kept, then, and the product made
+  again. Where the product is a sum of outer products that happens by itself; in a loop their sum is kept.
+  """
+  rank = h.array.shape[h.labels.index(RANK)]
+  return rank > _SUMMED_RANK and not result.looping and jax.default_backend() == "cpu"
+
+
 def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
   """`y = h B`, whichever of the two is on the left."""
   two_matrices = x.array.ndim == y.array.ndim == 2 and list(summed) == [RANK] and len({*x.labels, *y.labels}) == 3
@@ -385,16 +395,16 @@ def dot(
   recipe: Recipe | None = None,
   looping: bool = False,
   h: Labelled | None = None,
-) -> jax.Array:
-  """The low-rank part of a `dot_general` of `x` and `w`, laid out as that `dot_general` lays out its result.
+) -> tuple[jax.Array, Recipe | None]:
+  """A `dot_general` of `x` and `w`, laid out as that of `x` and the base lays out its result.
 
-      h = x A^T,   y = h B      (2-D: token axes are flattened to one, so is each group of the weight's axes)
+      h = x A^T,   y = x W + h B      (2-D: token axes are flattened to one, so is each group of the weight's axes)
 
   In this form autodiff gives `dB = h^T dy` and `dA = (dy B^T)^T x`, both with the rank leading, and no transpose of a
   whole cotangent. No axis of role `o` may be contracted.
 
   Args:
-    x: the input, any shape.
+    x: the adapter's input, any shape.
     w: the weight.
     pairing: which axes are summed and which are batched.
     base: the base's product: its dtype, and its sharding where that is part of its type, are the result's.
@@ -403,7 +413,7 @@ def dot(
     h: the first product, where it was computed before, together with others'.
 
   Returns:
-    Array of the shape and dtype of the base product.
+    Array of the shape and dtype of the base product; and how to make it again from `h`, where it should be.
   """
   ndim = len(w.roles)
   stack = [d for d in pairing.contracted if w.roles[d] == "s"]
@@ -418,8 +428,14 @@ def dot(
   if not sharded:
     second = second.merged([d for d in pairing.free(ndim) if w.roles[d] == "o"])
   wide = Result(base.dtype, pairing.precision, sharding, looping)
-  y = pairing.product(h, second, second_product, [RANK, *stack], wide)
-  return y.expanded().ordered(wanted)
+
+  def result(parts: Sequence[Any]) -> jax.Array:
+    base, h, second = parts
+    y = pairing.product(h, second, second_product, [RANK, *stack], wide)
+    return add(base, y.expanded().ordered(wanted))
+
+  parts = base, h, second
+  return result(parts), Recipe(parts, result) if kept_twice(h, wide) else None
 
 
 def _sharding_by_label(result: Labelled) -> Callable[[Sequence[Hashable]], Any]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jaxlora import _compat
@@ -75,6 +74,7 @@ class Origins:
     self.known: dict[int, Origin] = {}
     self.recipes: dict[int, Recipe | None] = {}
     self.halves: dict[int, Any] = {}  # by an equation's identity: what was computed of it ahead
+    self.kept: dict[int, tuple[Any, Recipe]] = {}  # by identity: values that something else is kept for
 
   def note(
     self, name: str, bind: Callable[[Sequence[Any]], list[Any]], operands: Sequence[Any], out: list[Any]
@@ -85,6 +85,15 @@ class Origins:
     for k, value in enumerate(out):
       if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
         self.known[id(value)] = Origin(name, _picking(bind, k), operands, value)
+
+  def keep_as(self, value: Any, recipe: Recipe | None) -> None:
+    """Says that a value is to be made again from a recipe's leaves, instead of being kept itself."""
+    if recipe is not None:
+      self.kept[id(value)] = value, recipe
+
+  def kept_as(self, value: Any) -> Recipe:
+    """What to keep for a value, by default the value."""
+    return self.kept[id(value)][1] if id(value) in self.kept else Recipe((value,), lambda leaves: leaves[0])
 
   def recipe(self, value: Any) -> Recipe | None:
     """How to make `value` again from what is kept anyway; `None` where it is better kept itself."""
@@ -188,15 +197,23 @@ def _wait(leaves: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
   """The leaves, unchanged, but as values that depend on the cotangents.
 
   `optimization_barrier` says this, but XLA's CPU backend drops it before it fuses and schedules. There the dependence
-  is one of arithmetic: times one, where that one is made of a cotangent's bits. No compiler pass ahead of code
-  generation sees that it is one; code generation does, and the product costs nothing. Not with several devices, where
-  one element of a sharded cotangent would have to reach them all.
+  is one of arithmetic: times one, where that one is made of a cotangent's bits; for narrow formats, which would be widened
+  and rounded, bitwise or with such a zero. No compiler pass ahead of code generation sees what it is; code generation
+  does, and it costs nothing. Not with several devices, where one element of a sharded cotangent would have to reach
+  them all.
   """
   if jax.default_backend() != "cpu" or jax.device_count() > 1:
     return lax.optimization_barrier((list(leaves), list(cotangents)))[0]
   bits = lax.bitcast_convert_type(_first_element(cotangents[0]).astype(jnp.float32), jnp.uint32)
-  one = 1 + lax.shift_right_logical(lax.shift_right_logical(bits, jnp.uint32(31)), jnp.uint32(1)).astype(jnp.float32)
-  return [leaf * one.astype(leaf.dtype) if _is_float(leaf) and leaf.ndim else leaf for leaf in leaves]
+  zero = lax.shift_right_logical(lax.shift_right_logical(bits, jnp.uint32(31)), jnp.uint32(1))
+  return [_unchanged(leaf, zero) if _is_float(leaf) and leaf.ndim else leaf for leaf in leaves]
+
+
+def _unchanged(value: jax.Array, zero: jax.Array) -> jax.Array:
+  if value.dtype.itemsize > 2:
+    return value * (1 + zero.astype(value.dtype))
+  unsigned = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
+  return lax.bitcast_convert_type(lax.bitcast_convert_type(value, unsigned) | zero.astype(unsigned), value.dtype)
 
 
 def _first_element(value: jax.Array) -> jax.Array:

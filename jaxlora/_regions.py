@@ -18,6 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jaxlora import _compat, _recompute
+from jaxlora._recompute import Recipe
 
 # What may be inside of a region besides elementwise operations.
 _ALONG_ROWS = {"reduce_sum", "reduce_max", "reduce_min"}
@@ -197,7 +198,9 @@ def _inside(eqn: Any) -> Sequence[Any]:
 # Its derivative.
 
 
-def light(region: Region, values: Sequence[Any], taps: Callable[[Any, Any], Any], factors: Any) -> tuple[Any, Any, Any]:
+def light(
+  region: Region, values: Sequence[Any], root: Recipe, taps: Callable[[Any, Any], Any], factors: Any
+) -> tuple[Any, Any, Any]:
   """A region, of which the backward pass keeps little, together with what is linear in its result.
 
   The derivative makes the result again once, for the region's own sake and for the taps'.
@@ -205,32 +208,41 @@ def light(region: Region, values: Sequence[Any], taps: Callable[[Any, Any], Any]
   Args:
     region: what to evaluate.
     values: of its inputs.
+    root: what to keep for the region's root.
     taps: `taps(result, factors)`, bilinear.
     factors: list of arrays, perhaps empty.
 
   Returns:
     The result; the small variables, as constants; `taps(result, factors)`.
   """
+  place = region.inputs.index(region.root)
 
   @jax.custom_jvp
-  def call(values, factors):
+  def call(values, factors, leaves):
+    del leaves  # what the root is made of; derivatives run through the root
     env = region.evaluate(values)
     return env[region.result], [env[var] for var in region.small], taps(env[region.result], factors)
 
   def jvp(primals, tangents):
     result, small, tapped = call(*primals)
+    (values, factors, leaves), tangents = primals, tangents[:2]
     moving = [[k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)] for steps in tangents]
     steps = [[steps[k] for k in numbers] for steps, numbers in zip(tangents, moving, strict=True)]
-    kept = (*primals, small, result)
     along = _along(region, taps, *moving, from_result=True)
-    if not region.softmax() or _recompute.uses(along, kept, steps)[region.inputs.index(region.root)]:
+    kept = (values, factors, small, result)
+    if not region.softmax() or _recompute.uses(along, kept, steps)[place]:
       along = _along(region, taps, *moving, from_result=False)
-    d_result, d_tapped = _recompute.late(along, kept, steps)
+
+    def from_leaves(kept, steps):
+      values, *rest = kept
+      return along((_with(values, [place], [root.again(values[place])]), *rest), steps)
+
+    d_result, d_tapped = _recompute.late(from_leaves, (_with(values, [place], [leaves]), factors, small, result), steps)
     still = jax.tree.map(_standing_still, (result, small))
     return (result, small, tapped), (still[0] if d_result is None else d_result, still[1], d_tapped)
 
   call.defjvp(jvp, symbolic_zeros=True)
-  result, small, tapped = call(list(values), factors)
+  result, small, tapped = call(list(values), factors, root.leaves)
   return result, list(map(jax.lax.stop_gradient, small)), tapped
 
 

@@ -12,7 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxlora import _lowrank
+from jaxlora import _lowrank, _recompute
 from jaxlora._lowrank import Factored, Labelled, Pairing, Result, Shrink
 from jaxlora._recompute import Recipe
 from jaxlora._weight import RANK, factor_axes, wider_dtype
@@ -31,8 +31,10 @@ class Op(NamedTuple):
   result: Any  # the type of the equation's first result
   use: int  # how many products this weight went through before: picks its dropout mask
   recipe: Callable[[Any], Recipe | None]  # how to make an operand again in the backward pass
+  recompute: bool
   looping: bool  # whether the equation is inside the body of a loop
   h: Labelled | None  # a product's first half, where it was computed ahead
+  kept_as: Callable[[Any, Recipe | None], None]  # says how a result is best kept for the backward pass
 
 
 Rule = Callable[[Op, Sequence[Any]], list[Any]]
@@ -368,11 +370,21 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   weight_first = isinstance(lhs, Factored)
   w, x = (lhs, rhs) if weight_first else (rhs, lhs)
   w, pairing = meeting(op.params, w, weight_first)
-  base = _lowrank.base_dot(x, w.base, pairing, op.result)
-  if base is None:
-    (base,) = pairing.product(x, w.base, op.bind)
+  base = _base_product(op, x, w.base, pairing)
   u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
-  return [_lowrank.add(base, _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h))]
+  result, again = _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h)
+  op.kept_as(result, again)
+  return [result]
+
+
+def _base_product(op: Op, x: Any, base: Any, pairing: Pairing) -> Any:
+  def product(base: Any, x: Any) -> Any:
+    y = _lowrank.base_dot(x, base, pairing, op.result)
+    return pairing.product(x, base, op.bind)[0] if y is None else y
+
+  if op.recompute and base.dtype.itemsize == 2 and jax.default_backend() == "cpu" and not _lowrank.explicitly_sharded(x):
+    return _recompute.late(lambda leaves, x: product(*leaves, x), (base,), x)
+  return product(base, x)
 
 
 def first_half(eqn: Any, w: Factored, weight_first: bool, looping: bool) -> tuple[Shrink, Any] | None:

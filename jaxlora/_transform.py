@@ -168,7 +168,8 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
     def shrink_all(x, factors):
       return _lowrank.shrink_all(x, [(shrink, a) for (shrink, _), a in zip(uses, factors, strict=True)])
 
-    out, small, halves = _regions.light(region, values, shrink_all, [a for _, a in uses])
+    root = origins.kept_as(values[region.inputs.index(region.root)])
+    out, small, halves = _regions.light(region, values, root, shrink_all, [a for _, a in uses])
     origins.halves.update(zip(taps, halves, strict=True))
     make = _regions.again(region)
     origins.note(_recompute.REGION, lambda operands: [make(operands)], [*values, *small], [out])
@@ -256,8 +257,10 @@ def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) 
     result=eqn.outvars[0].aval,
     use=record.products[paths[0]],
     recipe=origins.recipe if record.recompute else lambda value: None,
+    recompute=record.recompute,
     looping=record.looping,
     h=origins.halves.pop(id(eqn), None),
+    kept_as=origins.keep_as,
   )
   out = RULES[name](op, values)
   if name in PRODUCTS and not weights_in(out):
