@@ -7,6 +7,7 @@ gives `None` here, and the transform then materialises instead of guessing.
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,6 +18,15 @@ try:
   from jax._src import source_info_util
 except ImportError:  # a JAX that moved it: profiles lose the user's names, results stay right
   source_info_util = None  # type: ignore[assignment]
+
+try:
+  from jax._src.core import is_concrete
+except ImportError:  # a JAX that moved it: layers that are alike are traced one by one
+
+  def is_concrete(x: Any) -> Any:
+    del x
+    return True
+
 
 try:
   from jax.extend.core import Primitive
@@ -48,16 +58,50 @@ def bind(eqn: Any, args: Sequence[Any], **changes: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def equation_context(eqn: Any) -> Iterator[None]:
-  """What the equation was traced under: the user's name stack and source line, mesh, compute type."""
+def equation_context(eqn: Any, named: bool = True) -> Iterator[None]:
+  """What the equation was traced under: the user's name stack and source line, unless without, mesh, compute type."""
   with contextlib.ExitStack() as stack:
-    if source_info_util is not None:
+    if named and source_info_util is not None:
       info = eqn.source_info
       names = source_info_util.current_name_stack() + info.name_stack
       stack.enter_context(source_info_util.user_context(info.traceback, name_stack=names))
     if hasattr(eqn, "ctx"):
       stack.enter_context(eqn.ctx.manager)
     yield
+
+
+def context_key(eqn: Any) -> Any:
+  """What `equation_context` sets, without the names, as a value to compare."""
+  context = getattr(eqn, "ctx", None)
+  fields = [name for name in getattr(type(context), "__slots__", ()) if not name.startswith("__")]
+  return tuple(repr(getattr(context, name, None)) for name in fields) if fields else context
+
+
+def staged(value: Any) -> bool:
+  """Whether an array is only traced, and nothing is computed yet."""
+  return isinstance(value, jax.core.Tracer) and not is_concrete(value)
+
+
+@functools.lru_cache(maxsize=512)
+def _once(fn: Callable[..., Any], *where: Any) -> Callable[..., Any]:
+  del where
+
+  def call(*args: Any) -> Any:
+    return fn(*args)
+
+  call.__name__ = call.__qualname__ = type(fn).__name__.strip("_").lower()  # in profiles
+  return jax.jit(call, inline=True)
+
+
+def traced_once(fn: Callable[..., Any], *args: Any) -> Any:
+  """`fn(*args)`, where functions that are equal are traced, and differentiated, once for operands of one type.
+
+  Layers that are alike then cost a fraction of what each would alone. Where arrays are there to compute with, as it is
+  outside of `jax.jit`, `fn` is called plainly.
+  """
+  if all(staged(leaf) for leaf in jax.tree.leaves(args)):
+    return _once(fn, jax.default_backend(), jax.device_count())(*args)
+  return fn(*args)
 
 
 def source_line(eqn: Any) -> str:
@@ -147,6 +191,22 @@ def without_dead_code(jaxpr: Any, needed: int = 0) -> tuple[Any, list[bool]]:
     return jaxpr, [True] * count
 
 
+@dataclasses.dataclass(frozen=True)
+class _Transpose:
+  """The transpose of a linear call, as a function of its residuals and of the cotangents that are not zero."""
+
+  jaxpr: Any
+  before: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
+  types: tuple[Any, ...]  # of the linear operands
+  zeros: tuple[Any, ...]  # for each cotangent that is zero its type, else `None`
+
+  def __call__(self, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+    given = iter(cotangents)
+    full = [next(given) if zero is None else ad.instantiate_zeros(ad.Zero(zero)) for zero in self.zeros]
+    kept, fn = self.before(residuals, cotangents), jex_core.jaxpr_as_fun(self.jaxpr)
+    return jax.linear_transpose(lambda *linear: fn(*kept, *linear), *self.types)(full)
+
+
 @functools.cache
 def _linear_call_p() -> Any:
   primitive = Primitive("jaxlora_linear_call")
@@ -181,12 +241,11 @@ def _linear_call_p() -> Any:
     return out, total
 
   def transpose(cotangents, *args, jaxpr, before, count):
-    fn = jex_core.jaxpr_as_fun(jaxpr)
     moving = [cotangent for cotangent in cotangents if type(cotangent) is not ad.Zero]
-    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-    kept = before(args[:count], moving)
-    types = [arg.aval for arg in args[count:]]  # not only shapes: under shard_map they say what differs between shards
-    moved = jax.linear_transpose(lambda *linear: fn(*kept, *linear), *types)(cotangents)
+    # Not only shapes: under shard_map types say what differs between shards.
+    types = tuple(arg.aval for arg in args[count:])
+    zeros = tuple(cotangent.aval if type(cotangent) is ad.Zero else None for cotangent in cotangents)
+    moved = traced_once(_Transpose(jaxpr, before, types, zeros), args[:count], moving)
     return [None] * count + list(moved)
 
   def batch(args, dims, *, jaxpr, before, count):

@@ -216,20 +216,9 @@ def first_product(
   return h(x, a, recipe.leaves)
 
 
-# Up to this rank XLA's CPU backend does better with the second product as a sum of outer products: it computes that sum
-# inside what comes after, and neither writes nor keeps an array of the output's size. Not in a loop: what a loop keeps
-# for the backward pass it writes in any case.
+# Up to this rank XLA's CPU backend does better with the second product as a sum of outer products, at inference: it
+# computes that sum inside what comes after, and writes no array of the output's size.
 _SUMMED_RANK = 16
-
-
-def kept_twice(h: Labelled, result: Result) -> bool:
-  """Whether XLA would keep both terms of `x W + h B` for the backward pass, instead of their sum.
-
-  Its CPU backend does: it adds them wherever it reads them. It is `h` that should be kept, then, and the product made
-  again. Where the product is a sum of outer products that happens by itself; in a loop their sum is kept.
-  """
-  rank = h.array.shape[h.labels.index(RANK)]
-  return rank > _SUMMED_RANK and not result.looping and jax.default_backend() == "cpu"
 
 
 def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
@@ -244,9 +233,9 @@ def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def rank_sum(x: Labelled, y: Labelled, result: Result) -> Labelled:
-  """`sum_r x[:, r] y[r, :]` as one elementwise sum, which fuses; its derivatives are dots.
+  """`sum_r x[:, r] y[r, :]` as one elementwise sum, which fuses; a dot where it is differentiated.
 
-  d(sum) = dx . y + x . dy      so that, transposed, dx = dout y^T and dy = x^T dout are the dots they should be
+  d(x . y) = dx . y + x . dy
   """
   (row,) = (label for label in x.labels if label != RANK)
   (column,) = (label for label in y.labels if label != RANK)
@@ -265,9 +254,16 @@ def _outer_sum(rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 @rank_sum.defjvp
 def _(result: Result, primals: Any, tangents: Any) -> tuple[Labelled, Labelled]:
-  (x, y), (dx, dy) = primals, tangents
-  moved = [contract(*pair, [RANK], result) for pair in ((dx, y), (x, dy))]
-  return rank_sum(x, y, result), jax.tree.map(jnp.add, *moved)
+  return jax.jvp(lambda x, y: contract(x, y, [RANK], result), primals, tangents)
+
+
+def kept_twice(result: Result) -> bool:
+  """Whether XLA would keep both terms of `x W + h B` for the backward pass, instead of their sum.
+
+  Its CPU backend does: it adds them wherever it reads them. It is `h` that should be kept, then, and the product made
+  again. In a loop their sum is kept.
+  """
+  return not result.looping and jax.default_backend() == "cpu"
 
 
 def explicitly_sharded(x: Any) -> bool:
@@ -372,19 +368,49 @@ def shrinking(x: Any, w: Factored, pairing: Pairing, dtype: Any, sharding: Any =
   return Shrink(pairing.input_labels(x.ndim), factor_axes(w.roles, "i"), inputs, pairing.weight_first, thin)
 
 
-def shrink_all(x: jax.Array, uses: Sequence[tuple[Shrink, jax.Array]]) -> list[Labelled]:
-  """`h` for several weights that share an input; weights that meet it alike do so in one product."""
-  groups: dict[Any, list[int]] = {}
-  for k, (shrink, a) in enumerate(uses):
-    groups.setdefault((shrink, a.dtype), []).append(k)
-  out: dict[int, Labelled] = {}
-  for (shrink, _), members in groups.items():
-    factors = [uses[k][1] for k in members]
-    rank = shrink.factor.index(RANK)
-    h = shrink(x, lax.concatenate(factors, rank) if len(factors) > 1 else factors[0])
-    parts = lax.split(h.array, [a.shape[rank] for a in factors], h.labels.index(RANK))
-    out.update((k, Labelled(part, h.labels)) for k, part in zip(members, parts, strict=True))
-  return [out[k] for k in range(len(uses))]
+@dataclasses.dataclass(frozen=True)
+class Shrinks:
+  """The first thin products of several weights that share an input, as a function of `x` and every A."""
+
+  each: tuple[Shrink, ...]
+
+  def __call__(self, x: jax.Array, factors: Sequence[jax.Array]) -> list[Labelled]:
+    """`h` for each; weights that meet the input alike do so in one product."""
+    groups: dict[Any, list[int]] = {}
+    for k, shrink in enumerate(self.each):
+      groups.setdefault((shrink, factors[k].dtype), []).append(k)
+    out: dict[int, Labelled] = {}
+    for (shrink, _), members in groups.items():
+      alike = [factors[k] for k in members]
+      rank = shrink.factor.index(RANK)
+      h = shrink(x, lax.concatenate(alike, rank) if len(alike) > 1 else alike[0])
+      parts = lax.split(h.array, [a.shape[rank] for a in alike], h.labels.index(RANK))
+      out.update((k, Labelled(part, h.labels)) for k, part in zip(members, parts, strict=True))
+    return [out[k] for k in range(len(factors))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grow:
+  """The sum of the base's product and the second thin one, `x W + h B`, as a function of the three: base, `h`, B.
+
+  Attributes:
+    weight_first: whether the weight is the left operand.
+    summed: the labels that are summed.
+    wanted: the labels of the result.
+    result: what the product is to be.
+    by: computes it.
+  """
+
+  weight_first: bool
+  summed: tuple[Hashable, ...]
+  wanted: tuple[Hashable, ...]
+  result: Result
+  by: Callable[..., Labelled]
+
+  def __call__(self, parts: Sequence[Any]) -> jax.Array:
+    base, h, second = parts
+    y = self.by(*((second, h) if self.weight_first else (h, second)), list(self.summed), self.result)
+    return add(base, y.expanded().ordered(self.wanted))
 
 
 def dot(
@@ -417,10 +443,10 @@ def dot(
   """
   ndim = len(w.roles)
   stack = [d for d in pairing.contracted if w.roles[d] == "s"]
-  wanted = pairing.result_labels(x.ndim, ndim)
+  wanted = tuple(pairing.result_labels(x.ndim, ndim))
 
   sharded = explicitly_sharded(x) or explicitly_sharded(base)
-  sharding = _sharding_by_label(Labelled(base, tuple(wanted))) if sharded else None
+  sharding = _sharding_by_label(Labelled(base, wanted)) if sharded else None
   if h is None:
     x = inexact(x, w.a.dtype)
     h = first_product(shrinking(x, w, pairing, base.dtype, sharding, looping), x, w.a, recipe)
@@ -428,14 +454,9 @@ def dot(
   if not sharded:
     second = second.merged([d for d in pairing.free(ndim) if w.roles[d] == "o"])
   wide = Result(base.dtype, pairing.precision, sharding, looping)
-
-  def result(parts: Sequence[Any]) -> jax.Array:
-    base, h, second = parts
-    y = pairing.product(h, second, second_product, [RANK, *stack], wide)
-    return add(base, y.expanded().ordered(wanted))
-
-  parts = base, h, second
-  return result(parts), Recipe(parts, result) if kept_twice(h, wide) else None
+  summed, parts = (RANK, *stack), (base, h, second)
+  y = _compat.traced_once(Grow(pairing.weight_first, summed, wanted, wide, second_product), parts)
+  return y, Recipe(parts, Grow(pairing.weight_first, summed, wanted, wide, contract)) if kept_twice(wide) else None
 
 
 def _sharding_by_label(result: Labelled) -> Callable[[Sequence[Hashable]], Any]:

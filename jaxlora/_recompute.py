@@ -67,6 +67,10 @@ def _picking(bind: Callable[[Sequence[Any]], list[Any]], k: int) -> Callable[[Se
   return lambda operands: bind(operands)[k]
 
 
+def _itself(leaves: Sequence[Any]) -> Any:
+  return leaves[0]
+
+
 class Origins:
   """What made the values of one walk, as far as it was cheap."""
 
@@ -93,7 +97,7 @@ class Origins:
 
   def kept_as(self, value: Any) -> Recipe:
     """What to keep for a value, by default the value."""
-    return self.kept[id(value)][1] if id(value) in self.kept else Recipe((value,), lambda leaves: leaves[0])
+    return self.kept[id(value)][1] if id(value) in self.kept else Recipe((value,), _itself)
 
   def recipe(self, value: Any) -> Recipe | None:
     """How to make `value` again from what is kept anyway; `None` where it is better kept itself."""
@@ -197,10 +201,10 @@ def _wait(leaves: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
   """The leaves, unchanged, but as values that depend on the cotangents.
 
   `optimization_barrier` says this, but XLA's CPU backend drops it before it fuses and schedules. There the dependence
-  is one of arithmetic: times one, where that one is made of a cotangent's bits; for narrow formats, which would be widened
-  and rounded, bitwise or with such a zero. No compiler pass ahead of code generation sees what it is; code generation
-  does, and it costs nothing. Not with several devices, where one element of a sharded cotangent would have to reach
-  them all.
+  is one of arithmetic: times one, where that one is made of a cotangent's bits; for narrow formats, which would be
+  widened and rounded, a bitwise or with such a zero. No compiler pass ahead of code generation sees what it is; code
+  generation does, and it costs nothing. Not with several devices, where one element of a sharded cotangent would have
+  to reach them all.
   """
   if jax.default_backend() != "cpu" or jax.device_count() > 1:
     return lax.optimization_barrier((list(leaves), list(cotangents)))[0]

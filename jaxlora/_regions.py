@@ -2,12 +2,13 @@
 
 Each is some equations that make one large array out of one other, elementwise or along whole rows. Differentiated
 equation by equation they would keep several arrays of that size for the backward pass; the one they start from, and the
-statistics of its rows, are enough. For a softmax even the one that they end with is, which the next product keeps anyway.
+statistics of its rows, are enough. For a softmax even the one that they end with is enough, which the next product
+keeps anyway. What is linear in a region's result, the first halves of adapted products, is differentiated with it.
 
 Reading order: finding them -> evaluating one -> its derivative.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -30,40 +31,59 @@ class Region:
   """Equations that make one array out of one large other; all that they make besides is used nowhere else.
 
   Attributes:
-    jaxpr: whose equations they are.
-    members: their numbers, in order; the last one makes the result.
+    equations: in order; the last one makes the result.
+    members: their numbers in their jaxpr.
     inputs: the variables that they read from outside, of which `root` is the large one.
     small: the variables of little size that they make: sums along rows, and what comes of those.
     root: see above.
   """
 
-  jaxpr: Any
-  members: Sequence[int]
+  equations: tuple[Any, ...]
+  members: tuple[int, ...]
   inputs: tuple[Any, ...]
   small: tuple[Any, ...]
   root: Any
 
   @property
   def result(self) -> Any:
-    return self.jaxpr.eqns[self.members[-1]].outvars[0]
+    return self.equations[-1].outvars[0]
 
   def evaluate(self, values: Sequence[Any], instead: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
     """All variables of the region; those in `instead` have that value, and the derivative of what they are made of."""
     env = dict(zip(self.inputs, values, strict=True))
-    for k in self.members:
-      eqn = self.jaxpr.eqns[k]
+    for eqn in self.equations:
       operands = [atom.val if isinstance(atom, _compat.Literal) else env[atom] for atom in eqn.invars]
-      with _compat.equation_context(eqn):
+      with _compat.equation_context(eqn, named=False):
         env.update(zip(eqn.outvars, _evaluate(eqn, operands, instead or {}), strict=True))
     return env
 
+  def signature(self) -> Hashable:
+    """The same for regions that are the same but for their variables."""
+    number = {var: k for k, var in enumerate(self.inputs)}
+
+    def of(atom: Any) -> Hashable:
+      if isinstance(atom, _compat.Literal):
+        return str(atom.aval), repr(atom.val)
+      return number.setdefault(atom, len(number))
+
+    return tuple(
+      (
+        eqn.primitive,
+        tuple(sorted(eqn.params.items())),
+        tuple(map(of, (*eqn.invars, *eqn.outvars))),
+        tuple(var.aval for var in eqn.outvars),
+        _compat.context_key(eqn),
+      )
+      for eqn in self.equations
+    )
+
   def softmax(self) -> tuple[Any, Any] | None:
     """Numerator and denominator, where the result is a large exponential over something small."""
-    eqn = self.jaxpr.eqns[self.members[-1]]
+    eqn = self.equations[-1]
     if eqn.primitive.name != "div" or any(isinstance(atom, _compat.Literal) for atom in eqn.invars):
       return None
     over, under = eqn.invars
-    exponentials = (self.jaxpr.eqns[k].outvars[0] for k in self.members if self.jaxpr.eqns[k].primitive.name == "exp")
+    exponentials = (eqn.outvars[0] for eqn in self.equations if eqn.primitive.name == "exp")
     return (over, under) if under in self.small and over in exponentials else None
 
 
@@ -159,7 +179,7 @@ def _region(jaxpr: Any, root: Any, numbers: list[int], uses: Mapping[Any, set[in
   made = [jaxpr.eqns[k].outvars[0] for k in numbers]
   inputs = dict.fromkeys(atom for k in numbers for atom in _variables(jaxpr.eqns[k].invars) if atom not in set(made))
   small = [var for var in made if _elements(var) * _recompute.SMALL <= _elements(root) and _is_float(var)]
-  return Region(jaxpr, numbers, tuple(inputs), tuple(small), root)
+  return Region(tuple(jaxpr.eqns[k] for k in numbers), tuple(numbers), tuple(inputs), tuple(small), root)
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
@@ -199,7 +219,7 @@ def _inside(eqn: Any) -> Sequence[Any]:
 
 
 def light(
-  region: Region, values: Sequence[Any], root: Recipe, taps: Callable[[Any, Any], Any], factors: Any
+  region: Region, values: Sequence[Any], root: Recipe, taps: Callable[[Any, Any], Any], factors: Sequence[Any]
 ) -> tuple[Any, Any, Any]:
   """A region, of which the backward pass keeps little, together with what is linear in its result.
 
@@ -210,44 +230,90 @@ def light(
     values: of its inputs.
     root: what to keep for the region's root.
     taps: `taps(result, factors)`, bilinear.
-    factors: list of arrays, perhaps empty.
+    factors: arrays, perhaps none.
 
   Returns:
     The result; the small variables, as constants; `taps(result, factors)`.
   """
-  place = region.inputs.index(region.root)
+  with _compat.equation_context(region.equations[-1]):
+    result, small, tapped = _compat.traced_once(
+      _Light(_Comparable(region), root.again, taps), list(values), list(factors), root.leaves
+    )
+    return result, list(map(jax.lax.stop_gradient, small)), tapped
 
-  @jax.custom_jvp
-  def call(values, factors, leaves):
-    del leaves  # what the root is made of; derivatives run through the root
-    env = region.evaluate(values)
-    return env[region.result], [env[var] for var in region.small], taps(env[region.result], factors)
 
-  def jvp(primals, tangents):
-    result, small, tapped = call(*primals)
-    (values, factors, leaves), tangents = primals, tangents[:2]
-    moving = [[k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)] for steps in tangents]
-    steps = [[steps[k] for k in numbers] for steps, numbers in zip(tangents, moving, strict=True)]
-    along = _along(region, taps, *moving, from_result=True)
-    kept = (values, factors, small, result)
-    if not region.softmax() or _recompute.uses(along, kept, steps)[place]:
-      along = _along(region, taps, *moving, from_result=False)
+class _Comparable:
+  """A region as a value: equal to every other one with its signature."""
 
-    def from_leaves(kept, steps):
-      values, *rest = kept
-      return along((_with(values, [place], [root.again(values[place])]), *rest), steps)
+  def __init__(self, region: Region):
+    self.region = region
+    self.signature = region.signature()
+    try:
+      self.hash = hash(self.signature)
+    except TypeError:  # a parameter that cannot be compared
+      self.signature, self.hash = id(self), id(self)
 
-    d_result, d_tapped = _recompute.late(from_leaves, (_with(values, [place], [leaves]), factors, small, result), steps)
-    still = jax.tree.map(_standing_still, (result, small))
-    return (result, small, tapped), (still[0] if d_result is None else d_result, still[1], d_tapped)
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, _Comparable) and self.signature == other.signature
 
-  call.defjvp(jvp, symbolic_zeros=True)
-  result, small, tapped = call(list(values), factors, root.leaves)
-  return result, list(map(jax.lax.stop_gradient, small)), tapped
+  def __hash__(self) -> int:
+    return self.hash
+
+
+@dataclasses.dataclass(frozen=True)
+class _Light:
+  """See `light`."""
+
+  comparable: _Comparable
+  root_again: Callable[[Any], Any]
+  taps: Callable[[Any, Any], Any]
+
+  def __call__(self, values: list[Any], factors: list[Any], leaves: Any) -> tuple[Any, Any, Any]:
+    region, taps = self.comparable.region, self.taps
+    place = region.inputs.index(region.root)
+
+    @jax.custom_jvp
+    def call(values, factors, leaves):
+      del leaves  # what the root is made of; derivatives run through the root
+      env = region.evaluate(values)
+      return env[region.result], [env[var] for var in region.small], taps(env[region.result], factors)
+
+    def jvp(primals, tangents):
+      result, small, tapped = call(*primals)
+      (values, factors, leaves), tangents = primals, tangents[:2]
+      moving = [[k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)] for steps in tangents]
+      steps = [[steps[k] for k in numbers] for steps, numbers in zip(tangents, moving, strict=True)]
+      along = _along(region, taps, *moving, from_result=True)
+      kept = (values, factors, small, result)
+      if not region.softmax() or _recompute.uses(along, kept, steps)[place]:
+        along = _along(region, taps, *moving, from_result=False)
+
+      def from_leaves(kept, steps):
+        values, *rest = kept
+        return along((_with(values, [place], [self.root_again(values[place])]), *rest), steps)
+
+      kept = (_with(values, [place], [leaves]), factors, small, result)
+      d_result, d_tapped = _recompute.late(from_leaves, kept, steps)
+      if d_result is None:
+        return (result, small, tapped), (*jax.tree.map(_standing_still, (result, small)), d_tapped)
+      return (result, small, tapped), (d_result, _of_small(region, values, moving[0], steps[0]), d_tapped)
+
+    call.defjvp(jvp, symbolic_zeros=True)
+    return call(values, factors, leaves)
 
 
 def _standing_still(value: Any) -> SymbolicZero:
   return SymbolicZero(jax.typeof(value))
+
+
+def _of_small(region: Region, values: Sequence[Any], inputs: Sequence[int], steps: Sequence[Any]) -> list[Any]:
+  """The derivative of the small variables, of which only second derivatives make use."""
+
+  def small(*some):
+    env = region.evaluate(_with(values, inputs, some))
+    return [env[var] for var in region.small]
+
+  return jax.jvp(small, [values[k] for k in inputs], list(steps))[1]
 
 
 def _along(
@@ -261,8 +327,8 @@ def _along(
   def along(kept, steps):
     values, all_factors, small, result = kept
     instead = dict(zip(region.small, small, strict=True))
-    if from_result:
-      over, under = region.softmax()
+    if from_result and (parts := region.softmax()):
+      over, under = parts
       instead[over] = result * instead[under]
 
     def of_inputs(*some):

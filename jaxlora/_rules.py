@@ -31,7 +31,7 @@ class Op(NamedTuple):
   result: Any  # the type of the equation's first result
   use: int  # how many products this weight went through before: picks its dropout mask
   recipe: Callable[[Any], Recipe | None]  # how to make an operand again in the backward pass
-  recompute: bool
+  recompute: bool  # whether the backward pass makes again what is cheap to make
   looping: bool  # whether the equation is inside the body of a loop
   h: Labelled | None  # a product's first half, where it was computed ahead
   kept_as: Callable[[Any, Recipe | None], None]  # says how a result is best kept for the backward pass
@@ -342,9 +342,9 @@ def matched_sizes(w: Factored, groups: Sequence[tuple[Sequence[int], str]]) -> F
 
 
 def meeting(params: dict[str, Any], w: Factored, weight_first: bool) -> tuple[Factored, Pairing]:
-  """How a `dot_general` brings its input and a weight together; no axis of the weight's role `o` is contracted.
+  """How a `dot_general` brings its input and a weight together, of which no axis of role `o` is contracted.
 
-  No axis of role `o` may be contracted together with one of role `i`; where only `o` axes are, the factors trade places.
+  Axes of both roles may not be contracted together; where only `o` axes are, the factors trade places.
   """
   (contract, batch) = params["dimension_numbers"]
   contracted, batched = (
@@ -378,12 +378,15 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
 
 
 def _base_product(op: Op, x: Any, base: Any, pairing: Pairing) -> Any:
+  """The base's own product. Of a half-precision weight CPUs make a wider copy, which is not to be kept."""
+
   def product(base: Any, x: Any) -> Any:
     y = _lowrank.base_dot(x, base, pairing, op.result)
     return pairing.product(x, base, op.bind)[0] if y is None else y
 
-  if op.recompute and base.dtype.itemsize == 2 and jax.default_backend() == "cpu" and not _lowrank.explicitly_sharded(x):
-    return _recompute.late(lambda leaves, x: product(*leaves, x), (base,), x)
+  widened = base.dtype.itemsize == 2 and jax.default_backend() == "cpu" and not _lowrank.explicitly_sharded(x)
+  if op.recompute and widened:
+    return _recompute.late(lambda leaves, x: product(leaves[0], x), (base,), x)
   return product(base, x)
 
 

@@ -163,13 +163,9 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
         evaluate(jaxpr.eqns[k])
       return
     taps = tapped(region.result)
-    uses = list(taps.values())
-
-    def shrink_all(x, factors):
-      return _lowrank.shrink_all(x, [(shrink, a) for (shrink, _), a in zip(uses, factors, strict=True)])
-
     root = origins.kept_as(values[region.inputs.index(region.root)])
-    out, small, halves = _regions.light(region, values, root, shrink_all, [a for _, a in uses])
+    shrinks = _lowrank.Shrinks(tuple(shrink for shrink, _ in taps.values()))
+    out, small, halves = _regions.light(region, values, root, shrinks, [a for _, a in taps.values()])
     origins.halves.update(zip(taps, halves, strict=True))
     make = _regions.again(region)
     origins.note(_recompute.REGION, lambda operands: [make(operands)], [*values, *small], [out])

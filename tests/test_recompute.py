@@ -196,20 +196,15 @@ def test_memory_stays_at_the_frozen_models():
 
 @pytest.mark.usefixtures("lenient")
 def test_no_product_of_the_base_runs_twice():
-  """What is made again is elementwise: as many products as without."""
+  """What is made again is elementwise, or thin: the base's products run as often as without."""
   fn, tree, x = case(dtype=jnp.float32)
-  dots = [
-    sum(
-      eqn.primitive.name == "dot_general" for eqn in helpers.equations(jax.make_jaxpr(gradient(fn, recompute))(tree, x))
-    )
-    for recompute in (True, False)
-  ]
-  text = [
-    jax.jit(gradient(fn, recompute)).lower(tree, x).as_text().count("stablehlo.dot_general")
-    for recompute in (True, False)
-  ]
-  assert text[0] == text[1]
-  assert dots[0] >= dots[1]
+
+  def of_bases(recompute):
+    equations = helpers.equations(jax.make_jaxpr(gradient(fn, recompute))(tree, x))
+    products = [eqn for eqn in equations if eqn.primitive.name == "dot_general"]
+    return sum(all(2 not in var.aval.shape[-2:] for var in (*eqn.invars, *eqn.outvars)) for eqn in products)
+
+  assert of_bases(True) == of_bases(False) == 2 * 6 - 1  # the first one's input has no gradient
 
 
 @pytest.mark.usefixtures("lenient", "one_device")
