@@ -1,13 +1,12 @@
 """What the backward pass makes again, from what it keeps anyway, instead of keeping it, too.
 
-Two things are worth it. The gradient of A needs the input x of its product, which a frozen weight alone would not; and
-x is mostly a few cheap operations away from values that are kept in any case: a normalised activation from the centred
-one, a gelu's result from its argument. And an elementwise function written out, such as that gelu, keeps several arrays
-when it is differentiated equation by equation; its arguments are enough.
+The gradient of A needs the input x of its product, which a frozen weight alone would not; and x is mostly a few cheap
+operations away from values that are kept in any case. The walk notes what made each value (`Origins`), a `Recipe` says
+how to make x again, and `late` sees to it that nothing is made again before its cotangent has arrived: a compiler would
+otherwise merge the copy with the original, or schedule it beside it, and keep it all the same.
 
-The walk notes what made each value (`Origins`), a `Recipe` says how to make x again, a `Region` is an elementwise
-function, and `late` sees to it that nothing is made again before its cotangent has arrived: a compiler would otherwise
-merge the copy with the original, or schedule it beside it, and keep it all the same.
+Norms, softmaxes and activations, which keep more than one array when they are differentiated equation by equation, are
+in `_regions.py`.
 
 Reading order: where values come from -> the recipe -> the linear call that waits.
 """

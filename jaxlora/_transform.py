@@ -660,9 +660,10 @@ def wrap(
     dropout_key: a random key, typed or raw uint32, for the dropout of adapters that have one; `None` means evaluation,
       without dropout. Pass a new key every step: `wrap(fn, dropout_key=key)` is cheap. Every use of a weight has a mask
       of its own, a gradient that `fn` takes inside itself included: differentiate the wrapped function, from outside.
-    recompute: whether the backward pass makes the inputs of adapted products again, where that takes cheap elementwise
-      operations from what it keeps anyway, instead of keeping them, too. Saves most of the memory that training takes
-      beyond running the frozen model; on CPUs it saves time as well. Values and derivatives are the same to rounding.
+    recompute: whether the backward pass makes the inputs of adapted products again, where that takes cheap operations
+      (elementwise, or along rows) from what it keeps anyway, instead of keeping them, too; and keeps one array of each
+      norm, softmax or activation. Training then holds less than running the frozen model backwards does; on CPUs it
+      saves time as well. Values and derivatives are the same to rounding.
     on_materialize: what to do where a weight has to be formed as one array: `"warn"` once per place, `"ignore"`, or
       `"error"`.
 

@@ -1,5 +1,6 @@
 """Norms, softmaxes and activations as one: the same numbers, and of each at most one array is kept."""
 
+import math
 import re
 
 import flax.linen as nn
@@ -201,11 +202,11 @@ class Stack(nn.Module):
 RANK = 3
 
 
-def stack(layers, tokens=64, dtype=jnp.float32):
-  model, x = Stack(layers, dtype), helpers.array(3, (4, tokens, 32), dtype)
+def stack(layers, tokens=64, dtype=jnp.float32, width=32, rank=RANK):
+  model, x = Stack(layers, dtype), helpers.array(3, (4, tokens, width), dtype)
   params = jax.jit(model.init)(KEY, x)["params"]
   fn = lambda p, x: model.apply({"params": p}, x)
-  config = jaxlora.LoraConfig(rank=RANK, targets="all-linear")
+  config = jaxlora.LoraConfig(rank=rank, targets="all-linear")
   return fn, helpers.trained(jaxlora.adapt(params, config, KEY, probe=lambda p: fn(p, x))), x
 
 
@@ -222,6 +223,43 @@ def test_less_is_kept_than_by_the_frozen_models_own_step():
   ]
   assert temp[0] < 0.95 * floor.memory_analysis().temp_size_in_bytes
   assert temp[0] < 0.7 * temp[1]
+
+
+def product_flops(step, *args):
+  """Of every matrix product of a step."""
+  total = 0
+  for eqn in helpers.equations(jax.make_jaxpr(step)(*args)):
+    if eqn.primitive.name == "dot_general":
+      (summed, _), _ = eqn.params["dimension_numbers"]
+      total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in summed)
+  return total
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_step_computes_the_floor_and_the_factors_own():
+  """At real sizes: forward and input gradient of the frozen model, and three thin products for each factor."""
+  width, tokens, rank = 512, 64, 8
+  fn, tree, x = stack(1, tokens, width=width, rank=rank)
+  floor = product_flops(jax.grad(lambda x, p: jnp.sum(fn(p, x))), x, jaxlora.merge(tree))
+  factors = 3 * 2 * 4 * tokens * rank * (4 * (width + width) + 2 * (width + 4 * width))
+  assert product_flops(gradient(fn, True), tree, x) <= 1.005 * (floor + factors)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_one_trace_for_all_steps_and_all_adapters_of_one_shape():
+  fn, tree, x = stack(1)
+  traces = 0
+
+  def counted(p, x):
+    nonlocal traces
+    traces += 1
+    return fn(p, x)
+
+  step = jax.jit(gradient(counted, True))
+  for other in (tree, jax.tree.map(lambda leaf: leaf + 1, tree), helpers.trained(tree, seed=5)):
+    step(other, x)
+    step(other, x + 1)
+  assert traces == 1
 
 
 @pytest.mark.usefixtures("lenient", "one_device")
