@@ -66,7 +66,7 @@ class Region:
         return str(atom.aval), repr(atom.val)
       return number.setdefault(atom, len(number))
 
-    return tuple(
+    equations = tuple(
       (
         eqn.primitive,
         tuple(sorted(eqn.params.items())),
@@ -75,6 +75,12 @@ class Region:
         _compat.context_key(eqn),
       )
       for eqn in self.equations
+    )
+    return (
+      equations,
+      tuple(var.aval for var in self.inputs),
+      number[self.root],
+      tuple(number[var] for var in self.small),
     )
 
   def softmax(self) -> tuple[Any, Any] | None:

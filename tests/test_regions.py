@@ -171,6 +171,21 @@ def test_regions_that_differ_are_told_apart():
   assert len({signature(fn) for fn in different}) == len(different)
 
 
+@pytest.mark.usefixtures("x64", "lenient", "one_device")
+def test_regions_whose_operands_trade_places_are_told_apart():
+  """The same equations on the same shapes, once the left operand is the large one, once the right."""
+
+  def fn(p, x, scale):
+    left, right = jnp.exp(x @ p["a"] * scale), jnp.exp(scale * (x @ p["b"]))
+    return left @ p["c"] + right @ p["d"]
+
+  shapes = {"a": (6, 16), "b": (6, 16), "c": (16, 4), "d": (16, 4)}
+  weights = {name: helpers.array(k, shape, jnp.float64) for k, (name, shape) in enumerate(shapes.items())}
+  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets=list(shapes)), KEY))
+  args = helpers.array(5, (3, 8, 6), jnp.float64), helpers.array(6, (1, 1, 16), jnp.float64)
+  helpers.check(fn, tree, args, 1e-12)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What it is for, in compiled figures.
 
