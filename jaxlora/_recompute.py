@@ -32,12 +32,12 @@ _LINEAR = {
 # Differentiating these keeps their operands: a recipe ends with them.
 _KEEPS_OPERANDS = {
   "mul", "div", "max", "min", "clamp", "pow", "integer_pow", "square", "abs", "sign", "sin", "cos", "log", "log1p",
-  "erf", "select_n", "custom_jvp_call", "elementwise region",
+  "erf", "select_n", "custom_jvp_call", "region",
 }  # fmt: skip
 # What differentiating these keeps is their result, which is one array more.
 KEEPS_RESULT = {"exp", "exp2", "expm1", "tanh", "logistic", "erf", "erfc", "log1p", "sqrt", "rsqrt", "cbrt"}
 _COMPARES = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite"}
-REGION = "elementwise region"
+REGION = "region"
 ELEMENTWISE = _LINEAR | _KEEPS_OPERANDS | KEEPS_RESULT | _COMPARES | {REGION}
 SMALL = 8  # an operand with a share of less than 1/8 of the input's elements costs nothing to keep
 

@@ -256,8 +256,9 @@ class _Comparable:
     self.signature = region.signature()
     try:
       self.hash = hash(self.signature)
-    except TypeError:  # a parameter that cannot be compared
-      self.signature, self.hash = id(self), id(self)
+    except TypeError:  # a parameter that cannot be compared: it is like no other
+      self.signature = object()
+      self.hash = hash(self.signature)
 
   def __eq__(self, other: Any) -> bool:
     return isinstance(other, _Comparable) and self.signature == other.signature

@@ -34,7 +34,7 @@ class Op(NamedTuple):
   recompute: bool  # whether the backward pass makes again what is cheap to make
   looping: bool  # whether the equation is inside the body of a loop
   h: Labelled | None  # a product's first half, where it was computed ahead
-  kept_as: Callable[[Any, Recipe | None], None]  # says how a result is best kept for the backward pass
+  keep_as: Callable[[Any, Recipe | None], None]  # says how a result is best kept for the backward pass
 
 
 Rule = Callable[[Op, Sequence[Any]], list[Any]]
@@ -373,7 +373,7 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   base = _base_product(op, x, w.base, pairing)
   u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
   result, again = _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h)
-  op.kept_as(result, again)
+  op.keep_as(result, again)
   return [result]
 
 

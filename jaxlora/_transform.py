@@ -256,7 +256,7 @@ def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) 
     recompute=record.recompute,
     looping=record.looping,
     h=origins.halves.pop(id(eqn), None),
-    kept_as=origins.keep_as,
+    keep_as=origins.keep_as,
   )
   out = RULES[name](op, values)
   if name in PRODUCTS and not weights_in(out):

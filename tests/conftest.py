@@ -34,3 +34,15 @@ def lenient():
   """JAX's default promotion, for code that is not ours."""
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
+
+
+@pytest.fixture(params=["one device", "several"])
+def devices(request, monkeypatch):
+  """The two ways of waiting for a cotangent; tests run with eight devices."""
+  if request.param == "one device":
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  monkeypatch.setattr(jax, "device_count", lambda: 1)

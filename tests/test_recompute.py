@@ -52,18 +52,6 @@ def case(activation="gelu", dtype=jnp.float64, **fields):
   return fn, helpers.trained(jaxlora.adapt(params, config, KEY)), x
 
 
-@pytest.fixture(params=["one device", "several"])
-def devices(request, monkeypatch):
-  """The two ways of waiting; these tests run with eight devices."""
-  if request.param == "one device":
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
 def gradient(fn, recompute, **options):
   wrapped = jaxlora.wrap(fn, recompute=recompute, on_materialize="error", **options)
   return jaxlora.value_and_grad(lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x))))
@@ -208,14 +196,16 @@ def test_no_product_of_the_base_runs_twice():
 
 
 @pytest.mark.usefixtures("lenient", "one_device")
-def test_values_that_pass_through_waiting_are_untouched_bit_for_bit():
-  """The wait multiplies by a one made of a cotangent's bits, whatever those bits are."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_pass_through_waiting_are_untouched_bit_for_bit(dtype):
+  """The wait computes with a one or a zero made of a cotangent's bits, whatever those bits are."""
   from jaxlora import _recompute
 
-  leaf = np.asarray([1.5, -0.0, np.inf, np.nan, 3e38, 1e-45], np.float32)
+  leaf = jnp.asarray([1.5, -0.0, np.inf, np.nan, 6e4, -1.0], dtype)
+  bits = lambda value: np.asarray(value).view(f"uint{8 * leaf.dtype.itemsize}")
   for cotangent in (0.0, -1.0, np.inf, -np.inf, np.nan, 3e38, -1e-45):
-    (out,) = _recompute._wait([jnp.asarray(leaf)], [jnp.full((2, 3), cotangent, jnp.float32)])
-    np.testing.assert_array_equal(np.asarray(out).view(np.uint32)[:5], leaf.view(np.uint32)[:5])
+    (out,) = _recompute._wait([leaf], [jnp.full((2, 3), cotangent, jnp.float32)])
+    np.testing.assert_array_equal(bits(out), bits(leaf))
 
 
 @pytest.mark.usefixtures("lenient")

@@ -73,7 +73,7 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-def case(name, dtype=jnp.float64, train_scale=True):
+def case(name, dtype=jnp.float64):
   """A product, a function, two products that share its result, and the function again."""
 
   def fn(p, x):
@@ -84,20 +84,8 @@ def case(name, dtype=jnp.float64, train_scale=True):
   shapes = {"up": (WIDTH, HIDDEN), "left": (HIDDEN, WIDTH), "right": (HIDDEN, WIDTH), "out": (WIDTH, 5)}
   weights = {name: helpers.array(k, shape, dtype) for k, (name, shape) in enumerate(shapes.items())}
   weights["scale"] = 1 + helpers.array(9, (HIDDEN,), dtype)
-  train = ["scale"] if train_scale else []
-  config = jaxlora.LoraConfig(rank=2, alpha=4, targets=list(shapes), train=train)
+  config = jaxlora.LoraConfig(rank=2, alpha=4, targets=list(shapes), train=["scale"])
   return fn, helpers.trained(jaxlora.adapt(weights, config, KEY)), helpers.array(10, (2, 12, WIDTH), dtype)
-
-
-@pytest.fixture(params=["one device", "several"])
-def devices(request, monkeypatch):
-  if request.param == "one device":
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 def gradient(fn, recompute):
