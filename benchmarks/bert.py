@@ -1,4 +1,4 @@
-"""BERT as a sentence encoder in plain Linen, and its loader: a folder with safetensors, or a name on the Hugging Face Hub.
+"""BERT as a sentence encoder in plain Linen, loaded from a folder with safetensors or from the Hugging Face Hub.
 
 The parameters keep the layout of the published ones, apart from names and the transposition of torch's kernels:
 
@@ -200,7 +200,8 @@ def load(folder: Path) -> tuple[Bert, Params]:
   model = Bert(config)
   ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   expected = jax.eval_shape(lambda ids: model.init(jax.random.key(0), ids, ids)["params"], ids)
-  _check_shapes(flat, {path: leaf.shape for path, leaf in traverse_util.flatten_dict(expected, sep="/").items()}, folder)
+  shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(expected, sep="/").items()}
+  _check_shapes(flat, shapes, folder)
   return model, traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -237,8 +238,9 @@ def _translate(name: str, folder: Path) -> tuple[str, bool]:
       path, leaf = found.expand(replacement), found.groups()[-1]
       if path.endswith("/embedding"):
         return path, False
-      is_norm = "norm_" in path
-      return f"{path}/{'bias' if leaf == 'bias' else 'scale' if is_norm else 'kernel'}", leaf == "weight" and not is_norm
+      if leaf == "bias":
+        return f"{path}/bias", False
+      return (f"{path}/scale", False) if "norm_" in path else (f"{path}/kernel", True)
   raise ValueError(f"{folder}: unknown tensor {name}; expected those of transformers' BertModel")
 
 

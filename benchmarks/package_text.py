@@ -1,7 +1,7 @@
 """Real text that every installation carries: the docstrings of Python's library and of installed packages.
 
-Read from the source files with `ast`: nothing is imported. A docstring of PEP 257's shape is a pair: its summary line, and
-its body. Files, not docstrings, are dealt to the training, validation and test splits, so that neighbours stay together.
+Read from the source files with `ast`: nothing is imported. A docstring of PEP 257's shape is a pair: its summary line,
+and its body. Files, not docstrings, are dealt to the training, validation and test splits: neighbours stay together.
 """
 
 import ast
@@ -36,7 +36,7 @@ SHORTEST, LONGEST, SHORTEST_BODY = 15, 160, 60  # characters of a summary and of
 _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "_vendor", "__pycache__"}
 # Names that would give a package away, and what they are imported as.
 _NAMES = re.compile(
-  r"\b(?:c?python\d*|numpy|np|ndarray|scipy|sklearn|scikit|scikit-learn|matplotlib|mpl|plt|pyplot|font-?tools|ttlib|"
+  r"\b(?:c?python\d*|numpy|np|ndarray|scipy|sklearn|scikit(?:-learn)?|matplotlib|mpl|plt|pyplot|font-?tools|ttlib|"
   r"jax|jnp|jaxlib|lax|xla|flax|nnx|linen|optax|orbax|ocp)\b\.?",
   re.IGNORECASE,
 )
