@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-import harness
+from harness import digest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,7 +173,7 @@ def pretrain(
   Orbax renames a checkpoint into place once it is whole: what an interrupted save leaves behind has another name.
   """
   settings = {"model": model.settings(), "steps": steps, "batch_size": batch_size, "lr": PRETRAIN_LR}
-  name = harness.digest(settings, split)
+  name = digest(settings, split)
   params = init(model, seed=0)
   path = cache.resolve() / f"pretrained-{name}" if cache else None
   with ocp.StandardCheckpointer() as checkpointer:

@@ -209,7 +209,36 @@ def table(results: dict[str, Any]) -> str:
 def tables(results: dict[str, Any]) -> str:
   """The table of benchmarks/README.md."""
   head, *rows = cells(results)
-  return harness.markdown(head, rows)
+  pretrained = results["pretrained"]
+  lines = (
+    f"{pretrained['parameters']:,} parameters; the pretrained model has {pretrained['old']:.1%} on the old digits."
+    f" {results['settings']['seeds']} seeds, mean ± sample standard deviation; {results['settings']['rounds']} rounds.",
+    f"{harness.conditions(results)}.",
+  )
+  return "\n".join([*lines, "", harness.markdown(head, rows)])
+
+
+def brief(results: dict[str, Any]) -> str:
+  """The table of README.md: one rank, and what matters most."""
+  head, *loras, full = results["methods"]
+  shown = [head, *(row for row in loras if row["rank"] == 8), full]
+
+  def percent(value: dict[str, float] | None) -> str:
+    return "-" if value is None else f"{value['mean']:.1%}" + (f" ± {100 * value['std']:.1f}" if value["std"] else "")
+
+  rows = [
+    (
+      row["method"],
+      *(percent(row[field]) for field in ("new", "old", "old_removed")),
+      f"{row['trainable_parameters']:,}",
+      *(f"{row[field] / 1024:,.0f} KiB" for field in ("optimizer_bytes", "adapter_file_bytes")),
+      f"{row['step_over_full']['median']:.2f}",
+      f"{row['flops_per_step'] / full['flops_per_step']:.2f}",
+    )
+    for row in shown
+  ]
+  scores = ("new digits", "old digits kept", "adapter removed")
+  return harness.markdown(("", *scores, "trained", "Adam's moments", "file", "step / full", "FLOPs / full"), rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -199,8 +199,9 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-  """The options as JSON, but for folders: where a result was written says nothing of it."""
-  return {field: value for field, value in vars(args).items() if not isinstance(value, Path)}
+  """The options as JSON, but for those that say nothing of a result: where it was written, what was shown or kept."""
+  silent = ("quiet", "fresh", "no_cache")
+  return {field: value for field, value in vars(args).items() if not isinstance(value, Path) and field not in silent}
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
@@ -291,6 +292,15 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """A table as a README has it."""
   lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
   return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def conditions(results: Mapping[str, Any], *packages: str) -> str:
+  """What a result was measured on and with, as a README says it."""
+  machine, versions = results["hardware"], results["versions"]
+  device = "" if machine["backend"] == "cpu" else f", {machine['device']}"
+  known = [f"{name} {versions[name]}" for name in ("jax", "flax", *packages) if name in versions]
+  cores = f"{machine['cores']} CPU cores ({machine['cpu']})"
+  return f"{cores}{device}, Python {versions['python']}, {', '.join(known)}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
