@@ -313,8 +313,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def ratio_cell(ratio: Mapping[str, Any] | None) -> str:
-  """A ratio as tables show it: median (min-max)."""
-  return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+  """A ratio as tables show it: median (min-max); the median alone where there is no range."""
+  if ratio is None:
+    return "-"
+  median = f"{ratio['median']:.2f}"
+  return median if ratio["min"] == ratio["max"] else f"{median} ({ratio['min']:.2f}-{ratio['max']:.2f})"
 
 
 def exact_cell(value: float | None) -> str:
@@ -324,7 +327,8 @@ def exact_cell(value: float | None) -> str:
 
 def milliseconds(values: Mapping[str, Any]) -> str:
   """A time as tables show it."""
-  return f"{1e3 * values['median']:,.2f} ms"
+  value = 1e3 * values["median"]
+  return f"{value:,.0f} ms" if value >= 100 else f"{value:.2f} ms"
 
 
 class Panel(NamedTuple):

@@ -1,6 +1,6 @@
 """Writes every measured table of the READMEs from the results: no number is typed by hand.
 
-A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`, and NAME is one of `TABLES`. With --check
+A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `TABLES`. With --check
 nothing is written, and a table that is not what its results say is an error.
 """
 

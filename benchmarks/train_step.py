@@ -142,7 +142,8 @@ def tables(results: dict[str, Any]) -> str:
   lines = (
     f"{comparison['title']}; {results['settings']['rounds']} rounds, medians (min-max);"
     f" the A/A control is {harness.ratio_cell(comparison['control'])}.",
-    f"{harness.conditions(results, 'qwix', 'peft', 'torch')}. PEFT's ratios are to torch's own floor and full fine-tuning.",
+    f"{harness.conditions(results, 'qwix', 'peft', 'torch')}. PEFT's ratios are to torch's own floor and full"
+    " fine-tuning.",
   )
   return "\n".join([*lines, "", harness.markdown(head, rows)])
 
