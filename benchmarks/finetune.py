@@ -17,6 +17,7 @@ from flax import serialization
 import harness
 import jax
 import jax.numpy as jnp
+import learning_rates
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 import methods
@@ -32,12 +33,6 @@ STEPS_PER_ROUND = 5  # timed in a row before the next method has its turn
 # ----------------------------------------------------------------------------------------------------------------------
 # The methods.
 
-# Peak learning rates, chosen with --evaluate-on validation over 3 seeds (LoRA: over ranks 4-32 too): of the rates whose
-# accuracy on the new digits lies within one image of the best, the one that keeps most of the old digits.
-RATES = {
-  "vit": {"head": 0.2, "lora": 4e-3, "full": 1e-3},
-  "conv": {"head": 0.2, "lora": 4e-3, "full": 1e-3},
-}
 MODELS: dict[str, Callable[[], Model]] = {"vit": lambda: ViT(), "conv": lambda: ConvNet()}
 
 
@@ -49,7 +44,7 @@ def lora(model: Model, rank: int, lr: float, targets: str) -> Method:
 
 def make_methods(model: Model, args: argparse.Namespace) -> list[Method]:
   """Every method of the comparison; raises ValueError, before any work, where the model cannot be adapted so."""
-  rates = {name: getattr(args, f"lr_{name}") or rate for name, rate in RATES[args.model].items()}
+  rates = {name: getattr(args, f"lr_{name}") or rate for name, rate in learning_rates.DIGITS[args.model].items()}
   loras = [lora(model, rank, rates["lora"], args.targets) for rank in args.rank]
   params, key = jax.eval_shape(lambda: (digits.init(model, 0), jax.random.key(0)))
   for method in loras:
@@ -289,7 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--pretrain-steps", type=count, default=300, help="steps of pretraining on the old digits")
   parser.add_argument("--batch-size", type=count, default=32, help="images per step")
   for name in ("head", "lora", "full"):
-    best = ", ".join(f"{rates[name]:g} for {model}" for model, rates in RATES.items())
+    best = ", ".join(f"{rates[name]:g} for {model}" for model, rates in learning_rates.DIGITS.items())
     parser.add_argument(
       f"--lr-{name}", type=rate, help=f"peak learning rate; unless given the best on the validation split, {best}"
     )
@@ -308,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Checks the arguments and runs the comparison; returns what finetune.json holds."""
   parser = make_parser()
   args = parser.parse_args(argv)
-  if args.model != "vit" and args.out == parser.get_default("out"):
+  if args.model != "vit" and args.out == parser.get_default("out"):  # a result beside the other's, not over it
     args.out = args.out.with_name(f"{args.out.name}_{args.model}")
   model = MODELS[args.model]()
   try:

@@ -17,6 +17,7 @@ from bert import Params, Tokens
 import harness
 import jax
 import jax.numpy as jnp
+import learning_rates
 from matplotlib.figure import Figure
 import methods
 from methods import Method, Program
@@ -31,11 +32,6 @@ import jaxlora
 HERE = Path(__file__).resolve().parent
 HEAD, FULL, UNTOUCHED = "head alone", "full fine-tuning", "untouched"
 METRICS = {"accuracy": "accuracy", "mrr": "MRR", "recall@1": "recall@1"}
-# Peak learning rates: the best of a grid on the validation split; benchmarks/README.md says which grid.
-RATES = {
-  "classification": {"head": 0.1, "lora": 2e-3, "full": 2e-4},
-  "retrieval": {"head": 1e-3, "lora": 1e-3, "full": 1e-4},
-}
 # The options that decide what a run comes to, and the files beside jaxlora's own.
 DECISIVE = ("steps", "batch_size", "evaluate_on", "per_class", "test_per_class", "pool", "summary", "body")
 SOURCES = ("bert", "methods", "package_text", "sentence_encoder")
@@ -179,12 +175,18 @@ class Setup(NamedTuple):
   encoder: Params
   steps: int
   batch_size: int
+  lr_head: float
   out: Path
+
+
+def task_rates(task: str, args: argparse.Namespace) -> dict[str, float]:
+  """The learning rates of a task: what the options say, and else the best known."""
+  return {name: getattr(args, f"lr_{name}") or rate for name, rate in learning_rates.SENTENCES[task].items()}
 
 
 def make_methods(task: str, args: argparse.Namespace) -> list[Method]:
   """Every method of a task's comparison, the one that trains least first."""
-  rates = {name: getattr(args, f"lr_{name}") or rate for name, rate in RATES[task].items()}
+  rates = task_rates(task, args)
   train = "head/.*" if task == "classification" else None
   loras = [
     methods.lora(jaxlora.LoraConfig(rank=rank, alpha=2 * rank, targets=args.targets, train=train), rates["lora"])
@@ -217,15 +219,22 @@ def batches(data: Batch, batch_size: int, steps: int, seed: int) -> Iterator[Bat
     yield {name: array[index] for name, array in data.items()}
 
 
-def schedule(lr: float, steps: int) -> optax.GradientTransformation:
-  """Adam that warms up over a tenth of the steps and decays to zero."""
-  return optax.adam(optax.warmup_cosine_decay_schedule(0.0, lr, steps // 10, steps))
+def make_optimizer(lr: float, lr_head: float, steps: int) -> optax.GradientTransformation:
+  """Adam that warms up over a tenth of the steps and decays to zero; a new head has its own rate, for every method."""
+
+  def adam(lr: float) -> optax.GradientTransformation:
+    return optax.adam(optax.warmup_cosine_decay_schedule(0.0, lr, steps // 10, steps))
+
+  def labels(trainable: Params) -> Params:
+    return {module: jax.tree.map(lambda _: module, leaves) for module, leaves in trainable.items()}
+
+  return optax.partition({"encoder": adam(lr), "head": adam(lr_head)}, labels)
 
 
 def compile_step(method: Method, setup: Setup) -> Program:
   """A method's step, compiled once for all seeds."""
   loss = jaxlora.wrap(setup.task.loss, on_materialize="error")  # hands trees without adapters straight on
-  tx = schedule(method.lr, setup.steps)
+  tx = make_optimizer(method.lr, setup.lr_head, setup.steps)
   frozen, trainable = start(method, setup, seed=0)
   batch = next(batches(setup.task.train, setup.batch_size, setup.steps, seed=0))
   return methods.compile_program(method, tx, methods.make_step(loss, method, tx), frozen, trainable, batch)
@@ -393,7 +402,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--rank", type=harness.several(count), default="8", help="LoRA ranks, separated by commas")
   parser.add_argument("--targets", default="all-linear", help="all-linear, attention, or a regex over whole paths")
   parser.add_argument("--seeds", type=count, default=3, help="number of seeds: heads, factors and batches")
-  parser.add_argument("--steps", type=count, default=100, help="training steps, for every method")
+  parser.add_argument("--steps", type=count, default=60, help="training steps, for every method")
   parser.add_argument("--batch-size", type=count, default=16, help="texts, or pairs of texts, per step")
   sizes = Sizes(per_class=100, test_per_class=50, pool=400, summary=16, body=32)
   helps = ("training texts of each class", "test texts of each class", "pairs to retrieve among")
@@ -401,7 +410,7 @@ def make_parser() -> argparse.ArgumentParser:
   for (field, value), text in zip(sizes._asdict().items(), helps, strict=True):
     parser.add_argument(f"--{field.replace('_', '-')}", type=count, default=value, help=text)
   for name in ("head", "lora", "full"):
-    best = ", ".join(f"{rates[name]:g} for {task}" for task, rates in RATES.items())
+    best = ", ".join(f"{rates[name]:g} for {task}" for task, rates in learning_rates.SENTENCES.items())
     parser.add_argument(
       f"--lr-{name}", type=rate, help=f"peak learning rate; default: chosen on the validation split, {best}"
     )
@@ -415,7 +424,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Checks the arguments and runs the comparison; returns what sentence_encoder.json holds."""
   parser = make_parser()
-  args = harness.parse(parser, argv, steps=8, seeds=2, rounds=2, **{"per-class": 20, "test-per-class": 10, "pool": 100})
+  args = harness.parse(parser, argv, steps=4, seeds=2, rounds=2, per_class=20, test_per_class=5, pool=50)
   try:
     for names, known in ((args.tasks, TASKS), (args.packages, package_text.PACKAGES)):
       if unknown := set(names) - set(known):
@@ -430,7 +439,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = Sizes(*(getattr(args, field) for field in Sizes._fields))
     tokenizer = bert.load_tokenizer(folder)
     tasks = [TASKS[name](model, tokenizer, pairs, args.evaluate_on, sizes) for name in args.tasks]
-    setups = [Setup(task, encoder, args.steps, args.batch_size, args.out) for task in tasks]
+    setups = [
+      Setup(task, encoder, args.steps, args.batch_size, task_rates(task.name, args)["head"], args.out) for task in tasks
+    ]
     for setup in setups:
       for method in make_methods(setup.task.name, args):
         check_adapts(method, setup)
@@ -482,7 +493,9 @@ def compare_task(
     runs[method.name] = []
     for seed in range(args.seeds):
       bar.set_description(f"{setup.task.name}: {method.name}, seed {seed}")
-      key = harness.digest({**decisive, "task": setup.task.name, **method.settings, "seed": seed})
+      key = harness.digest(
+        {**decisive, "task": setup.task.name, **method.settings, "lr_head": setup.lr_head, "seed": seed}
+      )
       if key in kept.found:
         bar.update(args.steps)
       else:
@@ -493,6 +506,7 @@ def compare_task(
   rows = [summarize(program, runs[program.method.name], ratios[program.method.name], total) for program in programs]
   return {
     "texts": setup.task.texts,
+    "head_learning_rate": setup.lr_head,
     "untouched": None if setup.task.head_for_all else setup.task.score({"encoder": setup.encoder}),
     "control": ratios[FULL + harness.CONTROL],
     "methods": rows,

@@ -28,7 +28,7 @@ def finetune():
     module = importlib.import_module("finetune")
     patch.setattr(module, "ViT", lambda: module.digits.ViT(width=32, depth=1, mlp=64))
     yield module
-    for name in ("finetune", "digits", "methods", "harness"):
+    for name in ("finetune", "digits", "learning_rates", "methods", "harness"):
       sys.modules.pop(name, None)
 
 
@@ -85,6 +85,29 @@ def test_the_file_holds_what_trained(finished):
   assert file.stat().st_size == row["adapter_file_bytes"]
   assert sum(array.size for array in arrays.values()) == row["trainable_parameters"]
   assert {"head/kernel/value", "block_0/attention/query/kernel/a"} <= set(arrays)
+
+
+def test_the_convolutional_network_adapts(finetune, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(finetune, "ConvNet", lambda: finetune.digits.ConvNet(width=8))
+  monkeypatch.setattr(finetune.harness, "RESULTS", tmp_path)  # where a network's results go by themselves
+  args = ["--model=conv", "--rank=2", "--seeds=1", "--steps=40", "--pretrain-steps=40", "--rounds=1", "--quiet"]
+  results = finetune.main([*args, f"--cache={tmp_path / 'cache'}"])
+  out = tmp_path / "finetune_conv"
+  assert json.loads((out / "finetune.json").read_text()) == results
+  _, lora, full = results["methods"]
+  assert lora["new"]["mean"] > 1.5 * CHANCE
+  assert lora["old_removed"] == {"mean": results["pretrained"]["old"], "std": 0.0}
+  assert lora["trainable_parameters"] < full["trainable_parameters"]
+  arrays = serialization.msgpack_restore((out / "adapters" / "LoRA-r=2-seed0.msgpack").read_bytes())
+  kernels = {name: array.shape for name, array in arrays.items() if name.startswith("block_1")}
+  assert kernels == {
+    "block_1/conv_in/kernel/a": (2, 3, 3, 8),
+    "block_1/conv_in/kernel/b": (2, 16),
+    "block_1/conv_out/kernel/a": (2, 3, 3, 16),
+    "block_1/conv_out/kernel/b": (2, 16),
+    "block_1/shortcut/kernel/a": (2, 1, 1, 8),
+    "block_1/shortcut/kernel/b": (2, 16),
+  }
 
 
 def test_finished_runs_are_picked_up(finetune, finished, monkeypatch):

@@ -31,9 +31,8 @@ def test_no_table_is_stale(report, capsys):
 
 
 def test_every_result_that_is_kept_is_shown(report):
-  shown = {
-    name for document in report.DOCUMENTS for name in re.findall(r"<!-- table: ([\w-]+) -->", document.read_text())
-  }
+  text = "".join(document.read_text() for document in report.DOCUMENTS)
+  shown = set(re.findall(r"<!-- table: ([\w-]+) -->", text))
   kept = {name for name, table in report.TABLES.items() if (BENCHMARKS / "results" / table.json).exists()}
   assert shown == kept
 

