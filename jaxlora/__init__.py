@@ -5,8 +5,9 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 """
 
 from jaxlora._adapt import adapt, join, merge, split, strip
+from jaxlora._adaptive import prune, sensitivity
 from jaxlora._config import LoraConfig
-from jaxlora._optim import grad, labels, mask, optimizer, value_and_grad
+from jaxlora._optim import grad, labels, lora_plus, mask, optimizer, value_and_grad
 from jaxlora._report import explain, summary
 from jaxlora._transform import MaterializeError, MaterializeWarning, wrap
 from jaxlora._weight import FullWeight, LoraWeight
@@ -24,9 +25,12 @@ __all__ = [
   "grad",
   "join",
   "labels",
+  "lora_plus",
   "mask",
   "merge",
   "optimizer",
+  "prune",
+  "sensitivity",
   "split",
   "strip",
   "summary",
