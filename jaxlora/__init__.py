@@ -6,6 +6,8 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 
 from jaxlora._adapt import adapt, join, merge, split, strip
 from jaxlora._config import LoraConfig
+from jaxlora._decompose import LowRank, Truncation, allocate, compress, low_rank, spectrum
+from jaxlora._extract import extract
 from jaxlora._optim import grad, labels, mask, optimizer, value_and_grad
 from jaxlora._report import explain, summary
 from jaxlora._transform import MaterializeError, MaterializeWarning, wrap
@@ -17,16 +19,23 @@ __all__ = [
   "FullWeight",
   "LoraConfig",
   "LoraWeight",
+  "LowRank",
   "MaterializeError",
   "MaterializeWarning",
+  "Truncation",
   "adapt",
+  "allocate",
+  "compress",
   "explain",
+  "extract",
   "grad",
   "join",
   "labels",
+  "low_rank",
   "mask",
   "merge",
   "optimizer",
+  "spectrum",
   "split",
   "strip",
   "summary",
