@@ -5,6 +5,7 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 """
 
 from jaxlora._adapt import adapt, join, merge, split, strip
+from jaxlora._arithmetic import combine, cosine, interpolate, norms, scale, subtract
 from jaxlora._config import LoraConfig
 from jaxlora._decompose import LowRank, Truncation, allocate, compress, low_rank, spectrum
 from jaxlora._extract import extract
@@ -25,19 +26,25 @@ __all__ = [
   "Truncation",
   "adapt",
   "allocate",
+  "combine",
   "compress",
+  "cosine",
   "explain",
   "extract",
   "grad",
+  "interpolate",
   "join",
   "labels",
   "low_rank",
   "mask",
   "merge",
+  "norms",
   "optimizer",
+  "scale",
   "spectrum",
   "split",
   "strip",
+  "subtract",
   "summary",
   "value_and_grad",
   "wrap",

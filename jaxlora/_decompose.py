@@ -65,7 +65,8 @@ def is_concrete(*arrays: Any) -> bool:
 
 def check_finite(named: Sequence[tuple[str, Any]], what: str) -> None:
   """Raises if a known array has NaN or infinite elements, with the names of all that have."""
-  broken = [name for name, x in named if is_concrete(x) and not all_finite(x)]
+  with jax.ensure_compile_time_eval():  # known values can be closed over under jit, too
+    broken = [name for name, x in named if is_concrete(x) and not all_finite(x)]
   if broken:
     raise ValueError(
       f"{what}: found NaN or infinite values in {listed(broken)}, expected finite numbers. If they come from training,"
@@ -398,6 +399,8 @@ class Truncation:
 
 def truncated(path: str, rank: int | None, norm: Any, error: Any) -> LeafTruncation:
   """A leaf's row, from the norms and relative errors of its slices."""
+  if not is_concrete(norm, error):
+    raise ValueError(f"{path}: with_report=True reads values, which are not known under jit; call it outside.")
   norms = np.asarray(norm, np.float64)
   whole, lost = (math.sqrt(float((part**2).sum())) for part in (norms, norms * np.asarray(error, np.float64)))
   return LeafTruncation(path, rank, whole, lost / whole if whole else 0.0)
