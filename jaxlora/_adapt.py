@@ -1,7 +1,6 @@
 """From parameters to a combined tree and back: `adapt`, `split`, `join`, `merge`, `strip`."""
 
-from collections.abc import Callable, Sequence
-import dataclasses
+from collections.abc import Callable
 import functools
 import re
 from typing import Any
@@ -15,7 +14,17 @@ from jaxlora._initializers import INITIALIZERS, leaf_key
 from jaxlora._serialization import register_with_flax
 from jaxlora._targets import EvidenceByPath, listed, select
 from jaxlora._transform import typed_key
-from jaxlora._weight import FullWeight, LoraWeight, check_parts, check_weight, factor_shape, is_adapted, parts
+from jaxlora._variants import VARIANTS, Start, fan
+from jaxlora._weight import (
+  FullWeight,
+  LoraWeight,
+  check_parts,
+  check_weight,
+  is_adapted,
+  parts,
+  trained_parts,
+  with_parts,
+)
 
 
 def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[Any], Any] | None = None) -> Any:
@@ -73,8 +82,9 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
       _check_plan(path, leaves[path], roles[path], plans[path])
     elif path in whole:
       _check_trainable(path, leaves[path])
+  drawn: dict[Any, Any] = {}
   new = [
-    _factored(leaf, roles[path], plans[path], leaf_key(key, path))
+    _factored(leaf, roles[path], plans[path], key, drawn)
     if path in targets
     else FullWeight(base=leaf, value=jnp.array(leaf, copy=True))
     if path in whole
@@ -136,13 +146,6 @@ def _roles(path: str, leaf: Any, config: LoraConfig, evidence: EvidenceByPath) -
   )
 
 
-def _fans(shape: Sequence[int], roles: str) -> tuple[int, int]:
-  fans = {"i": 1, "o": 1, "s": 1}
-  for size, role in zip(shape, roles, strict=True):
-    fans[role] *= size
-  return fans["i"], fans["o"]
-
-
 def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
   dtype = plan.dtype or leaf.dtype
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -155,7 +158,7 @@ def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
       f"{path}: dtype {dtype} holds no factors; expected a real floating dtype of at least 8 bits. Give the factors one"
       " of their own (LoraConfig(dtype='bfloat16'), or in overrides), or exclude the leaf."
     )
-  fan_in, fan_out = _fans(leaf.shape, roles)
+  fan_in, fan_out = fan(leaf.shape, roles, "i"), fan(leaf.shape, roles, "o")
   if plan.rank > min(fan_in, fan_out):
     raise ValueError(
       f"{path}: rank {plan.rank} is larger than the smaller side of the weight: shape {tuple(leaf.shape)} with roles"
@@ -164,18 +167,29 @@ def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
     )
 
 
-def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array) -> LoraWeight:
-  shape, dtype = tuple(base.shape), plan.dtype or base.dtype
-  fan_in, _ = _fans(shape, roles)
+def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
+  start = Start(
+    base=base,
+    roles=roles,
+    rank=plan.rank,
+    dtype=plan.dtype or base.dtype,
+    key=leaf_key(key, plan.path),
+    shared=key,
+    drawn=drawn,
+    init=INITIALIZERS[plan.init],
+  )
+  held = VARIANTS[plan.variant].start(start)
   return LoraWeight(
     base=base,
-    a=INITIALIZERS[plan.init](key, factor_shape(shape, roles, "i", plan.rank), dtype, fan_in, plan.rank),
-    b=jnp.zeros(factor_shape(shape, roles, "o", plan.rank), dtype),
+    a=held.pop("a"),
+    b=held.pop("b"),
     roles=roles,
     rank=plan.rank,
     alpha=plan.alpha,
     scaling=plan.scaling,
     dropout=plan.dropout,
+    variant=plan.variant,
+    extra=held,
   )
 
 
@@ -233,11 +247,14 @@ def split(tree: Any) -> tuple[Any, Any]:
     >>> opt_state = optax.adamw(1e-4).init(trainable)  # doctest: +SKIP
   """
   check_adapted(tree, "split")
-  frozen = map_adapted(
-    lambda w: dataclasses.replace(w, a=None, b=None), lambda w: dataclasses.replace(w, value=None), lambda x: x, tree
-  )
-  trainable = map_adapted(
-    lambda w: dataclasses.replace(w, base=None), lambda w: dataclasses.replace(w, base=None), lambda x: None, tree
+
+  def without(node: Any, trained: bool) -> Any:
+    gone = [name for name in parts(node) if (name in trained_parts(node)) == trained]
+    return with_parts(node, dict.fromkeys(gone))
+
+  frozen, trainable = (
+    map_adapted(lambda w: without(w, trained), lambda w: without(w, trained), plain, tree)
+    for trained, plain in ((True, lambda x: x), (False, lambda x: None))
   )
   return frozen, trainable
 
@@ -255,8 +272,8 @@ def join(frozen: Any, trainable: Any) -> Any:
   Raises:
     ValueError: if the halves are of different trees, naming the leaves and how they differ.
   """
-  _check_half(frozen, "frozen", ("base",))
-  _check_half(trainable, "trainable", ("a", "b", "value"))
+  _check_half(frozen, "frozen", trained=False)
+  _check_half(trainable, "trainable", trained=True)
   left, left_def = _paths.flatten(frozen, is_leaf=_is_half_leaf)
   right, right_def = _paths.flatten(trainable, is_leaf=_is_half_leaf)
   if _differ(left_def, right_def):
@@ -272,10 +289,11 @@ _SAME_TREE = (
 )
 
 
-def _check_half(half: Any, name: str, own: tuple[str, ...]) -> None:
+def _check_half(half: Any, name: str, trained: bool) -> None:
   """Raises if a half holds what belongs to the other one, or lacks what belongs to it."""
   for path, node in adapted_leaves(half):
     held = parts(node)
+    own = [part for part in held if (part in trained_parts(node)) == trained]
     if foreign := [field for field, part in held.items() if part is not None and field not in own]:
       raise ValueError(
         f"join: {path}: expected (frozen, trainable) as split returns them; found {', '.join(foreign)} in the {name}"
@@ -341,7 +359,12 @@ def _joined(path: str, frozen: Any, trainable: Any) -> Any:
       f"join: {path}: roles {frozen.roles!r} in the frozen half, {trainable.roles!r} in the trainable half: the"
       f" halves are of different trees. {_SAME_TREE}"
     )
-  whole = dataclasses.replace(trainable, base=frozen.base)
+  if isinstance(frozen, LoraWeight) and parts(frozen).keys() != parts(trainable).keys():
+    raise ValueError(
+      f"join: {path}: the frozen half has the parts {', '.join(parts(frozen))}, the trainable half"
+      f" {', '.join(parts(trainable))}: the halves are of different trees. {_SAME_TREE}"
+    )
+  whole = with_parts(trainable, {name: part for name, part in parts(frozen).items() if part is not None})
   if all(hasattr(part, "shape") for part in parts(whole).values()):
     check_weight(whole, f"join: {path}")
   return whole
@@ -393,7 +416,7 @@ def _not_finite(node: Any, merged: Any) -> list[str]:
   if any(isinstance(part, jax.core.Tracer) for part in held.values()):
     return []
   finite = {name: jnp.isfinite(part) for name, part in held.items()}
-  broken = [name for name in held if name in ("a", "b", "value") and not finite[name].all()]
+  broken = [name for name in parts(node) if name != "base" and not finite[name].all()]
   overflows = (finite["base"] & ~finite["base + A B"]).any()  # a base may hold infinities of its own
   return broken or ["base + A B"] * bool(overflows)
 

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import _paths
+from jaxlora._axes import ROLES
 from jaxlora._initializers import INITIALIZERS
-from jaxlora._weight import ROLES, SCALINGS
+from jaxlora._variants import VARIANTS
+from jaxlora._weight import SCALINGS
 
 ALL_LINEAR = "all-linear"
 ATTENTION = "attention"
 PRESETS = (ALL_LINEAR, ATTENTION)
-VARIANTS = ("lora",)
 # What an entry of `overrides` may set for the leaves that its pattern matches.
-OVERRIDABLE = ("rank", "alpha", "scaling", "init", "dropout", "dtype")
+OVERRIDABLE = ("rank", "alpha", "scaling", "init", "dropout", "dtype", "variant")
 
 
 class _Frozen(Mapping[str, Any]):
@@ -61,14 +62,16 @@ class LoraConfig:
     targets: the leaves to adapt: a pattern, or a preset. `"all-linear"`: every kernel that is contracted, except
       embeddings and the last classifier. `"attention"`: the kernels of attention layers.
     exclude: a pattern of leaves that `targets` matches and that stay frozen all the same.
-    overrides: regex -> fields of its own (any of rank, alpha, scaling, init, dropout, dtype).
+    overrides: regex -> fields of its own (any of rank, alpha, scaling, init, dropout, dtype, variant).
     axes: regex -> role string, one letter per axis: `i` contracted, `o` free, `s` stacked (`"sio"`: experts).
     train: a pattern of leaves trained whole, such as biases, norms or a new head. Wins over `targets`.
     scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / sqrt(rank), Kalajdzievski 2023, arXiv:2312.03732).
     init: how A starts: `"kaiming"`, `"he_uniform"` or `"gaussian"`; B starts at zero.
     dropout: probability in [0, 1) that an element of the adapter's input is dropped while training.
     dtype: dtype of the factors; `None` means the weight's own.
-    variant: `"lora"`.
+    variant: `"lora"`; `"lora_fa"` (A frozen); `"dora"` (a magnitude for every output, its norm a constant for the
+      gradient; `"dora_exact"`: not so); `"vera"` (A and B frozen and shared, two trained vectors); `"adalora"`
+      (singular values that can be pruned); `"loha"`, `"lokr"` (Hadamard and Kronecker products).
 
   Raises:
     TypeError, ValueError: naming the field, what was found and what was expected.
@@ -93,7 +96,6 @@ class LoraConfig:
 
   def __post_init__(self):
     checked = {field: _CHECKS[field](getattr(self, field), field) for field in OVERRIDABLE}
-    _choice("variant", self.variant, VARIANTS)
     for field in ("targets", "exclude", "train"):
       checked[field] = _pattern(getattr(self, field), field)
     for field, check in (("axes", _roles), ("overrides", _fields)):
@@ -147,6 +149,7 @@ class LeafPlan:
   init: str
   dropout: float
   dtype: Any
+  variant: str
 
 
 def leaf_plan(config: LoraConfig, path: str) -> LeafPlan:
@@ -291,4 +294,5 @@ _CHECKS = {
   "dtype": _dtype,
   "scaling": _one_of(tuple(SCALINGS)),
   "init": _one_of(tuple(INITIALIZERS)),
+  "variant": _one_of(tuple(VARIANTS)),
 }

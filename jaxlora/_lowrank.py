@@ -16,49 +16,63 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jaxlora import _compat, _recompute
+from jaxlora._axes import RANK, factor_axes, low_rank_delta, spread_gain
 from jaxlora._recompute import Recipe
-from jaxlora._weight import RANK, LoraWeight, factor_axes, low_rank_delta, wider_dtype
+from jaxlora._weight import LoraWeight, wider_dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
-  """A weight on its way through a program, standing for `base + sum_r a b`.
+  """A weight on its way through a program, standing for `gain (base + sum_r a b)`.
 
   Invariants:
     1. `base`, `a`, `b` and `roles` obey `LoraWeight`'s invariants 1 and 2 for the array that this value stands for.
     2. The scale is already in `b`, and the factors have the base's dtype; under a base of 8 bits or less, their own.
     3. `key` is `None`, or the random key of this leaf's dropout.
+    4. `gain` is `None`, for one, or laid out as a factor of rank 1 over the axes of role `gained`.
   """
 
   base: Any
   a: Any
   b: Any
+  gain: Any
   key: Any
   roles: str = dataclasses.field(metadata={"static": True})
   dropout: float = dataclasses.field(metadata={"static": True})
   path: str = dataclasses.field(metadata={"static": True})
+  gained: str = dataclasses.field(default="o", metadata={"static": True})
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.base.shape
+
+  def mapped(self, by: Callable[[jax.Array, str], jax.Array], **changes: Any) -> "Factored":
+    """The same with every factor, and the gain, by `by(factor, the role whose axes it holds)`."""
+    gain = None if self.gain is None else by(self.gain, self.gained)
+    return self.replace(a=by(self.a, "i"), b=by(self.b, "o"), gain=gain, **changes)
 
   def replace(self, **changes: Any) -> "Factored":
     return dataclasses.replace(self, **changes)
 
   def flipped(self) -> "Factored":
     """The same weight with A and B trading places: contracted and free axes trade roles."""
-    return self.replace(a=self.b, b=self.a, roles=self.roles.translate(str.maketrans("io", "oi")))
+    trade = str.maketrans("io", "oi")
+    return self.replace(a=self.b, b=self.a, roles=self.roles.translate(trade), gained=self.gained.translate(trade))
 
 
 def enter(weight: LoraWeight, path: str, key: jax.Array | None) -> Factored:
   """The value that stands for `weight` inside the function: base frozen, scale folded into the smaller work."""
   dtype = weight.base.dtype
-  b = weight.b if weight.scale == 1 else weight.b * jnp.asarray(weight.scale, weight.b.dtype)
+  base = lax.stop_gradient(weight.base)
+  weight = dataclasses.replace(weight, base=base)
+  a, b = weight.factors()
+  gain = weight.gain(a, b)
   return Factored(
-    base=lax.stop_gradient(weight.base),
-    a=beside(weight.a, dtype),
+    base=base,
+    a=beside(a, dtype),
     b=beside(b, dtype),
+    gain=None if gain is None else beside(gain, dtype),
     key=key if weight.dropout else None,
     roles=weight.roles,
     dropout=weight.dropout,
@@ -74,7 +88,28 @@ def beside(factor: jax.Array, dtype: Any) -> jax.Array:
 def materialize(w: Factored) -> jax.Array:
   """`base + a b` as one array: right everywhere, and what the transform exists to avoid."""
   delta = low_rank_delta(w.a, w.b, w.roles)
-  return (w.base.astype(delta.dtype) + delta).astype(w.base.dtype)
+  whole = w.base.astype(delta.dtype) + delta
+  if w.gain is not None:
+    whole = whole * spread_gain(w.gain, w.roles, w.gained).astype(whole.dtype)
+  return whole.astype(w.base.dtype)
+
+
+class Gain(NamedTuple):
+  """A gain beside an array of a product: which axis of the gain lies along which of the array's."""
+
+  gain: jax.Array
+  axes: tuple[Hashable, ...]  # of the gain, the rank's of size 1 among them
+  labels: tuple[Hashable, ...]  # of the array
+
+  def laid_out(self) -> jax.Array:
+    held = [label for label in self.labels if label in self.axes]
+    flat = Labelled(jnp.squeeze(self.gain, self.axes.index(RANK)), tuple(d for d in self.axes if d != RANK))
+    return jnp.expand_dims(flat.ordered(held), [k for k, label in enumerate(self.labels) if label not in held])
+
+
+def gained(x: jax.Array, gain: jax.Array) -> jax.Array:
+  """`x` times a gain that lies along some of its axes."""
+  return x * gain.astype(x.dtype)
 
 
 def dropped(x: jax.Array, w: Factored, use: int, recipe: Recipe | None) -> tuple[jax.Array, Recipe | None]:

@@ -1,7 +1,6 @@
 """Gradients only where they belong: `mask`, `labels`, `optimizer`, `value_and_grad`, `grad`."""
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import operator
 from typing import Any
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxlora._adapt import adapted_leaves, check_adapted, join, map_adapted, split
-from jaxlora._weight import is_adapted, parts
+from jaxlora._weight import is_adapted, parts, trained_parts, with_parts
 
 
 def labels(tree: Any) -> Any:
-  """A tree of strings that say what each leaf is: `"a"`, `"b"`, `"full"` or `"frozen"`.
+  """A tree of strings that say what each leaf is: `"a"`, `"b"`, `"magnitude"`, `"full"` or `"frozen"`.
 
   Args:
     tree: a combined tree, or any tree of its structure.
@@ -30,12 +29,14 @@ def labels(tree: Any) -> Any:
     >>> each = {"a": optax.adam(1e-4), "b": optax.adam(2e-3), "full": optax.sgd(0.1), "frozen": optax.set_to_zero()}
     >>> tx = optimizer(optax.partition(each, labels))
   """
-  return map_adapted(
-    lambda w: dataclasses.replace(w, base="frozen", a="a", b="b"),
-    lambda w: dataclasses.replace(w, base="frozen", value="full"),
-    lambda x: "frozen",
-    tree,
-  )
+
+  def labelled(node):
+    trains = trained_parts(node)
+    return with_parts(
+      node, {name: part if part is None else trains.get(name, "frozen") for name, part in parts(node).items()}
+    )
+
+  return map_adapted(labelled, labelled, lambda x: "frozen", tree)
 
 
 def mask(tree: Any) -> Any:
@@ -111,7 +112,7 @@ def _with_zeros(updates: Any, params: Any) -> Any:
   def one(param: Any, update: Any) -> Any:
     if is_adapted(param):
       held = parts(update)
-      return dataclasses.replace(param, **{name: one(part, held[name]) for name, part in parts(param).items()})
+      return with_parts(param, {name: one(part, held[name]) for name, part in parts(param).items()})
     return _zeros(param) if update is None or _is_float0(update) else update
 
   def leaf(node):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxlora import _paths, _transform
 from jaxlora._adapt import check_adapted
 from jaxlora._transform import Record, Use
-from jaxlora._weight import LoraWeight, is_adapted
+from jaxlora._weight import LoraWeight, is_adapted, parts, trained_parts
 
 _ADAM_MOMENTS = 2
 
@@ -166,7 +166,7 @@ def summary(tree: Any) -> Summary:
     leaf = _leaf_summary(path, node)
     leaves.append(leaf)
     bases.append(node.base)
-    trained.extend([node.a, node.b] if isinstance(node, LoraWeight) else [node.value])
+    trained.extend(_trained(node))
   return Summary(
     leaves=tuple(leaves),
     total_parameters=_elements(*bases),
@@ -192,8 +192,14 @@ def _leaf_summary(path: str, node: Any) -> LeafSummary:
     base_parameters=_elements(node.base),
     a_parameters=a,
     b_parameters=b,
-    trainable_parameters=a + b if lora else _elements(node.value),
+    trainable_parameters=_elements(*_trained(node)),
   )
+
+
+def _trained(node: Any) -> list[Any]:
+  """The arrays of a node that train."""
+  held = parts(node)
+  return [held[name] for name in trained_parts(node)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ transform then materialises. Rules are keyed by primitive names, and use public 
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,10 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora import _lowrank, _recompute
+from jaxlora._axes import RANK, factor_axes
 from jaxlora._lowrank import Factored, Labelled, Pairing, Result, Shrink
 from jaxlora._recompute import Recipe
-from jaxlora._weight import RANK, factor_axes, wider_dtype
+from jaxlora._weight import wider_dtype
 
 
 class Unfactorable(Exception):
@@ -84,7 +86,7 @@ def permuted(w: Factored, permutation: Sequence[int], base: Any) -> Factored:
     wanted = [d if d == RANK else permutation[d] for d in factor_axes(roles, own)]
     return Labelled(factor, factor_axes(w.roles, own)).ordered(wanted)
 
-  return w.replace(base=base, a=moved(w.a, "i"), b=moved(w.b, "o"), roles=roles)
+  return w.mapped(moved, base=base, roles=roles)
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -144,12 +146,17 @@ def _reshape(op: Op, args: Sequence[Any]) -> list[Any]:
 
 def reshaped(w: Factored, shape: tuple[int, ...], roles: str, base: Any) -> Factored:
   """`w` reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
-  rank = w.a.shape[w.roles.count("s")]
 
-  def sizes(own):
-    return tuple(rank if d == RANK else shape[d] for d in factor_axes(roles, own))
+  def sized(factor, own):
+    rank = rank_of(w, factor)
+    return lax.reshape(factor, tuple(rank if d == RANK else shape[d] for d in factor_axes(roles, own)))
 
-  return w.replace(base=base, a=lax.reshape(w.a, sizes("i")), b=lax.reshape(w.b, sizes("o")), roles=roles)
+  return w.mapped(sized, base=base, roles=roles)
+
+
+def rank_of(w: Factored, factor: jax.Array) -> int:
+  """The size of the rank axis of one of its factors, behind the stacked ones."""
+  return factor.shape[w.roles.count("s")]
 
 
 def with_roles(w: Factored, roles: str) -> Factored:
@@ -176,11 +183,11 @@ def _broadcast(op: Op, args: Sequence[Any]) -> list[Any]:
 
   def spread(factor, own):
     before, after = factor_axes(w.roles, own), factor_axes(roles, own)
-    sizes = tuple(w.a.shape[w.roles.count("s")] if d == RANK else shape[d] for d in after)
+    sizes = tuple(rank_of(w, factor) if d == RANK else shape[d] for d in after)
     places = tuple(after.index(d if d == RANK else int(op.params["broadcast_dimensions"][d])) for d in before)
     return lax.broadcast_in_dim(factor, sizes, places)
 
-  return [w.replace(base=op.bind(w.base)[0], a=spread(w.a, "i"), b=spread(w.b, "o"), roles=roles)]
+  return [w.mapped(spread, base=op.bind(w.base)[0], roles=roles)]
 
 
 @rule("slice")
@@ -190,15 +197,14 @@ def _slice(op: Op, args: Sequence[Any]) -> list[Any]:
   strides = op.params["strides"] or (1,) * len(start)
 
   def cut(factor, own):
-    rank = factor.shape[w.roles.count("s")]
     return lax.slice(
       factor,
       restricted(w, own, start, 0),
-      restricted(w, own, limit, rank),
+      restricted(w, own, limit, rank_of(w, factor)),
       restricted(w, own, strides, 1),
     )
 
-  return [w.replace(base=op.bind(w.base)[0], a=cut(w.a, "i"), b=cut(w.b, "o"))]
+  return [w.mapped(cut, base=op.bind(w.base)[0])]
 
 
 @rule("dynamic_slice")
@@ -209,14 +215,13 @@ def _dynamic_slice(op: Op, args: Sequence[Any]) -> list[Any]:
     raise Unfactorable("a dynamic slice with dynamic sizes")
 
   def cut(factor, own):
-    rank = factor.shape[w.roles.count("s")]
     zero = jnp.zeros((), jnp.asarray(starts[0]).dtype)
     indices = restricted(w, own, starts, zero)
-    sizes = restricted(w, own, op.params["slice_sizes"], rank)
+    sizes = restricted(w, own, op.params["slice_sizes"], rank_of(w, factor))
     # The primitive clamps its starts; negative ones were counted from the end before they came here.
     return lax.dynamic_slice(factor, indices, sizes, allow_negative_indices=False)
 
-  return [w.replace(base=op.bind(*args_with(args, w.base))[0], a=cut(w.a, "i"), b=cut(w.b, "o"))]
+  return [w.mapped(cut, base=op.bind(*args_with(args, w.base))[0])]
 
 
 def args_with(args: Sequence[Any], base: Any) -> list[Any]:
@@ -234,8 +239,9 @@ def _split(op: Op, args: Sequence[Any]) -> list[Any]:
     axes = factor_axes(w.roles, own)
     return lax.split(factor, sizes, axis=axes.index(axis)) if axis in axes else [factor] * len(sizes)
 
-  parts = zip(bases, pieces(w.a, "i"), pieces(w.b, "o"), strict=True)
-  return [w.replace(base=base, a=a, b=b) for base, a, b in parts]
+  gains = [None] * len(sizes) if w.gain is None else pieces(w.gain, w.gained)
+  parts = zip(bases, pieces(w.a, "i"), pieces(w.b, "o"), gains, strict=True)
+  return [w.replace(base=base, a=a, b=b, gain=gain) for base, a, b, gain in parts]
 
 
 @rule("rev")
@@ -246,7 +252,7 @@ def _rev(op: Op, args: Sequence[Any]) -> list[Any]:
   def reversed_(factor, own):
     return lax.rev(factor, [k for k, d in enumerate(factor_axes(w.roles, own)) if d in dimensions])
 
-  return [w.replace(base=op.bind(w.base)[0], a=reversed_(w.a, "i"), b=reversed_(w.b, "o"))]
+  return [w.mapped(reversed_, base=op.bind(w.base)[0])]
 
 
 @rule("reduce_precision")
@@ -267,7 +273,7 @@ def _mesh_cast(op: Op, args: Sequence[Any]) -> list[Any]:
     names = jax.sharding.PartitionSpec(*restricted(w, own, spec, None))
     return op.bind(factor, dst_sharding=jax.sharding.NamedSharding(target.mesh, names))[0]
 
-  return [w.replace(base=op.bind(w.base)[0], a=of_factor(w.a, "i"), b=of_factor(w.b, "o"))]
+  return [w.mapped(of_factor, base=op.bind(w.base)[0])]
 
 
 @rule("sharding_constraint")
@@ -281,19 +287,16 @@ def _base_only(op: Op, args: Sequence[Any]) -> list[Any]:
 def _each(op: Op, args: Sequence[Any]) -> list[Any]:
   """Identities on one value: what they say of the weight holds of its parts."""
   w = only_weight(args)
-  return [w.replace(base=op.bind(w.base)[0], a=op.bind(w.a)[0], b=op.bind(w.b)[0])]
+  return [w.mapped(lambda factor, own: op.bind(factor)[0], base=op.bind(w.base)[0])]
 
 
 @rule("optimization_barrier")
 def _barrier(op: Op, args: Sequence[Any]) -> list[Any]:
   """An identity on several values at once: the parts of the weights take their places among them."""
-  parts = [(arg.base, arg.a, arg.b) if isinstance(arg, Factored) else (arg,) for arg in args]
-  out = iter(op.bind(*(part for group in parts for part in group)))
-  kept = [[next(out) for _ in group] for group in parts]
-  return [
-    arg.replace(base=group[0], a=group[1], b=group[2]) if isinstance(arg, Factored) else group[0]
-    for arg, group in zip(args, kept, strict=True)
-  ]
+  held = [arg.replace(key=None) if isinstance(arg, Factored) else arg for arg in args]
+  parts, treedef = jax.tree.flatten(held)
+  out = jax.tree.unflatten(treedef, op.bind(*parts))
+  return [new.replace(key=arg.key) if isinstance(arg, Factored) else new for arg, new in zip(args, out, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,7 +309,7 @@ def _cast(op: Op, args: Sequence[Any]) -> list[Any]:
   dtype = op.params["new_dtype"]
   if not jnp.issubdtype(dtype, jnp.inexact):
     raise Unfactorable(f"a cast to {jnp.dtype(dtype).name}")
-  return [w.replace(base=op.bind(w.base)[0], a=_lowrank.beside(w.a, dtype), b=_lowrank.beside(w.b, dtype))]
+  return [w.mapped(lambda factor, own: _lowrank.beside(factor, dtype), base=op.bind(w.base)[0])]
 
 
 @rule("neg")
@@ -370,11 +373,32 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   weight_first = isinstance(lhs, Factored)
   w, x = (lhs, rhs) if weight_first else (rhs, lhs)
   w, pairing = meeting(op.params, w, weight_first)
+  recipe = op.recipe(x)
+  if w.gain is not None and w.gained == "i":
+    x, recipe = gained_before(x, w, pairing.input_labels(x.ndim)), None
   base = _base_product(op, x, w.base, pairing)
-  u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
+  u, recipe = _lowrank.dropped(x, w, op.use, recipe)
   result, again = _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h)
+  if w.gain is not None and w.gained == "o":
+    result, again = gained_after(result, again, w, pairing.result_labels(x.ndim, len(w.roles)))
   op.keep_as(result, again)
   return [result]
+
+
+def gained_before(x: Any, w: Factored, labels: Sequence[Any]) -> Any:
+  """The input of a product that contracts the axes over which the weight has a gain."""
+  if not jnp.issubdtype(x.dtype, jnp.inexact):
+    raise Unfactorable("integers meet a weight along the axes that its variant scales")
+  return _lowrank.gained(x, _lowrank.Gain(w.gain, factor_axes(w.roles, w.gained), tuple(labels)).laid_out())
+
+
+def gained_after(result: Any, again: Recipe | None, w: Factored, labels: Sequence[Any]) -> tuple[Any, Recipe | None]:
+  """The result of a product, and how to make it again, times the weight's gain along its outputs."""
+  axes = factor_axes(w.roles, w.gained)
+  if set(axes) - {RANK} - set(labels):
+    raise Unfactorable("a product that sums over stacked axes along which its variant scales the weight")
+  gain = _lowrank.Gain(w.gain, axes, tuple(labels)).laid_out()
+  return _lowrank.gained(result, gain), again and again.then(_lowrank.gained, gain)
 
 
 def _base_product(op: Op, x: Any, base: Any, pairing: Pairing) -> Any:
@@ -397,6 +421,8 @@ def first_half(eqn: Any, w: Factored, weight_first: bool, looping: bool) -> tupl
   try:
     w, pairing = meeting(eqn.params, w, weight_first)
   except Unfactorable:
+    return None
+  if w.gained == "i" and w.gain is not None:
     return None
   x, out = eqn.invars[1 if weight_first else 0].aval, eqn.outvars[0].aval
   return _lowrank.shrinking(x, w, pairing, out.dtype, looping=looping), w.a
@@ -424,9 +450,11 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
   w = matched_sizes(w, [((thin,), "o"), ([d for d in range(len(w.roles)) if d != thin], "i")])
   if w.roles != "".join("o" if d == thin else "i" for d in range(len(w.roles))) or (backwards and groups > 1):
     raise Unfactorable(f"a convolution with {groups} feature groups and a kernel of roles {w.roles!r}")
+  if w.gain is not None and (w.gained == "i" or backwards):
+    raise Unfactorable("a convolution that contracts the axes along which its variant scales the weight")
   base = op.bind(x, w.base)[0]
   u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
-  result = Result(base.dtype, op.params["precision"], looping=op.looping)
+  thin_result = Result(base.dtype, op.params["precision"], looping=op.looping)
 
   def convolve(u, a):
     kernel = jnp.moveaxis(a, 0, thin)
@@ -444,12 +472,17 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
     )
 
   if backwards:
-    u = _along_features(u, Labelled(w.b, (RANK, "in")), numbers.lhs_spec[1], result)
+    u = _along_features(u, Labelled(w.b, (RANK, "in")), numbers.lhs_spec[1], thin_result)
     return [_lowrank.add(base, convolve(u, w.a))]
   h = _lowrank.first_product(convolve, u, w.a, recipe)
   feature = numbers.out_spec[1]
-  delta = _per_group(h, w.b, feature, groups, result) if groups > 1 else _rank_to_features(h, w.b, feature, result)
-  return [_lowrank.add(base, delta)]
+  grow = functools.partial(_per_group, groups=groups) if groups > 1 else _rank_to_features
+  delta = grow(h, w.b, feature, result=thin_result)
+  result = _lowrank.add(base, delta)
+  if w.gain is None:
+    return [result]
+  before, after = _around(result, feature)
+  return [gained_after(result, None, w, [*before, thin, *after])[0]]
 
 
 def _around(array: Any, feature: int) -> tuple[list[Any], list[Any]]:
@@ -574,7 +607,11 @@ def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
   base = op.bind(*args_with(args, w.base))[0]
   a, b = looked_up_in(w.a, "i"), looked_up_in(w.b, "o")
   if w.roles[axis] != "s":
-    return [_lowrank.add(base, _lowrank.contract(a, b, [RANK], Result(base.dtype)).ordered(result_labels))]
+    result = _lowrank.add(base, _lowrank.contract(a, b, [RANK], Result(base.dtype)).ordered(result_labels))
+    if w.gain is None:
+      return [result]
+    gain = looked_up_in(w.gain, w.gained)  # along the index's own axes where those are stacked
+    return [_lowrank.gained(result, _lowrank.Gain(gain.array, gain.labels, tuple(result_labels)).laid_out())]
 
   # Along a stacked axis the result is again a weight: which expert, which layer.
   roles = "".join("s" if isinstance(label, tuple) else w.roles[label] for label in result_labels)
@@ -582,4 +619,5 @@ def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
   def laid_out(factor, own):
     return factor.ordered([d if d == RANK else result_labels[d] for d in factor_axes(roles, own)])
 
-  return [w.replace(base=base, a=laid_out(a, "i"), b=laid_out(b, "o"), roles=roles)]
+  gain = None if w.gain is None else laid_out(looked_up_in(w.gain, w.gained), w.gained)
+  return [w.replace(base=base, a=laid_out(a, "i"), b=laid_out(b, "o"), gain=gain, roles=roles)]

@@ -1,10 +1,9 @@
 """Teaches `flax.serialization` our nodes, without importing flax where the user has not."""
 
-import dataclasses
 import sys
 from typing import Any
 
-from jaxlora._weight import FullWeight, LoraWeight, parts
+from jaxlora._weight import FullWeight, LoraWeight, parts, with_parts
 
 
 def register_with_flax() -> None:
@@ -20,7 +19,7 @@ def _from_state(serialization: Any) -> Any:
     names = list(parts(target))
     if sorted(state) != sorted(names):
       raise ValueError(f"{type(target).__name__}: found {sorted(state)} in the state, expected {sorted(names)}.")
-    restored = {n: serialization.from_state_dict(getattr(target, n), state[n], name=n) for n in names}
-    return dataclasses.replace(target, **restored)
+    held = parts(target)
+    return with_parts(target, {n: serialization.from_state_dict(held[n], state[n], name=n) for n in names})
 
   return restore

@@ -586,7 +586,7 @@ def _shard_map(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
       return jax.sharding.PartitionSpec(*(None if isinstance(d, str) else entries[d] for d in axes))
 
     key = None if value.key is None else jax.sharding.PartitionSpec()
-    return value.replace(base=spec, a=of_factor("i"), b=of_factor("o"), key=key)
+    return value.mapped(lambda factor, own: of_factor(own), base=spec, key=key)
 
   def body(*args):
     return tuple(plain_outputs(record, inner(*args), eqn, "a shard_map"))

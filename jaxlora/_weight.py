@@ -1,42 +1,22 @@
 """The leaf nodes: `LoraWeight`, a frozen base beside its trainable factors, and `FullWeight`, a leaf trained whole."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import functools
 import math
 from typing import Any, NoReturn
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
-ROLES = "ios"  # contracted with the input, free (goes to the output), stacked
-RANK = "r"  # label of the rank axis beside the weight's own axes
+from jaxlora._axes import low_rank_delta, spread_gain
+from jaxlora._variants import VARIANTS, Variant
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
   "standard": lambda alpha, rank: alpha / rank,
   "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
 }
-
-
-def factor_axes(roles: str, own: str) -> tuple[Any, ...]:
-  """Which of the weight's axes a factor holds, in its own order: `(*stack, rank, *own)`.
-
-  `own` is `"i"` for A and `"o"` for B. The rank leads the factor's own axes (invariant 2 of `LoraWeight`).
-  """
-  stack = [d for d, role in enumerate(roles) if role == "s"]
-  return (*stack, RANK, *(d for d, role in enumerate(roles) if role == own))
-
-
-def factor_shape(shape: tuple[int, ...], roles: str, own: str, rank: int) -> tuple[int, ...]:
-  """The shape of the factor that holds the axes of role `own`."""
-  return tuple(rank if d == RANK else shape[d] for d in factor_axes(roles, own))
-
-
-def low_rank_delta(a: jax.Array, b: jax.Array, roles: str) -> jax.Array:
-  """`sum_r a[..., r, in] b[..., r, out]` laid out as the weight: the product that the hot path never forms."""
-  number = {RANK: len(roles)}
-  a_axes = [number.get(d, d) for d in factor_axes(roles, "i")]
-  b_axes = [number.get(d, d) for d in factor_axes(roles, "o")]
-  return jnp.einsum(a, a_axes, b, b_axes, list(range(len(roles))), precision="highest")
 
 
 def wider_dtype(x: Any, y: Any) -> jnp.dtype:
@@ -81,8 +61,11 @@ class LoraWeight(_NotAnArray):
     1. `base` has the shape of W. Every axis of W has one role: `i` (contracted with the input), `o` (free, goes to the
        output) or `s` (stacked: shared by W, A and B, such as scanned layers or experts).
     2. `a` has shape `(*stack, rank, *in)` and `b` has shape `(*stack, rank, *out)`, each in the order of W's axes.
-    3. All of roles, rank, alpha, scaling and dropout are static: trees that differ in them have different structures.
-    4. In the halves that `split` makes, `base` or both factors are `None`.
+    3. All of roles, rank, alpha, scaling, dropout and variant are static: trees that differ in them have different
+       structures.
+    4. In the halves that `split` makes, what belongs to the other half is `None`.
+    5. `extra` holds what the variant adds, by name, and the starting factors `a0` and `b0` of an initialiser whose
+       update is not zero at first: the weight stands for `base + scale (A B - A0 B0)` then, and `base` for itself.
 
   Attributes:
     base: the frozen weight, any float dtype.
@@ -93,6 +76,8 @@ class LoraWeight(_NotAnArray):
     alpha: numerator of the scale.
     scaling: `"standard"` or `"rslora"`.
     dropout: probability that an element of the adapter's input is dropped, in training.
+    variant: which member of the family this is; `"lora"` has no further parts.
+    extra: further parts, by name.
   """
 
   base: Any
@@ -103,6 +88,13 @@ class LoraWeight(_NotAnArray):
   alpha: float = dataclasses.field(default=8.0, metadata={"static": True})
   scaling: str = dataclasses.field(default="standard", metadata={"static": True})
   dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+  variant: str = dataclasses.field(default="lora", metadata={"static": True})
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def kind(self) -> Variant:
+    """The functions of its variant."""
+    return VARIANTS[self.variant]
 
   @property
   def scale(self) -> float:
@@ -121,15 +113,35 @@ class LoraWeight(_NotAnArray):
   def ndim(self) -> int:
     return len(self.roles)
 
+  def factors(self) -> tuple[jax.Array, jax.Array]:
+    """The effective factors: `base + sum_r a b` is the adapted weight, but for a variant's gain.
+
+    Their rank is the update's own for LoRA, and larger for variants whose update is a sum of more terms.
+    """
+    a, b = self.kind.factors(parts(self), self.roles)
+    if "a0" in self.extra:
+      axis = self.roles.count("s")
+      a0, b0 = lax.stop_gradient((self.extra["a0"], self.extra["b0"]))
+      a, b = lax.concatenate([a, a0], axis), lax.concatenate([b, -b0], axis)
+    return a, b if self.scale == 1 else b * jnp.asarray(self.scale, b.dtype)
+
+  def gain(self, a: jax.Array, b: jax.Array) -> jax.Array | None:
+    """What a variant multiplies outputs with, laid out as a factor of rank 1; `None` for none. Takes `factors()`."""
+    return None if self.kind.gain is None else self.kind.gain(parts(self), self.roles, a, b)
+
   def delta(self) -> jax.Array:
-    """The update `scale * A B` as an array of W's shape, in the factors' dtype."""
-    return low_rank_delta(self.a, self.b * jnp.asarray(self.scale, self.b.dtype), self.roles)
+    """The update `scale * A B` as an array of W's shape, in the factors' dtype: what is added before any gain."""
+    return low_rank_delta(*self.factors(), self.roles)
 
   def materialize(self) -> jax.Array:
-    """`base + scale * A B` as one array, formed in the widest dtype of the three and returned in the base's."""
-    wide = wider_dtype(self.base.dtype, wider_dtype(self.a.dtype, self.b.dtype))
-    delta = dataclasses.replace(self, a=self.a.astype(wide), b=self.b.astype(wide)).delta()
-    return (self.base.astype(wide) + delta).astype(self.base.dtype)
+    """The adapted weight as one array, formed in the widest dtype of its parts and returned in the base's."""
+    wide = functools.reduce(wider_dtype, [part.dtype for part in parts(self).values()])
+    a, b = with_parts(self, {name: part.astype(wide) for name, part in parts(self).items()}).factors()
+    whole = self.base.astype(wide) + low_rank_delta(a, b, self.roles)
+    gain = self.gain(a, b)
+    if gain is not None:
+      whole = whole * spread_gain(gain, self.roles).astype(wide)
+    return whole.astype(self.base.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -155,14 +167,27 @@ def is_adapted(node: Any) -> bool:
 
 
 def parts(node: Adapted) -> dict[str, Any]:
-  """What a node holds by name: its fields that are not static."""
-  fields = (field for field in dataclasses.fields(node) if not field.metadata.get("static"))
-  return {field.name: getattr(node, field.name) for field in fields}
+  """What a node holds, by name."""
+  if isinstance(node, FullWeight):
+    return {"base": node.base, "value": node.value}
+  return {"base": node.base, "a": node.a, "b": node.b, **node.extra}
 
 
-def check_parts(node: Adapted, path: str, needed: Collection[str] = ("base", "a", "b", "value")) -> None:
-  """Raises unless `node` has the parts that are needed, naming the leaf and what is missing."""
-  missing = [name for name, part in parts(node).items() if part is None and name in needed]
+def with_parts(node: Any, changes: Mapping[str, Any]) -> Any:
+  """The node with some of its parts replaced."""
+  own = {name: part for name, part in changes.items() if not (isinstance(node, LoraWeight) and name in node.extra)}
+  more = {name: part for name, part in changes.items() if name not in own}
+  return dataclasses.replace(node, **own, **({"extra": {**node.extra, **more}} if more else {}))
+
+
+def trained_parts(node: Adapted) -> Mapping[str, str]:
+  """The parts of a node that train, each with its label."""
+  return {"value": "full"} if isinstance(node, FullWeight) else node.kind.trains
+
+
+def check_parts(node: Adapted, path: str, needed: Collection[str] | None = None) -> None:
+  """Raises unless `node` has the parts that are needed (all of them), naming the leaf and what is missing."""
+  missing = [name for name, part in parts(node).items() if part is None and (needed is None or name in needed)]
   if missing:
     raise ValueError(
       f"{path}: {', '.join(missing)} missing: this is one half of a split tree. Put the halves together with"
@@ -183,12 +208,20 @@ def check_weight(node: Adapted, path: str) -> None:
       f"{path}: roles {node.roles!r} name {len(node.roles)} axes, the base has shape {shape}. A transformation"
       " may have added or removed an axis; roles have one letter per axis of the base."
     )
-  for name, own in (("a", "i"), ("b", "o")):
-    found = jnp.shape(getattr(node, name))
-    expected = factor_shape(shape, node.roles, own, node.rank)
-    if found != expected:
+  held = parts(node)
+  expected = node.kind.shapes(shape, node.roles, node.rank)
+  if "a0" in held:
+    expected |= {"a0": expected["a"], "b0": expected["b"]}
+  if held.keys() - {"base"} != expected.keys():
+    raise ValueError(
+      f"{path}: found the parts {', '.join(sorted(held))}, expected base, {', '.join(expected)} for the variant"
+      f" {node.variant!r}. {_REFIT}"
+    )
+  for name, size in expected.items():
+    found = jnp.shape(held[name])
+    if found != size:
       raise ValueError(
-        f"{path}: factor {name} has shape {found}, expected {expected} for a base of shape {shape} with roles"
+        f"{path}: factor {name} has shape {found}, expected {size} for a base of shape {shape} with roles"
         f" {node.roles!r} and rank {node.rank}. {_REFIT}"
       )
 

@@ -60,7 +60,7 @@ def test_dropout_must_be_a_probability_below_one(dropout):
     ({"axes": {".*": "ii"}}, r"'ii' needs at least one 'i' and one 'o'"),
     ({"scaling": "rs"}, r"LoraConfig\.scaling: found 'rs', expected one of 'standard', 'rslora'"),
     ({"init": "zeros"}, r"LoraConfig\.init: found 'zeros', expected one of 'kaiming'"),
-    ({"variant": "dora"}, r"LoraConfig\.variant: found 'dora', expected one of 'lora'"),
+    ({"variant": "doora"}, r"LoraConfig\.variant: found 'doora', expected one of 'lora', 'lora_fa'"),
     ({"dtype": "int8"}, r"LoraConfig\.dtype: found 'int8', expected a real floating dtype"),
     ({"dtype": "float99"}, r"LoraConfig\.dtype: found 'float99', expected a real floating dtype"),
   ],
