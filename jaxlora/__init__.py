@@ -7,8 +7,9 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 from jaxlora._adapt import adapt, join, merge, split, strip
 from jaxlora._arithmetic import combine, cosine, interpolate, norms, scale, subtract
 from jaxlora._config import LoraConfig
-from jaxlora._decompose import LowRank, Truncation, allocate, compress, low_rank, spectrum
+from jaxlora._decompose import Truncation, allocate, compress, low_rank, spectrum
 from jaxlora._extract import extract
+from jaxlora._matrix import LowRank
 from jaxlora._optim import grad, labels, mask, optimizer, value_and_grad
 from jaxlora._report import explain, summary
 from jaxlora._transform import MaterializeError, MaterializeWarning, wrap

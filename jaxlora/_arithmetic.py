@@ -17,28 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import _paths
-from jaxlora._adapt import check_adapted
+from jaxlora._adapt import check_adapted, is_plain
 from jaxlora._decompose import (
   Truncation,
-  axes_of,
   check_finite,
-  delta_factors,
+  check_linear,
   delta_svd,
-  frobenius,
   is_concrete,
+  is_linear,
   low_rank,
-  matmul,
-  matrices,
   rank_or_energy,
-  thin,
   truncated,
-  wide,
   with_delta,
 )
 from jaxlora._initializers import leaf_key
+from jaxlora._matrix import axes_of, frobenius, matmul, matrices, thin, wide
 from jaxlora._targets import listed
 from jaxlora._transform import typed_key
-from jaxlora._weight import FullWeight, LoraWeight, check_weight, is_adapted, low_rank_delta, wider_dtype
+from jaxlora._weight import FullWeight, LoraWeight, check_weight, is_adapted, parts, wider_dtype, with_parts
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The leaves of several trees.
@@ -87,9 +83,7 @@ def _aligned(trees: Sequence[Any], names: Sequence[str], what: str) -> tuple[dic
 
 def _moving(node: Any) -> dict[str, Any]:
   """The arrays of an update."""
-  if isinstance(node, LoraWeight):
-    return {"a": node.a, "b": node.b}
-  return {"value": node.value} if isinstance(node, FullWeight) else {}
+  return {name: x for name, x in parts(node).items() if name != "base"} if is_adapted(node) else {}
 
 
 def base_of(node: Any) -> Any:
@@ -139,7 +133,7 @@ def _is_one(weight: Any) -> bool:
   return is_concrete(weight) and float(weight) == 1
 
 
-def _exact(terms: Sequence[Term]) -> Any:
+def _exact(path: str, terms: Sequence[Term]) -> Any:
   """`base + sum_t w_t delta_t`: factors side by side, every scale and weight folded into B.
 
   sum_t w_t s_t A_t B_t = [A_1; A_2; ...]^T [w_1 s_1 B_1; w_2 s_2 B_2; ...]
@@ -154,7 +148,9 @@ def _exact(terms: Sequence[Term]) -> Any:
     return _whole(moved, _sum)
   first = moved[0].node
   stack = first.roles.count("s")
-  factors = [delta_factors(term.node) for term in moved]
+  for term in moved:
+    check_linear(path, term.node, "combine")
+  factors = [term.node.factors() for term in moved]
   dtype = _widest([factor for pair in factors for factor in pair])
   a = jnp.concatenate([a.astype(dtype) for a, _ in factors], axis=stack)
   b = jnp.concatenate(
@@ -193,9 +189,9 @@ def _dense(node: Any) -> jax.Array:
   if isinstance(node, FullWeight):
     dtype = wide(base, node.value)
     return node.value.astype(dtype) - base.astype(dtype)
-  dtype = wide(base, node.a, node.b)
-  a, b = delta_factors(node)
-  return low_rank_delta(a.astype(dtype), b.astype(dtype), node.roles)
+  dtype = wide(*parts(node).values())
+  node = with_parts(node, {name: x.astype(dtype) for name, x in parts(node).items()})
+  return node.delta() if is_linear(node) else node.materialize() - node.base
 
 
 def _whole(terms: Sequence[Term], total: Callable[[list[jax.Array]], jax.Array]) -> FullWeight:
@@ -255,6 +251,7 @@ FORMED: dict[str, Merging] = {
   "dare": Merging(_dropped, _sum, random=True),
   "magnitude": Merging(lambda x, density, key: _trimmed(x, density), _sum),
 }
+_PLAIN_SUM = Merging(lambda x, density, key: x, _sum)  # "svd", where an update is no product of factors
 METHODS = ("exact", "svd", *FORMED)
 
 
@@ -281,13 +278,17 @@ def _to_rank(path: str, terms: Sequence[Term], plan: Plan) -> tuple[Any, Row | N
   adapted = [term for term in terms if is_adapted(term.node)]
   if not adapted:
     return terms[0].node, None
-  if plan.method in FORMED:
+  moved = [term for term in adapted if _nonzero(term.weight)]
+  if plan.method == "svd" and plan.rank is None and len(moved) == 1 and _is_one(moved[0].weight):
+    return moved[0].node, Row(path, getattr(moved[0].node, "rank", None), _norm(moved[0].node), 0)
+  nonlinear = any(isinstance(term.node, LoraWeight) and not is_linear(term.node) for term in moved)
+  if plan.method in FORMED or (plan.method == "svd" and nonlinear):
     total, first = _formed(path, adapted, plan), adapted[0].node
     if any(isinstance(term.node, FullWeight) for term in adapted):
       value = (first.base.astype(total.dtype) + total).astype(first.base.dtype)
       return FullWeight(first.base, value), Row(path, None, jnp.linalg.norm(total.ravel()), 0)
     return _low_rank_sum(path, total, adapted, plan)
-  node = _exact(terms)
+  node = _exact(path, terms)
   if isinstance(node, FullWeight):
     return node, Row(path, None, jnp.linalg.norm(_dense(node).ravel()), 0)
   found = delta_svd(node)
@@ -300,12 +301,15 @@ def _to_rank(path: str, terms: Sequence[Term], plan: Plan) -> tuple[Any, Row | N
 
 def _target(terms: Sequence[Term], plan: Plan, most: int) -> int:
   """The rank to bring a leaf to: that asked for, or the largest among the adapters."""
-  return min(most, plan.rank or max(term.node.rank for term in terms if isinstance(term.node, LoraWeight)))
+  ranks = [
+    term.node.factors()[0].shape[term.node.roles.count("s")] for term in terms if isinstance(term.node, LoraWeight)
+  ]
+  return min(most, plan.rank or max(ranks))
 
 
 def _formed(path: str, terms: Sequence[Term], plan: Plan) -> jax.Array:
   """The merged update, an array of the base's shape. A stacked leaf is thinned out slice by slice."""
-  merging = FORMED[plan.method]
+  merging = FORMED.get(plan.method, _PLAIN_SUM)
   key = None if plan.key is None else leaf_key(plan.key, path)
   stack = next((axes_of(term.node.roles, "s") for term in terms if isinstance(term.node, LoraWeight)), [])
 
@@ -350,7 +354,8 @@ def combine(
   Methods:
     `"exact"`: that sum to rounding, whatever the ranks, alphas and scalings: the factors side by side, every scale and
       weight folded into B. The rank is the sum of the ranks. One adapter of weight 1 comes back as it is.
-    `"svd"`: the best approximation of that sum at a rank; the sum is never formed.
+    `"svd"`: the best approximation of that sum at a rank; the sum is never formed, unless a variant's update is no
+      product of factors (DoRA), which the other methods but `"exact"` take, too.
     `"magnitude"`: of each update the share `density` with the largest magnitudes; then the weighted sum.
     `"ties"`: the same, then for each element the mean over those weighted updates that have the sign of their sum
       (Yadav et al., "TIES-Merging", 2023, arXiv:2306.01708, section 3). With all weights 1 it is the paper's merge;
@@ -378,7 +383,8 @@ def combine(
 
   Raises:
     ValueError: on different numbers of trees and weights, on trees of other structure, roles or bases, on values that
-      are not finite, naming the leaf and the tree; on options that the method does not have.
+      are not finite, naming the leaf and the tree; on options that the method does not have; with `"exact"` on more
+      than one adapter, or another weight than 1, of a variant whose update is no product of factors.
     TypeError: on a weight that is no number.
 
   Example:
@@ -395,7 +401,7 @@ def combine(
   for path, group in nodes.items():
     terms = [Term(node, weight) for node, weight in zip(group, weights, strict=True)]
     if method == "exact" and not with_report:
-      new.append(_exact(terms))
+      new.append(_exact(path, terms))
       continue
     node, row = _to_rank(path, terms, plan)
     new.append(node)
@@ -449,8 +455,8 @@ def scale(tree: Any, factor: Any) -> Any:
     factor: one number, of any sign; may be traced.
 
   Returns:
-    The tree with B, and for leaves trained whole their difference from the base, multiplied; ranks, alphas and
-    scalings are what they were.
+    The tree with B, and for leaves trained whole their difference from the base, multiplied. Variants whose update is
+    not linear in B alone take the factor in their alpha.
 
   Raises:
     ValueError, TypeError: as `combine`.
@@ -463,15 +469,22 @@ def scale(tree: Any, factor: Any) -> Any:
   """
   check_number(factor, "scale: factor")
   nodes, treedef = _aligned([tree], ["the tree"], "scale")
-
-  def scaled(node: Any) -> Any:
-    if isinstance(node, LoraWeight):
-      return dataclasses.replace(node, b=node.b * jnp.asarray(factor, node.b.dtype))
-    return _whole([Term(node, factor)], _sum) if isinstance(node, FullWeight) else node
-
   if _is_one(factor):
     return tree
-  return jax.tree_util.tree_unflatten(treedef, [scaled(node) for (node,) in nodes.values()])
+  return jax.tree_util.tree_unflatten(treedef, [_scaled(path, node, factor) for path, (node,) in nodes.items()])
+
+
+def _scaled(path: str, node: Any, factor: Any) -> Any:
+  if isinstance(node, FullWeight):
+    return _whole([Term(node, factor)], _sum)
+  if not isinstance(node, LoraWeight):
+    return node
+  check_linear(path, node, "scale")
+  if is_plain(node.variant):
+    return with_parts(node, {n: x * jnp.asarray(factor, x.dtype) for n, x in parts(node).items() if n in ("b", "b0")})
+  if is_concrete(factor):
+    return dataclasses.replace(node, alpha=node.alpha * float(factor))
+  return _exact(path, [Term(node, factor)])  # the effective factors, which a traced number can multiply
 
 
 def subtract(tree: Any, other: Any) -> Any:
@@ -523,7 +536,7 @@ def norms(tree: Any) -> dict[str, jax.Array]:
 
 
 def _norm(node: Any) -> jax.Array:
-  if isinstance(node, LoraWeight):
+  if isinstance(node, LoraWeight) and is_linear(node):
     return frobenius(delta_svd(node).s.ravel())
   return frobenius(_dense(node).ravel())
 
@@ -547,8 +560,8 @@ def cosine(tree: Any, other: Any) -> dict[str, jax.Array]:
 
 
 def _cosine(ours: Any, theirs: Any) -> jax.Array:
-  if isinstance(ours, LoraWeight) and isinstance(theirs, LoraWeight):
-    (a, b), (c, d) = ([thin(x, node.roles).astype(wide(x)) for x in delta_factors(node)] for node in (ours, theirs))
+  if all(isinstance(node, LoraWeight) and is_linear(node) for node in (ours, theirs)):
+    (a, b), (c, d) = ([thin(x, node.roles).astype(wide(x)) for x in node.factors()] for node in (ours, theirs))
     a, b, c, d = (x.astype(_widest([a, b, c, d])) for x in (a, b, c, d))
     inner, lengths = jnp.sum(matmul(a, c.mT) * matmul(b, d.mT)), (_norm(ours), _norm(theirs))
   else:

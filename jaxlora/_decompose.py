@@ -1,17 +1,16 @@
 """Singular values and low-rank factors: of any matrix, and of an adapter's own update.
 
-A weight is taken as one matrix per stacked slice, input axes by output axes. The update of an adapter is never formed:
+The update of an adapter is never formed:
 its singular value decomposition comes from QR factors of A and of B, which are as thin as they are.
 
-Reading order: matrices and the checks -> a matrix -> ranks -> the update of a leaf -> whole trees.
+Reading order: checks -> a matrix -> ranks -> the update of a leaf -> whole trees.
 """
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,44 +18,16 @@ import numpy as np
 
 from jaxlora import _paths
 from jaxlora._adapt import adapted_leaves, check_adapted
+from jaxlora._axes import factor_shape
 from jaxlora._config import first_match
+from jaxlora._matrix import LowRank, axes_of, frobenius, product_svd, randomised, svd, thin, wide
 from jaxlora._report import table
 from jaxlora._targets import listed
 from jaxlora._transform import typed_key
-from jaxlora._weight import LoraWeight, factor_shape, is_adapted, wider_dtype
+from jaxlora._weight import LoraWeight, is_adapted, parts, wider_dtype
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Matrices, and what may not be in them.
-
-
-def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-  """The product at full precision: accelerators would round its operands."""
-  return jnp.matmul(x, y, precision="highest")
-
-
-def wide(x: Any, *more: Any) -> jnp.dtype:
-  """The dtype to decompose in: no narrower than single precision."""
-  dtype = jnp.dtype(jnp.float32)
-  for array in (x, *more):
-    dtype = wider_dtype(dtype, array.dtype)
-  return dtype
-
-
-def axes_of(roles: str, role: str) -> list[int]:
-  return [d for d, own in enumerate(roles) if own == role]
-
-
-def matrices(x: jax.Array, roles: str) -> jax.Array:
-  """An array of a weight's shape as one matrix for each stacked slice: `(stack, in, out)`."""
-  order = [axes_of(roles, role) for role in "sio"]
-  sizes = [math.prod(x.shape[d] for d in axes) for axes in order]
-  return jnp.transpose(x, [d for axes in order for d in axes]).reshape(sizes)
-
-
-def thin(factor: jax.Array, roles: str) -> jax.Array:
-  """A factor as one matrix for each stacked slice: `(stack, rank, in)` or `(stack, rank, out)`."""
-  stack = roles.count("s")
-  return factor.reshape(math.prod(factor.shape[:stack]), factor.shape[stack], -1)
+# What may not be in a matrix.
 
 
 def is_concrete(*arrays: Any) -> bool:
@@ -81,40 +52,6 @@ def all_finite(x: jax.Array) -> jax.Array:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A matrix.
-
-
-class LowRank(NamedTuple):
-  """A truncated singular value decomposition, `x ~ u diag(s) vt`; what `low_rank` returns.
-
-  Attributes:
-    u: `(..., m, rank)`, orthonormal columns.
-    s: `(..., rank)`, the singular values, falling.
-    vt: `(..., rank, n)`, orthonormal rows.
-    error: `(...)`, the Frobenius norm of what is left out over that of `x`; 0 for `x = 0`.
-  """
-
-  u: jax.Array
-  s: jax.Array
-  vt: jax.Array
-  error: jax.Array
-
-  @property
-  def rank(self) -> int:
-    return self.s.shape[-1]
-
-  def array(self) -> jax.Array:
-    """The approximation as one array of the shape of `x`."""
-    return matmul(self.u * self.s[..., None, :], self.vt)
-
-  def factors(self) -> tuple[jax.Array, jax.Array]:
-    """`(a, b)` with the rank leading, `x ~ a^T b`, the singular values shared evenly between them."""
-    root = jnp.sqrt(self.s)[..., :, None]
-    return root * self.u.mT, root * self.vt
-
-  def cut(self, rank: int) -> "LowRank":
-    """The first `rank` terms. The error is that of the terms that go; whatever went before is not in it."""
-    gone, every = frobenius(self.s[..., rank:]), frobenius(self.s)
-    return LowRank(self.u[..., :rank], self.s[..., :rank], self.vt[..., :rank, :], _ratio(gone, every))
 
 
 def low_rank(
@@ -171,43 +108,12 @@ def low_rank(
     )
   rank = rank_or_energy(rank, energy, "low_rank")
   if rank is None:
-    whole = _svd(x)
+    whole = svd(x)
     return whole.cut(rank_of_energy(whole.s, energy, max(x.shape[-2:])))
   check_rank(rank, x.shape[-2:], "low_rank")
   if key is None:
-    return _svd(x).cut(rank)
-  return _randomised(x, rank, typed_key(key, "low_rank: key"), oversample, iterations)
-
-
-@jax.jit  # these are chains of small programs; one of each shape is compiled
-def _svd(x: jax.Array) -> LowRank:
-  u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-  return LowRank(u, s, vt, jnp.zeros(s.shape[:-1], s.dtype))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 3, 4))
-def _randomised(x: jax.Array, rank: int, key: jax.Array, oversample: int, iterations: int) -> LowRank:
-  count = min(rank + oversample, *x.shape[-2:])
-  q = orthonormal(matmul(x, jax.random.normal(key, (*x.shape[:-2], x.shape[-1], count), x.dtype)))
-  for _ in range(iterations):
-    q = orthonormal(matmul(x, orthonormal(matmul(x.mT, q))))
-  inside = _svd(matmul(q.mT, x)).cut(rank)
-  found = inside._replace(u=matmul(q, inside.u))
-  return found._replace(error=_ratio(frobenius(x - found.array(), 2), frobenius(x, 2)))
-
-
-def orthonormal(columns: jax.Array) -> jax.Array:
-  """Orthonormal columns that span those given."""
-  return jnp.linalg.qr(columns)[0]
-
-
-def frobenius(x: jax.Array, axes: int = 1) -> jax.Array:
-  """The norm over the last axes."""
-  return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(-axes, 0))))
-
-
-def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
-  return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    return svd(x).cut(rank)
+  return randomised(x, rank, typed_key(key, "low_rank: key"), oversample, iterations)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,27 +221,23 @@ def _shares(path: str, values: Any) -> np.ndarray:
 # The update of a leaf.
 
 
-def delta_factors(weight: LoraWeight) -> tuple[jax.Array, jax.Array]:
-  """`(a, b)` with `delta = sum_r a b`: the scale is in `b`."""
-  return weight.a, weight.b * jnp.asarray(weight.scale, weight.b.dtype)
+def is_linear(weight: LoraWeight) -> bool:
+  """Whether the adapted weight is the base plus a product of factors; DoRA's gain is none."""
+  return weight.kind.gain is None
 
 
-@jax.jit
-def product_svd(a: jax.Array, b: jax.Array) -> LowRank:
-  """The decomposition of `a^T b`, (stack, in, out), for thin `a` (stack, rank, in) and `b` (stack, rank, out).
-
-      a^T = Qa Ra,  b^T = Qb Rb,  Ra Rb^T = U S V^T   =>   a^T b = (Qa U) S (Qb V)^T
-
-  Nothing larger than a factor is formed.
-  """
-  dtype = wide(a, b)
-  (qa, ra), (qb, rb) = (jnp.linalg.qr(factor.astype(dtype).mT) for factor in (a, b))
-  core = _svd(matmul(ra, rb.mT))
-  return core._replace(u=matmul(qa, core.u), vt=matmul(core.vt, qb.mT))
+def check_linear(path: str, weight: LoraWeight, what: str) -> None:
+  if not is_linear(weight):
+    raise ValueError(
+      f"{what}: {path} is of variant {weight.variant!r}, which rescales the whole weight: its update is no product of"
+      " thin factors. jaxlora.combine([tree], [1], 'svd', rank=...) gives the best plain LoRA for it, with what that"
+      " loses; or go on from the merged parameters (jaxlora.merge)."
+    )
 
 
 def delta_svd(weight: LoraWeight) -> LowRank:
-  a, b = delta_factors(weight)
+  """The decomposition of a weight's update, (stack, in, out); it must be linear."""
+  a, b = weight.factors()
   return product_svd(thin(a, weight.roles), thin(b, weight.roles))
 
 
@@ -421,7 +323,8 @@ def spectrum(tree: Any) -> dict[str, jax.Array]:
     trained whole are not in it.
 
   Raises:
-    ValueError: if the tree has no adapted weight or is a half; where factors are not finite, naming the leaves.
+    ValueError: if the tree has no adapted weight or is a half; where factors are not finite, or a variant's update is
+      no product of factors (DoRA), naming the leaves.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -438,10 +341,12 @@ def spectrum(tree: Any) -> dict[str, jax.Array]:
 
 
 def lora_leaves(tree: Any, what: str) -> list[tuple[str, LoraWeight]]:
-  """The low-rank leaves of a whole tree, with finite factors."""
+  """The low-rank leaves of a whole tree, with finite factors and linear updates."""
   check_adapted(tree, what)
   leaves = [(path, node) for path, node in adapted_leaves(tree) if isinstance(node, LoraWeight)]
-  check_finite([(f"{path} ({n})", x) for path, w in leaves for n, x in (("a", w.a), ("b", w.b))], what)
+  check_finite([(f"{path} ({n})", x) for path, w in leaves for n, x in parts(w).items() if n != "base"], what)
+  for path, weight in leaves:
+    check_linear(path, weight, what)
   return leaves
 
 
@@ -458,8 +363,8 @@ def compress(
 
   Args:
     tree: what `adapt` returned, trained. Leaves trained whole stay as they are.
-    rank: the largest rank of a leaf; or path regex -> `{"rank": r}` for each, as `allocate` returns it. A leaf of
-      no higher rank stays as it is.
+    rank: the largest rank of a leaf; or path regex -> `{"rank": r}` for each, as `allocate` returns it. A leaf whose
+      factors have no more terms stays as it is; others become plain LoRA, whatever their variant or initialiser.
     energy: instead of a rank: the share of each update's squared Frobenius norm to keep, in (0, 1].
     with_report: whether to return a `Truncation` as well.
 
@@ -467,7 +372,8 @@ def compress(
     The tree, or `(tree, Truncation)` with what each leaf lost.
 
   Raises:
-    ValueError: on neither or both of rank and energy, a leaf that no regex matches, factors that are not finite.
+    ValueError: on neither or both of rank and energy, a leaf that no regex matches, factors that are not finite, a
+      variant whose update is no product of factors (DoRA).
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -513,4 +419,5 @@ def _compressed(weight: LoraWeight, rank: int | None, energy: float | None) -> t
   if rank is None:
     rank = rank_of_energy(found.s, energy, max(found.u.shape[-2], found.vt.shape[-1]))
   norm, cut = frobenius(found.s), found.cut(min(rank, found.rank))
-  return weight if rank >= weight.rank else with_delta(weight, cut), norm, cut.error
+  effective = weight.factors()[0].shape[weight.roles.count("s")]
+  return weight if rank >= effective else with_delta(weight, cut), norm, cut.error

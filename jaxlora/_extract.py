@@ -19,16 +19,14 @@ from jaxlora._decompose import (
   LeafTruncation,
   Truncation,
   check_finite,
-  frobenius,
   is_concrete,
   low_rank,
-  matrices,
   rank_or_energy,
   truncated,
-  wide,
   with_delta,
 )
 from jaxlora._initializers import leaf_key
+from jaxlora._matrix import frobenius, matrices, wide
 from jaxlora._targets import listed
 from jaxlora._transform import typed_key
 from jaxlora._weight import FullWeight, LoraWeight, is_adapted
@@ -153,9 +151,10 @@ def _extraction_plan(
       targets=lambda path, leaf: path in kernels,
       train=(lambda path, leaf: path in rest) if rest else None,
     )
-  if config.variant != "lora":
+  variants = {config.variant, *(fields.get("variant", "lora") for fields in (config.overrides or {}).values())}
+  if variants != {"lora"}:
     raise ValueError(
-      f"extract: LoraConfig.variant is {config.variant!r}, expected 'lora': the update is a plain product."
+      f"extract: LoraConfig.variant is {sorted(variants)}, expected 'lora': the update is a plain product."
     )
   overrides = {pattern: dict(fields) for pattern, fields in (config.overrides or {}).items()}
   if energy is not None and any("rank" in fields for fields in overrides.values()):
