@@ -131,7 +131,7 @@ def _over_outputs(shape: Sequence[int], roles: str) -> tuple[int, ...]:
 
 def _dora_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:
   outputs = _over_outputs(shape, roles)
-  return {**_lora_shapes(shape, roles, rank), "magnitude": outputs, "square": outputs}
+  return {**_lora_shapes(shape, roles, rank), "magnitude": outputs, "norm": outputs}
 
 
 def _precise(x: jax.Array) -> jax.Array:
@@ -155,40 +155,51 @@ def _ordered(x: jax.Array, roles: str, order: Sequence[int]) -> jax.Array:
 
 
 def _dora_start(start: Start) -> dict[str, jax.Array]:
-  square = squared_norms(start.base, start.roles)
-  return {**_lora_start(start), "magnitude": jnp.sqrt(square), "square": square}
+  norm = jnp.sqrt(squared_norms(start.base, start.roles))
+  return {**_lora_start(start), "magnitude": norm, "norm": norm.copy()}
 
 
-def updated_squares(parts: Parts, roles: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """`sum_in (base + A B)^2` for every output, without ever forming the sum.
+def change_of_squares(base: jax.Array, roles: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """`sum_in (base + A B)^2 - base^2` for every output, without ever forming the sum.
 
-      ||w + A b||^2 = ||w||^2 + 2 b . (A w) + b . (A A^T) b       for each column w of the base, b of B
+      ||w + A b||^2 - ||w||^2 = 2 b . (A w) + b . (A A^T) b       for each column w of the base, b of B
 
   That is rank x in x out multiplications where forming the sum takes as many and an array of the base's size.
   """
-  a, b, base = _precise(a), _precise(b), _precise(parts["base"])
-  dtype = jnp.promote_types(a.dtype, base.dtype)
+  dtype = jnp.promote_types(_precise(a).dtype, _precise(base).dtype)
   a, b, base = a.astype(dtype), b.astype(dtype), base.astype(dtype)
-  number = {RANK: len(roles)}
-  a_axes, b_axes = ([number.get(d, d) for d in factor_axes(roles, own)] for own in "io")
-  other = [len(roles) + 1 if d == len(roles) else d for d in a_axes]
-  stack = [d for d in a_axes if d < len(roles) and roles[d] == "s"]
+  rank, other = len(roles), len(roles) + 1  # labels of the rank's axis, and of a second one
+  a_axes, b_axes = ([rank if d == RANK else d for d in factor_axes(roles, own)] for own in "io")
+  stack = [d for d, role in enumerate(roles) if role == "s"]
+
+  def second(axes: Sequence[int]) -> list[int]:
+    return [other if d == rank else d for d in axes]
+
   crossed = jnp.einsum(a, a_axes, base, list(range(len(roles))), b_axes, precision="highest")
-  gram = jnp.einsum(a, a_axes, a, other, [*stack, len(roles), len(roles) + 1], precision="highest")
-  b_other = [len(roles) + 1 if d == len(roles) else d for d in b_axes]
-  folded = jnp.einsum(gram, [*stack, len(roles), len(roles) + 1], b, b_other, b_axes, precision="highest")
-  more = jnp.sum(b * (2 * crossed + folded), axis=len(stack), keepdims=True)
-  return parts["square"].astype(dtype) + more
+  gram = jnp.einsum(a, a_axes, a, second(a_axes), [*stack, rank, other], precision="highest")
+  folded = jnp.einsum(gram, [*stack, rank, other], b, second(b_axes), b_axes, precision="highest")
+  return jnp.sum(b * (2 * crossed + folded), axis=len(stack), keepdims=True)
+
+
+def _dora_norm(parts: Parts, roles: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """`||base + A B||` for every output: the base's own norm, to the bit, where the update is zero.
+
+  So the gain is exactly one at first, however the compiler rounds roots. A column of zeros has the norm one.
+  """
+  change, norm = change_of_squares(parts["base"], roles, a, b), parts["norm"]
+  squares, none = norm * norm, norm == 0
+  relative = jnp.maximum(1 + change / jnp.where(none, 1, squares), 0)
+  grown = jnp.where(none, jnp.where(change > 0, change, 1), jnp.where(relative > 0, relative, 1))
+  return jnp.where(none, 1, norm) * jnp.sqrt(grown)
 
 
 def _dora_gain(parts: Parts, roles: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """`m / ||W + s A B||`, the norm a constant for the gradient (section 4.3 of the paper)."""
-  a, b = lax.stop_gradient((a, b))
-  return parts["magnitude"] / jnp.sqrt(updated_squares(parts, roles, a, b))
+  return parts["magnitude"] / _dora_norm(parts, roles, *lax.stop_gradient((a, b)))
 
 
 def _exact_dora_gain(parts: Parts, roles: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return parts["magnitude"] / jnp.sqrt(updated_squares(parts, roles, a, b))
+  return parts["magnitude"] / _dora_norm(parts, roles, a, b)
 
 
 # Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5: W' = m (W + B A) / ||W + B A||_c.
