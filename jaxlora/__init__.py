@@ -9,6 +9,7 @@ from jaxlora._arithmetic import combine, cosine, interpolate, norms, scale, subt
 from jaxlora._config import LoraConfig
 from jaxlora._decompose import Truncation, allocate, compress, low_rank, spectrum
 from jaxlora._extract import extract
+from jaxlora._from_data import init_from_data
 from jaxlora._matrix import LowRank
 from jaxlora._optim import grad, labels, mask, optimizer, value_and_grad
 from jaxlora._report import explain, summary
@@ -33,6 +34,7 @@ __all__ = [
   "explain",
   "extract",
   "grad",
+  "init_from_data",
   "interpolate",
   "join",
   "labels",

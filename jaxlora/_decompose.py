@@ -340,12 +340,12 @@ def spectrum(tree: Any) -> dict[str, jax.Array]:
   return values
 
 
-def lora_leaves(tree: Any, what: str) -> list[tuple[str, LoraWeight]]:
-  """The low-rank leaves of a whole tree, with finite factors and linear updates."""
+def lora_leaves(tree: Any, what: str, linear: bool = True) -> list[tuple[str, LoraWeight]]:
+  """The low-rank leaves of a whole tree, with finite factors and, unless it does not matter, linear updates."""
   check_adapted(tree, what)
   leaves = [(path, node) for path, node in adapted_leaves(tree) if isinstance(node, LoraWeight)]
   check_finite([(f"{path} ({n})", x) for path, w in leaves for n, x in parts(w).items() if n != "base"], what)
-  for path, weight in leaves:
+  for path, weight in leaves if linear else ():
     check_linear(path, weight, what)
   return leaves
 
