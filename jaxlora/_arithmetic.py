@@ -498,6 +498,13 @@ def subtract(tree: Any, other: Any) -> Any:
 
   Raises:
     ValueError: as `combine`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((6, 5))}
+    >>> one, two = (jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(k)) for k in (1, 2))
+    >>> jaxlora.subtract(one, two)["kernel"].rank
+    4
   """
   return combine([tree, other], [1, -1])
 
@@ -514,13 +521,20 @@ def interpolate(tree: Any, other: Any, t: Any) -> Any:
 
   Raises:
     ValueError, TypeError: as `combine`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((6, 5))}
+    >>> one, two = (jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(k)) for k in (1, 2))
+    >>> jaxlora.interpolate(one, two, 1)["kernel"] is two["kernel"]
+    True
   """
   check_number(t, "interpolate: t")
   return combine([tree, other], [1 - t, t])
 
 
 def norms(tree: Any) -> dict[str, jax.Array]:
-  """The Frobenius norm of every update, from its thin factors; no update is formed.
+  """The Frobenius norm of every update, from its thin factors; no update is formed, but for DoRA's.
 
   Args:
     tree: what `adapt` returned, trained.
@@ -530,6 +544,12 @@ def norms(tree: Any) -> dict[str, jax.Array]:
 
   Raises:
     ValueError: if the tree has no adapted leaf or is a half; where values are not finite, naming the leaves.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> tree = jaxlora.adapt({"kernel": jnp.ones((6, 5))}, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> float(jaxlora.norms(tree)["kernel"])  # B is zero
+    0.0
   """
   nodes, _ = _aligned([tree], ["the tree"], "norms")
   return {path: _norm(node) for path, (node,) in nodes.items() if is_adapted(node)}
@@ -542,7 +562,7 @@ def _norm(node: Any) -> jax.Array:
 
 
 def cosine(tree: Any, other: Any) -> dict[str, jax.Array]:
-  """The cosine of the angle between the updates of two adapters, leaf by leaf; no update is formed.
+  """The cosine of the angle between the updates of two adapters, leaf by leaf; none is formed, but for DoRA's.
 
       <delta, delta'>_F / (|delta| |delta'|),    <A^T B, A'^T B'>_F = sum((A A'^T) * (B B'^T))
 
@@ -554,6 +574,13 @@ def cosine(tree: Any, other: Any) -> dict[str, jax.Array]:
 
   Raises:
     ValueError: as `combine`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((6, 5))}
+    >>> one, two = (jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(k)) for k in (1, 2))
+    >>> float(jaxlora.cosine(one, two)["kernel"])  # B is zero
+    0.0
   """
   nodes, _ = _aligned([tree, other], ["the first tree", "the second tree"], "cosine")
   return {path: _cosine(*pair) for path, pair in nodes.items() if any(map(is_adapted, pair))}

@@ -30,10 +30,17 @@ from jaxlora._weight import FullWeight, LoraWeight, is_adapted
 
 @dataclasses.dataclass
 class Seen:
-  """What happened to the weights, by path: those whose input was seen, and why those that were not."""
+  """What happened to the weights, by path: those whose input was seen, and why those that were not.
+
+  `places` holds the user's lines of the equations that enclose the one at hand.
+  """
 
   inputs: set[str] = dataclasses.field(default_factory=set)
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+  places: list[str] = dataclasses.field(default_factory=list)
+
+  def source(self, eqn: Any) -> str:
+    return _compat.source_line(eqn) or next(filter(None, reversed(self.places)), "an unknown line")
 
   def plain(self, value: Any, reason: str) -> Any:
     """The weight as an array: what it meets from here on is not seen."""
@@ -106,12 +113,16 @@ def _apply(seen: Seen, eqn: Any, values: Sequence[Any]) -> tuple[list[Any], jax.
   name = eqn.primitive.name
   try:
     if name in CONTROL_FLOW:
-      return CONTROL_FLOW[name](seen, eqn, values)
+      seen.places.append(_compat.source_line(eqn))
+      try:
+        return CONTROL_FLOW[name](seen, eqn, values)
+      finally:
+        seen.places.pop()
     if name not in RULES:
       raise Unfactorable(f"it enters `{name}`")
     return _by_rule(seen, eqn, values)
   except Unfactorable as why:
-    reason = f"{why} (`{name}` at {_compat.source_line(eqn) or 'an unknown line'})"
+    reason = f"{why} (`{name}` at {seen.source(eqn)})"
     return _compat.bind(eqn, [seen.plain(value, reason) for value in values]), None
 
 

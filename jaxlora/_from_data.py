@@ -301,6 +301,24 @@ def _lora_ga(tree: Any, weights: dict[str, LoraWeight], asked: _Asked) -> dict[s
   return {p: _with_gradient(w, q[p], z[p], asked.gamma) for p, w in weights.items() if p not in missing}
 
 
+def loss_of_factors(fn: Callable[..., Any], treedef: Any, paths: list[str]) -> Callable[..., jax.Array]:
+  """The loss as a function of factors of scale 1, by path, the nodes of the tree, and a batch."""
+  apply = wrap(fn, on_materialize="ignore")
+
+  def loss(factors: dict[str, dict[str, jax.Array]], nodes: list[Any], batch: Any) -> jax.Array:
+    def with_factors(path: str, node: Any) -> Any:
+      if not isinstance(node, LoraWeight):
+        return node
+      a, b = factors[path]["a"], factors[path]["b"]
+      count = a.shape[node.roles.count("s")]
+      return LoraWeight(node.base, a, b, roles=node.roles, rank=count, alpha=float(count))
+
+    full = [with_factors(*pair) for pair in zip(paths, nodes, strict=True)]
+    return apply(jax.tree_util.tree_unflatten(treedef, full), batch)
+
+  return loss
+
+
 def _gradient_products(
   tree: Any, weights: dict[str, LoraWeight], counts: dict[str, int], asked: _Asked
 ) -> Callable[[str, dict[str, jax.Array]], dict[str, jax.Array]]:
@@ -308,25 +326,9 @@ def _gradient_products(
 
   With A zero the gradient of A is `B G^T`, with B zero that of B is `A G`, for the gradient G of the weight, (in, out).
   """
-  nodes, treedef = _paths.flatten(tree, is_leaf=is_adapted)
-  apply = wrap(asked.fn, on_materialize="ignore")
-
-  def loss(factors: dict[str, dict[str, jax.Array]], bases: list[Any], batch: Any) -> jax.Array:
-    full = [
-      LoraWeight(
-        node.base,
-        factors[path]["a"],
-        factors[path]["b"],
-        roles=node.roles,
-        rank=counts[path],
-        alpha=float(counts[path]),
-      )
-      if isinstance(node, LoraWeight)
-      else node
-      for (path, _), node in zip(nodes, bases, strict=True)
-    ]
-    return apply(jax.tree_util.tree_unflatten(treedef, full), batch)
-
+  flat, treedef = _paths.flatten(tree, is_leaf=is_adapted)
+  loss = loss_of_factors(asked.fn, treedef, [path for path, _ in flat])
+  nodes = [node for _, node in flat]
   gradient = jax.jit(jax.grad(loss))
 
   def products(own: str, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -336,7 +338,7 @@ def _gradient_products(
       factors[path] = {own: zero, other: rows[path].astype(getattr(weight, other).dtype)}
     total: dict[str, jax.Array] = {}
     for batch in asked.batches:
-      for path, found in gradient(factors, [node for _, node in nodes], batch).items():
+      for path, found in gradient(factors, nodes, batch).items():
         part = thin(found[own], weights[path].roles).astype(wide(found[own]))
         total[path] = total[path] + part if path in total else part
     if not total:

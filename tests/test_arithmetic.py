@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora._variants import VARIANTS
 
 KEY = jax.random.key(0)
 SHAPE = (9, 7)
@@ -155,6 +156,67 @@ def test_nothing_of_the_weights_size_is_formed():
   for fn in fns:
     jaxpr = jax.make_jaxpr(lambda a, b: fn(dataclasses.replace(node, a=a, b=b)))(node.a, node.b)
     assert max(var.aval.size for eqn in equations(jaxpr) for var in eqn.outvars) <= 4 * 60
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every variant, and starts that are taken off.
+
+NONLINEAR = {"dora", "dora_exact"}
+KINDS = [*({"variant": name} for name in VARIANTS), {"init": "pissa"}, {"init": "orthogonal"}]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: next(iter(kind.values())))
+
+
+def of_kind(kind, seed=10):
+  return adapter(seed, 2, 3.0, targets="w", axes=None, train=None, **kind)
+
+
+@each_kind
+@pytest.mark.parametrize("method", ["exact", "svd"])
+def test_one_adapter_of_weight_one_is_itself_in_every_variant(kind, method):
+  tree = of_kind(kind)
+  combined = jaxlora.combine([tree], [1], method)
+  chex.assert_trees_all_equal(combined, tree)
+  assert jax.tree.structure(combined) == jax.tree.structure(tree)
+
+
+@each_kind
+def test_variants_add_up_where_they_can(x64, kind):
+  tree, plain = of_kind(kind), of_kind({}, 40)
+  if kind.get("variant") in NONLINEAR:
+    for call in (
+      lambda: jaxlora.combine([tree, plain], [1, 1]),
+      lambda: jaxlora.combine([tree], [0.5]),
+      lambda: jaxlora.scale(tree, 0.5),
+      lambda: jaxlora.spectrum(tree),
+      lambda: jaxlora.compress(tree, rank=1),
+    ):
+      with pytest.raises(ValueError, match=r"w is of variant 'dora.* no product of thin factors.*'svd'"):
+        call()
+  else:
+    assert_deltas(jaxlora.combine([tree, plain], [0.7, -2.0]), weighted_sum([tree, plain], [0.7, -2.0]))
+    for factor in (0.0, -0.5, jnp.asarray(0.3)):
+      assert_deltas(jaxlora.scale(tree, factor), weighted_sum([tree], [factor]))
+    traced = jax.jit(lambda factor: jaxlora.scale(tree, factor))(0.3)
+    assert_deltas(traced, weighted_sum([tree], [0.3]))
+    opposite = jaxlora.combine([tree, tree], [1.7, -1.7])
+    assert_deltas(opposite, {name: 0 * x for name, x in deltas(tree).items()})
+  left, right = deltas(tree)["w"], deltas(plain)["w"]
+  np.testing.assert_allclose(jaxlora.norms(tree)["w"], np.linalg.norm(left), rtol=1e-9)
+  want = np.sum(left * right) / np.linalg.norm(left) / np.linalg.norm(right)
+  np.testing.assert_allclose(jaxlora.cosine(tree, plain)["w"], want, rtol=1e-8)
+
+
+@each_kind
+def test_variants_come_to_a_rank(x64, kind):
+  trees, weights = [of_kind(kind), of_kind({}, 40)], [0.7, -2.0]
+  want = weighted_sum(trees, weights)["w"]
+  whole = jaxlora.combine(trees, weights, "svd", rank=7)
+  assert_deltas(whole, {"w": want}, 1e-11)
+  combined, report = jaxlora.combine(trees, weights, "svd", rank=3, with_report=True)
+  assert (combined["w"].rank, combined["w"].variant, combined["w"].extra) == (3, "lora", {})
+  np.testing.assert_allclose(deltas(combined)["w"], truncated(want, 3), atol=1e-10)
+  lost = np.linalg.norm(want - truncated(want, 3)) / np.linalg.norm(want)
+  np.testing.assert_allclose(report.residual, lost, atol=1e-9)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
