@@ -177,16 +177,22 @@ def compare_calls(rounds: int, tick: Callable[[str], Any]) -> dict[str, Any]:
 # Results.
 
 
-def describe(results: dict[str, Any]) -> str:
-  """The three tables."""
-  rows = []
+def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+  """The head and the rows of the first table."""
+  rows: list[tuple[str, ...]] = [("one step", "/ full", "/ floor", *PHASES, "all")]
   for name, row in results["rows"].items():
     phases = (f"{row['phases'][phase]['median']:.2f} s" for phase in PHASES)
     ratios = (harness.ratio_cell(row[field]) for field in ("over_full", "over_floor"))
     rows.append((name, *ratios, *phases, f"{row['seconds']['median']:.2f} s"))
+  return rows
+
+
+def describe(results: dict[str, Any]) -> str:
+  """The three tables."""
+  head, *rows = cells(results)
   lines = [
     results["title"],
-    harness.table(("one step", "/ full", "/ floor", *PHASES, "all"), rows),
+    harness.table(head, rows),
     f"A/A control (full fine-tuning again): {harness.ratio_cell(results['control'])}",
     *results["left_out"],
     "",
@@ -195,17 +201,23 @@ def describe(results: dict[str, Any]) -> str:
   if results["scanned"]:
     lines += ["", "scanned", describe_layers(results["scanned"])]
   calls = results["calls"]
-  rows = [
+  calls_rows = [
     (name, harness.ratio_cell(row["over_dicts"]), f"{1e6 * row['seconds']['median']:.0f} us")
     for name, row in calls["rows"].items()
   ]
   head = (f"a cached call ({calls['base_leaves']} leaves, adapted {calls['leaves']})", "/ dicts", "time")
   control = f"A/A control (the adapted tree again): {harness.ratio_cell(calls['control'])}"
-  return "\n".join([*lines, "", harness.table(head, rows), control])
+  return "\n".join([*lines, "", harness.table(head, calls_rows), control])
 
 
 def describe_layers(layers: dict[str, dict[str, Any]]) -> str:
   """Seconds over the number of layers."""
+  head, *rows = layer_cells(layers)
+  return harness.table(head, rows)
+
+
+def layer_cells(layers: dict[str, dict[str, Any]], kind: str = "layers") -> list[tuple[str, ...]]:
+  """The head and the rows of seconds over the number of layers."""
   counts = list(next(iter(layers.values()))["seconds"])
   rows = [
     (
@@ -216,7 +228,24 @@ def describe_layers(layers: dict[str, dict[str, Any]]) -> str:
     )
     for name, row in layers.items()
   ]
-  return harness.table(("layers", *counts, "late / early layer", "most / fewest"), rows)
+  return [(kind, *counts, "late / early layer", "most / fewest"), *rows]
+
+
+def tables(results: dict[str, Any]) -> str:
+  """The tables of benchmarks/README.md."""
+  calls, rounds = results["calls"]["rows"][TREE_CALL]["over_dicts"], results["settings"]["rounds"]
+  lines = (
+    f"{results['title']}; {rounds} rounds, medians (min-max); the A/A control is"
+    f" {harness.ratio_cell(results['control'])}. {harness.conditions(results)}.",
+    f"A cached call with an adapted tree takes {harness.ratio_cell(calls)} of one with the same leaves in plain dicts.",
+  )
+  parts = ["\n".join(lines)]
+  sweeps = [layer_cells(results["layers"], "seconds over layers")]
+  if results["scanned"]:
+    sweeps.append(layer_cells(results["scanned"], "scanned layers"))
+  for head, *rows in (cells(results), *sweeps):
+    parts.append(harness.markdown(head, rows))
+  return "\n\n".join(parts)
 
 
 def plot(results: dict[str, Any], path: Any) -> None:

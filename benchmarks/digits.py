@@ -1,13 +1,14 @@
-"""What `finetune.py` adapts: scikit-learn's bundled digits, a small ViT, and its pretraining, kept on disk by orbax."""
+"""What `finetune.py` adapts: scikit-learn's bundled digits, a small ViT and a small convolutional network, and their
+pretraining, kept on disk by orbax.
+"""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import functools
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from harness import digest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,19 +83,55 @@ class ViT(nn.Module):
     return {"width": self.width, "depth": self.depth, "heads": self.heads, "mlp": self.mlp}
 
 
+class ConvBlock(nn.Module):
+  """Two 3x3 convolutions around a residual; the first may halve the image, and then a 1x1 convolution follows it."""
+
+  width: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    norm = lambda name: nn.LayerNorm(name=name)
+    hidden = nn.Conv(self.width, (3, 3), self.stride, name="conv_in")(nn.gelu(norm("norm_in")(x)))
+    if self.stride > 1:
+      x = nn.Conv(self.width, (1, 1), self.stride, name="shortcut")(x)
+    return x + nn.Conv(self.width, (3, 3), name="conv_out")(nn.gelu(norm("norm_out")(hidden)))
+
+
+class ConvNet(nn.Module):
+  """A residual network of convolutions over an 8x8 image; the norms keep no statistics, so that parameters are all."""
+
+  width: int = 48
+  depth: int = 2
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    x = nn.Conv(self.width, (3, 3), name="embed")(jnp.reshape(images, (-1, 8, 8, 1)))
+    for k in range(self.depth):
+      x = ConvBlock(self.width << k, stride=1 if k == 0 else 2, name=f"block_{k}")(x)
+    return nn.Dense(5, name="head")(nn.LayerNorm(name="norm")(x).mean(axis=(1, 2)))
+
+  def settings(self) -> dict[str, Any]:
+    """What tells one model from another."""
+    return {"kind": "conv", "width": self.width, "depth": self.depth}
+
+
+Model = ViT | ConvNet
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def init(model: ViT, seed: int) -> Params:
+def init(model: Model, seed: int) -> Params:
   """Fresh parameters."""
   return model.init(jax.random.key(seed), jnp.zeros((1, 8, 8)))["params"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def predict(model: ViT, params: Params, x: jax.Array) -> jax.Array:
+def predict(model: Model, params: Params, x: jax.Array) -> jax.Array:
   """The classes that plain parameters give to images."""
   return model.apply({"params": params}, x).argmax(axis=-1)
 
 
-def accuracy(model: ViT, params: Params, split: Split) -> float:
+def accuracy(model: Model, params: Params, split: Split) -> float:
   """The share of images in the right class."""
   return float((np.asarray(predict(model, params, split.x)) == split.y).mean())
 
@@ -128,16 +165,8 @@ def make_step(logits: Callable[[Any, Any, Any], jax.Array], tx: optax.GradientTr
   return step
 
 
-def digest(settings: Any, arrays: Sequence[np.ndarray] = ()) -> str:
-  """A short name for settings and data: the same name, the same results."""
-  state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-  for array in arrays:
-    state.update(np.ascontiguousarray(array).tobytes())
-  return state.hexdigest()[:16]
-
-
 def pretrain(
-  model: ViT, split: Split, steps: int, batch_size: int, cache: Path | None, tick: Callable[[int], Any]
+  model: Model, split: Split, steps: int, batch_size: int, cache: Path | None, tick: Callable[[int], Any]
 ) -> tuple[Params, str]:
   """Pretrained parameters and their name, from the cache where it has them; `tick` hears of every step done.
 

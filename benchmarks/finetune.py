@@ -1,26 +1,27 @@
-"""Adapts a pretrained ViT to new digits by its head alone, by LoRA and by full fine-tuning: what does each cost?"""
+"""Adapts a pretrained ViT, or a convolutional network, to new digits: what do its head alone, LoRA and full fine-tuning
+cost?
+"""
 
 import argparse
 from collections.abc import Callable, Sequence
 import functools
-import json
 import os
 from pathlib import Path
 import statistics
-import sys
 import time
 from typing import Any, NamedTuple
 
 import digits
-from digits import Params, Split, ViT
+from digits import ConvNet, Model, Params, Split, ViT
 from flax import serialization
 import harness
 import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+import methods
+from methods import Method, Program
 import numpy as np
-import optax
 
 import jaxlora
 
@@ -29,55 +30,33 @@ STEPS_PER_ROUND = 5  # timed in a row before the next method has its turn
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The methods: they differ in which half of the parameters trains, and in nothing else.
+# The methods.
+
+# Peak learning rates, chosen with --evaluate-on validation over 3 seeds (LoRA: over ranks 4-32 too): of the rates whose
+# accuracy on the new digits lies within one image of the best, the one that keeps most of the old digits.
+RATES = {
+  "vit": {"head": 0.2, "lora": 4e-3, "full": 1e-3},
+  "conv": {"head": 0.2, "lora": 4e-3, "full": 1e-3},
+}
+MODELS: dict[str, Callable[[], Model]] = {"vit": lambda: ViT(), "conv": lambda: ConvNet()}
 
 
-class Method(NamedTuple):
-  """A way to adapt: `split(params, key)` gives the frozen and the trainable half, `join` puts them together."""
-
-  name: str
-  rank: int | None
-  lr: float
-  settings: dict[str, Any]
-  split: Callable[[Params, jax.Array], tuple[Any, Any]]
-  join: Callable[[Any, Any], Any]
-
-
-def whole(name: str, lr: float, trains: Callable[[str], bool]) -> Method:
-  """Trains modules as they are: the baselines need no library."""
-
-  def split(params: Params, key: jax.Array) -> tuple[Params, Params]:
-    del key
-    frozen = {module: leaves for module, leaves in params.items() if not trains(module)}
-    return frozen, {module: leaves for module, leaves in params.items() if trains(module)}
-
-  return Method(name, None, lr, {"name": name, "lr": lr}, split, lambda frozen, trainable: {**frozen, **trainable})
-
-
-def lora(model: ViT, rank: int, lr: float, targets: str) -> Method:
-  """Trains A and B of the targets, and the new head whole. A patch has 4 inputs only: no room there for a rank."""
+def lora(model: Model, rank: int, lr: float, targets: str) -> Method:
+  """Trains A and B of the targets, and the new head whole. 4 inputs of a patch, 1 channel: no room there for a rank."""
   config = jaxlora.LoraConfig(rank=rank, alpha=2 * rank, targets=targets, exclude="embed/kernel", train="head/.*")
-
-  def probe(params: Params) -> jax.Array:
-    return model.apply({"params": params}, np.zeros((1, 8, 8), np.float32))
-
-  def split(params: Params, key: jax.Array) -> tuple[Any, Any]:
-    return jaxlora.split(jaxlora.adapt(params, config, key, probe=probe))
-
-  name = f"LoRA r={rank}"
-  return Method(name, rank, lr, {"name": name, "lr": lr, "config": config.to_dict()}, split, jaxlora.join)
+  return methods.lora(config, lr, lambda params: model.apply({"params": params}, np.zeros((1, 8, 8), np.float32)))
 
 
-def make_methods(model: ViT, args: argparse.Namespace) -> list[Method]:
+def make_methods(model: Model, args: argparse.Namespace) -> list[Method]:
   """Every method of the comparison; raises ValueError, before any work, where the model cannot be adapted so."""
-  loras = [lora(model, rank, args.lr_lora, args.targets) for rank in args.rank]
+  rates = {name: getattr(args, f"lr_{name}") or rate for name, rate in RATES[args.model].items()}
+  loras = [lora(model, rank, rates["lora"], args.targets) for rank in args.rank]
   params, key = jax.eval_shape(lambda: (digits.init(model, 0), jax.random.key(0)))
   for method in loras:
     tree = jax.eval_shape(lambda *args, method=method: method.join(*method.split(*args)), params, key)
     jax.eval_shape(jaxlora.wrap(model.apply, on_materialize="error"), {"params": tree}, jnp.zeros((1, 8, 8)))
-  head = whole("head alone", args.lr_head, lambda module: module == "head")
-  full = whole("full fine-tuning", args.lr_full, lambda module: True)
-  return [head, *loras, full]
+  head = methods.whole("head alone", rates["head"], lambda module: module == "head")
+  return [head, *loras, methods.whole("full fine-tuning", rates["full"], lambda module: True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -87,7 +66,7 @@ def make_methods(model: ViT, args: argparse.Namespace) -> list[Method]:
 class Setup(NamedTuple):
   """What all methods share."""
 
-  model: ViT
+  model: Model
   pretrained: Params
   train: Split
   new: Split
@@ -95,17 +74,6 @@ class Setup(NamedTuple):
   steps: int
   batch_size: int
   out: Path
-
-
-class Program(NamedTuple):
-  """A method's compiled step and the sizes that every seed shares."""
-
-  method: Method
-  tx: optax.GradientTransformation
-  step: Callable[..., Any]
-  flops: float
-  trainable: int
-  optimizer_bytes: int
 
 
 def start(method: Method, pretrained: Params, seed: int) -> tuple[Any, Any]:
@@ -122,18 +90,9 @@ def compile_step(method: Method, setup: Setup) -> Program:
   apply = jaxlora.wrap(setup.model.apply, on_materialize="error")  # hands trees without adapters straight on
   tx = digits.adam(method.lr, setup.steps)
   frozen, trainable = start(method, setup.pretrained, seed=0)
-  opt_state = tx.init(trainable)
   step = digits.make_step(lambda frozen, trainable, x: apply({"params": method.join(frozen, trainable)}, x), tx)
   batch = next(digits.batches(setup.train, setup.batch_size, setup.steps, seed=0))
-  compiled = step.lower(trainable, opt_state, frozen, batch).compile()
-  return Program(
-    method=method,
-    tx=tx,
-    step=compiled,
-    flops=compiled.cost_analysis()["flops"],
-    trainable=sum(leaf.size for leaf in jax.tree.leaves(trainable)),
-    optimizer_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state)),
-  )
+  return methods.compile_program(method, tx, step, frozen, trainable, batch)
 
 
 def save(trainable: Any, path: Path) -> int:
@@ -185,26 +144,6 @@ def step_ratios(
 # Results: kept as they come, then a table, JSON and a plot.
 
 
-class Runs:
-  """Finished runs on disk by the digest of all that decides them, so that an interrupted comparison goes on."""
-
-  def __init__(self, path: Path, fresh: bool):
-    self.path = path
-    self.found = {} if fresh or not path.exists() else json.loads(path.read_text())
-
-  def keep(self, key: str, result: dict[str, Any]) -> None:
-    """Adds a run; the file is replaced whole, never half written."""
-    self.found[key] = result
-    harness.write(self.path, self.found)
-
-
-def source_digest() -> str:
-  """Names the code that made a result: after a change, old runs are no longer picked up."""
-  package = Path(jaxlora.__file__).parent
-  files = [*sorted(package.glob("*.py")), HERE / "digits.py", HERE / "finetune.py"]
-  return digits.digest([file.read_text() for file in files])
-
-
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
   """Mean and sample standard deviation over seeds; None where the figure does not exist."""
   known = [value for value in values if value is not None]
@@ -230,8 +169,8 @@ def summarize(program: Program, runs: list[dict[str, Any]], ratio: dict[str, Any
   }
 
 
-def table(results: dict[str, Any]) -> str:
-  """The rows for people."""
+def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+  """The head and the rows of the table."""
 
   def percent(value: dict[str, float] | None) -> str:
     return "-" if value is None else f"{value['mean']:.1%} ± {100 * value['std']:.1f}"
@@ -239,15 +178,22 @@ def table(results: dict[str, Any]) -> str:
   head = ("method", "new digits", "old, kept", "old, removed", "trainable", "optimizer", "file", "step / full", "FLOPs")
   rows = []
   for row in results["methods"]:
-    cells = (
-      row["method"],
-      *(percent(row[field]) for field in ("new", "old", "old_removed")),
-      f"{row['trainable_parameters']:,} ({row['trainable_share']:.1%})",
-      *(f"{row[field] / 1024:,.1f} KiB" for field in ("optimizer_bytes", "adapter_file_bytes")),
-      harness.ratio_cell(row["step_over_full"]),
-      f"{row['flops_per_step'] / 1e9:.3f} G",
+    rows.append(
+      (
+        row["method"],
+        *(percent(row[field]) for field in ("new", "old", "old_removed")),
+        f"{row['trainable_parameters']:,} ({row['trainable_share']:.1%})",
+        *(f"{row[field] / 1024:,.1f} KiB" for field in ("optimizer_bytes", "adapter_file_bytes")),
+        harness.ratio_cell(row["step_over_full"]),
+        f"{row['flops_per_step'] / 1e9:.3f} G",
+      )
     )
-    rows.append(cells)
+  return [head, *rows]
+
+
+def table(results: dict[str, Any]) -> str:
+  """The rows for people."""
+  head, *rows = cells(results)
   settings = results["settings"]
   return "\n".join(
     [
@@ -258,6 +204,41 @@ def table(results: dict[str, Any]) -> str:
       f"step / full: median (min-max) of {settings['rounds']} interleaved rounds. FLOPs: XLA's count for one step.",
     ]
   )
+
+
+def tables(results: dict[str, Any]) -> str:
+  """The table of benchmarks/README.md."""
+  head, *rows = cells(results)
+  pretrained = results["pretrained"]
+  lines = (
+    f"{pretrained['parameters']:,} parameters; the pretrained model has {pretrained['old']:.1%} on the old digits."
+    f" {results['settings']['seeds']} seeds, mean ± sample standard deviation; {results['settings']['rounds']} rounds.",
+    f"{harness.conditions(results)}.",
+  )
+  return "\n".join([*lines, "", harness.markdown(head, rows)])
+
+
+def brief(results: dict[str, Any]) -> str:
+  """The table of README.md: one rank, and what matters most."""
+  head, *loras, full = results["methods"]
+  shown = [head, *(row for row in loras if row["rank"] == 8), full]
+
+  def percent(value: dict[str, float] | None) -> str:
+    return "-" if value is None else f"{value['mean']:.1%}" + (f" ± {100 * value['std']:.1f}" if value["std"] else "")
+
+  rows = [
+    (
+      row["method"],
+      *(percent(row[field]) for field in ("new", "old", "old_removed")),
+      f"{row['trainable_parameters']:,}",
+      *(f"{row[field] / 1024:,.0f} KiB" for field in ("optimizer_bytes", "adapter_file_bytes")),
+      f"{row['step_over_full']['median']:.2f}",
+      f"{row['flops_per_step'] / full['flops_per_step']:.2f}",
+    )
+    for row in shown
+  ]
+  scores = ("new digits", "old digits kept", "adapter removed")
+  return harness.markdown(("", *scores, "trained", "Adam's moments", "file", "step / full", "FLOPs / full"), rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -300,17 +281,17 @@ def make_parser() -> argparse.ArgumentParser:
   """The options; their defaults finish in well under 3 minutes on two CPU cores."""
   parser = harness.make_parser("finetune", __doc__, "--rank 4,8,16,32 --targets attention", rounds=21)
   count, rate = harness.positive(int), harness.positive(float)
+  parser.add_argument("--model", choices=tuple(MODELS), default="vit", help="a transformer, or a convolutional network")
   parser.add_argument("--rank", type=harness.several(count), default="8", help="LoRA ranks, separated by commas")
   parser.add_argument("--targets", default="all-linear", help="all-linear, attention, or a regex over whole paths")
   parser.add_argument("--seeds", type=count, default=3, help="number of seeds: heads, factors and batches")
   parser.add_argument("--steps", type=count, default=150, help="steps of adaptation, for every method")
   parser.add_argument("--pretrain-steps", type=count, default=300, help="steps of pretraining on the old digits")
   parser.add_argument("--batch-size", type=count, default=32, help="images per step")
-  # Chosen with --evaluate-on validation over 3 seeds (LoRA: over ranks 4-32 too): of the rates whose accuracy on the
-  # new digits lies within one image of the best, the one that keeps most of the old digits.
-  for name, lr in (("head", 0.2), ("lora", 4e-3), ("full", 1e-3)):
+  for name in ("head", "lora", "full"):
+    best = ", ".join(f"{rates[name]:g} for {model}" for model, rates in RATES.items())
     parser.add_argument(
-      f"--lr-{name}", type=rate, default=lr, help="peak learning rate, chosen on the validation split"
+      f"--lr-{name}", type=rate, help=f"peak learning rate; unless given the best on the validation split, {best}"
     )
   parser.add_argument(
     "--evaluate-on", choices=("test", "validation"), default="test", help="use validation to choose settings"
@@ -327,31 +308,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Checks the arguments and runs the comparison; returns what finetune.json holds."""
   parser = make_parser()
   args = parser.parse_args(argv)
-  model = ViT()
+  if args.model != "vit" and args.out == parser.get_default("out"):
+    args.out = args.out.with_name(f"{args.out.name}_{args.model}")
+  model = MODELS[args.model]()
   try:
-    methods = make_methods(model, args)
+    everybody = make_methods(model, args)
     harness.check_writable(args.out, "--out")
     if not args.no_cache:
       harness.check_writable(args.cache, "--cache")
   except ValueError as error:
     parser.error(str(error))
   try:
-    return compare(model, methods, args)
+    return compare(model, everybody, args)
   except KeyboardInterrupt:
-    print(
-      f"Interrupted. Finished runs are kept in {args.out / 'runs.json'}: the same command, without --fresh, goes on.",
-      file=sys.stderr,
-    )
-    raise SystemExit(130) from None
+    harness.say_interrupted(args.out)
 
 
-def compare(model: ViT, methods: Sequence[Method], args: argparse.Namespace) -> dict[str, Any]:
+def compare(model: Model, everybody: Sequence[Method], args: argparse.Namespace) -> dict[str, Any]:
   """Pretrains, trains and times every method, and writes what came of it."""
   begin = time.perf_counter()
   old, new = digits.load_task(0), digits.load_task(5)
   old_eval, new_eval = getattr(old, args.evaluate_on), getattr(new, args.evaluate_on)
 
-  steps = args.pretrain_steps + len(methods) * (args.seeds * args.steps + (args.rounds + 1) * STEPS_PER_ROUND)
+  steps = args.pretrain_steps + len(everybody) * (args.seeds * args.steps + (args.rounds + 1) * STEPS_PER_ROUND)
   with harness.progress(steps, "step", args.quiet) as bar:
     bar.set_description("pretraining")
     cache = None if args.no_cache else args.cache
@@ -359,18 +338,19 @@ def compare(model: ViT, methods: Sequence[Method], args: argparse.Namespace) -> 
     setup = Setup(model, pretrained, new.train, new_eval, old_eval, args.steps, args.batch_size, args.out)
 
     programs = []
-    for method in methods:
+    for method in everybody:
       bar.set_description(f"compiling {method.name}")
       programs.append(compile_step(method, setup))
 
-    kept = Runs(args.out / "runs.json", args.fresh)
+    kept = harness.Runs(args.out / "runs.json", args.fresh)
     decisive = {field: getattr(args, field) for field in ("steps", "batch_size", "evaluate_on")}
-    decisive |= {"pretrained": name, "source": source_digest(), "versions": harness.versions()}
-    runs: dict[str, list[dict[str, Any]]] = {method.name: [] for method in methods}
+    decisive |= {"pretrained": name, "versions": harness.versions()}
+    decisive["source"] = harness.source_digest(*(HERE / f"{name}.py" for name in ("digits", "finetune", "methods")))
+    runs: dict[str, list[dict[str, Any]]] = {method.name: [] for method in everybody}
     for program in programs:
       for seed in range(args.seeds):
         bar.set_description(f"{program.method.name}, seed {seed}")
-        key = digits.digest({**decisive, **program.method.settings, "seed": seed})
+        key = harness.digest({**decisive, **program.method.settings, "seed": seed})
         if key in kept.found:
           bar.update(args.steps)
         else:

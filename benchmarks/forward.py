@@ -137,6 +137,19 @@ def describe(comparison: dict[str, Any]) -> str:
   )
 
 
+def tables(results: dict[str, Any]) -> str:
+  """The table of benchmarks/README.md: a column for each piece of work."""
+  comparisons = results["comparisons"]
+  rows = [
+    (name.removeprefix("jaxlora, "), *(harness.ratio_cell(one["rows"][name]["over_base"]) for one in comparisons))
+    for name in (UNMERGED, MERGED, EVERY_CALL)
+  ]
+  rows.append(("A/A control", *(harness.ratio_cell(one["control"]) for one in comparisons)))
+  head = ("time / base", *(one["title"] for one in comparisons))
+  lines = f"{results['settings']['rounds']} rounds, medians (min-max). {harness.conditions(results)}."
+  return f"{lines}\n\n{harness.markdown(head, rows)}"
+
+
 def plot(results: dict[str, Any], path: Any) -> None:
   """A panel for each piece of work."""
   panels = []

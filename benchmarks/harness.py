@@ -7,6 +7,7 @@ A/A control, one entry taken twice, shows how far two equal things lie apart on 
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -14,13 +15,15 @@ import os
 from pathlib import Path
 import platform
 import statistics
+import sys
 import tempfile
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from matplotlib.figure import Figure
 import numpy as np
+import scipy.stats
 from tqdm import tqdm
 
 import jaxlora
@@ -196,8 +199,9 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-  """The options as JSON."""
-  return {field: str(value) if isinstance(value, Path) else value for field, value in vars(args).items()}
+  """The options as JSON, but for those that say nothing of a result: where it was written, what was shown or kept."""
+  silent = ("quiet", "fresh", "no_cache")
+  return {field: value for field, value in vars(args).items() if not isinstance(value, Path) and field not in silent}
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,6 +236,73 @@ def write(path: Path, values: Any) -> None:
   partial.replace(path)
 
 
+def digest(settings: Any, arrays: Sequence[Any] = ()) -> str:
+  """A short name for settings and data: the same name, the same results."""
+  state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+  for array in arrays:
+    state.update(np.ascontiguousarray(array).tobytes())
+  return state.hexdigest()[:16]
+
+
+def source_digest(*scripts: Path) -> str:
+  """Names the code that made a result, jaxlora's and the scripts': after a change, old runs are not picked up."""
+  files = [*sorted(Path(jaxlora.__file__).parent.glob("*.py")), *scripts]
+  return digest([file.read_text() for file in files])
+
+
+class Runs:
+  """Finished runs on disk by the digest of all that decides them, so that an interrupted comparison goes on."""
+
+  def __init__(self, path: Path, fresh: bool):
+    self.path = path
+    self.found = {} if fresh or not path.exists() else json.loads(path.read_text())
+
+  def keep(self, key: str, result: dict[str, Any]) -> None:
+    """Adds a run; the file is replaced whole, never half written."""
+    self.found[key] = result
+    write(self.path, self.found)
+
+
+def say_interrupted(out: Path) -> NoReturn:
+  """Ends a comparison that was interrupted, and says how to go on."""
+  print(
+    f"Interrupted. Finished runs are kept in {out / 'runs.json'}: the same command, without --fresh, goes on.",
+    file=sys.stderr,
+  )
+  raise SystemExit(130)
+
+
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+  """Mean and half of its 95 % t-interval, `t(0.975, n - 1) s / sqrt(n)`; no interval for a single value."""
+  count = len(values)
+  half = None
+  if count > 1:
+    half = float(scipy.stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / count**0.5
+  return {"mean": statistics.fmean(values), "half": half}
+
+
+def percent_cell(value: Mapping[str, float | None]) -> str:
+  """A share and its interval as tables show them."""
+  assert value["mean"] is not None
+  mean = f"{value['mean']:.1%}"
+  return mean if value["half"] is None else f"{mean} ± {100 * value['half']:.1f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table as a README has it."""
+  lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+  return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def conditions(results: Mapping[str, Any], *packages: str) -> str:
+  """What a result was measured on and with, as a README says it."""
+  machine, versions = results["hardware"], results["versions"]
+  device = "" if machine["backend"] == "cpu" else f", {machine['device']}"
+  known = [f"{name} {versions[name]}" for name in ("jax", "flax", *packages) if name in versions]
+  cores = f"{machine['cores']} CPU cores ({machine['cpu']})"
+  return f"{cores}{device}, Python {versions['python']}, {', '.join(known)}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Aligned columns under a rule."""
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -242,8 +313,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def ratio_cell(ratio: Mapping[str, Any] | None) -> str:
-  """A ratio as tables show it: median (min-max)."""
-  return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+  """A ratio as tables show it: median (min-max); the median alone where there is no range."""
+  if ratio is None:
+    return "-"
+  median = f"{ratio['median']:.2f}"
+  return median if ratio["min"] == ratio["max"] else f"{median} ({ratio['min']:.2f}-{ratio['max']:.2f})"
 
 
 def exact_cell(value: float | None) -> str:
@@ -253,7 +327,8 @@ def exact_cell(value: float | None) -> str:
 
 def milliseconds(values: Mapping[str, Any]) -> str:
   """A time as tables show it."""
-  return f"{1e3 * values['median']:,.2f} ms"
+  value = 1e3 * values["median"]
+  return f"{value:,.0f} ms" if value >= 100 else f"{value:.2f} ms"
 
 
 class Panel(NamedTuple):

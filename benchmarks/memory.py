@@ -74,12 +74,12 @@ def compare(settings: Settings, args: argparse.Namespace, tick: Any) -> dict[str
 # Results.
 
 
-def describe(results: dict[str, Any]) -> str:
-  """The table."""
+def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+  """The head and the rows of the table."""
   head = ("method", "temp", "temp / floor", "FLOPs", "/ (floor + factors)", "/ needed", "step / floor", "time")
-  rows = []
+  rows: list[tuple[str, ...]] = [head]
   for name, row in results["rows"].items():
-    cells = (
+    figures = (
       f"{row['bytes']['temp'] / 1e6:,.1f} MB",
       harness.exact_cell(row["temp_over_floor"]),
       "-" if row["flops"] is None else f"{row['flops'] / 1e9:.3f} G",
@@ -88,7 +88,13 @@ def describe(results: dict[str, Any]) -> str:
       harness.ratio_cell(row["over_floor"]),
       harness.milliseconds(row["seconds"]),
     )
-    rows.append((name, *cells))
+    rows.append((name, *figures))
+  return rows
+
+
+def describe(results: dict[str, Any]) -> str:
+  """The table."""
+  head, *rows = cells(results)
   lines = [results["title"], harness.table(head, rows)]
   lines.append(f"A/A control (the floor again / the floor): {harness.ratio_cell(results['control'])}")
   if results["recompute_over_not"]:
@@ -96,6 +102,18 @@ def describe(results: dict[str, Any]) -> str:
   else:
     lines.append("this jaxlora.wrap has no option to recompute")
   return "\n".join([*lines, *results["left_out"]])
+
+
+def tables(results: dict[str, Any]) -> str:
+  """The table of benchmarks/README.md."""
+  head, *rows = cells(results)
+  ratio = results["recompute_over_not"]
+  lines = (
+    f"{results['settings']['rounds']} rounds. {harness.conditions(results)}.",
+    f"The A/A control is {harness.ratio_cell(results['control'])}"
+    + (f"; the recomputing step takes {harness.ratio_cell(ratio)} of the time without." if ratio else "."),
+  )
+  return "\n".join([*lines, "", harness.markdown(head, rows)])
 
 
 def plot(results: dict[str, Any], path: Any) -> None:

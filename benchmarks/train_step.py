@@ -114,19 +114,86 @@ def peft_row(results: dict[str, Any]) -> dict[str, Any]:
 # Results.
 
 
-def describe(comparison: dict[str, Any]) -> str:
-  """One setting's table."""
-  rows = []
+def cells(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
+  """The head and the rows of one setting's table."""
+  rows: list[tuple[str, ...]] = [("method", "step / floor", "step / full", "time", "FLOPs", "temp")]
   for name, row in comparison["rows"].items():
     flops = "-" if row["flops"] is None else f"{row['flops'] / 1e9:.2f} G"
     temp = "-" if row["bytes"] is None else f"{row['bytes']['temp'] / 1e6:,.0f} MB"
     ratios = (harness.ratio_cell(row[field]) for field in ("over_floor", "over_full"))
     rows.append((name, *ratios, harness.milliseconds(row["seconds"]), flops, temp))
-  lines = [comparison["title"], harness.table(("method", "step / floor", "step / full", "time", "FLOPs", "temp"), rows)]
+  return rows
+
+
+def describe(comparison: dict[str, Any]) -> str:
+  """One setting's table."""
+  head, *rows = cells(comparison)
+  lines = [comparison["title"], harness.table(head, rows)]
   lines.append(f"A/A control (the floor again / the floor): {harness.ratio_cell(comparison['control'])}")
   if comparison["train_state_over_split"]:
     lines.append(f"TrainState / split: {harness.ratio_cell(comparison['train_state_over_split'])}")
   return "\n".join([*lines, *comparison["left_out"]])
+
+
+def tables(results: dict[str, Any]) -> str:
+  """The table of benchmarks/README.md: everybody, at the first setting."""
+  comparison = results["comparisons"][0]
+  head, *rows = cells(comparison)
+  lines = (
+    f"{comparison['title']}; {results['settings']['rounds']} rounds, medians (min-max);"
+    f" the A/A control is {harness.ratio_cell(comparison['control'])}.",
+    f"{harness.conditions(results, 'qwix', 'peft', 'torch')}. PEFT's ratios are to torch's own floor and full"
+    " fine-tuning.",
+  )
+  return "\n".join([*lines, "", harness.markdown(head, rows)])
+
+
+def suite_table(results: dict[str, Any]) -> str:
+  """The suite's table in benchmarks/README.md: jaxlora at every setting."""
+  first = results["comparisons"][0]["settings"]
+  rows = []
+  for comparison in results["comparisons"]:
+    ours, floor = (comparison["rows"][name] for name in ("jaxlora", FLOOR))
+    cells = (
+      *(harness.ratio_cell(ours[field]) for field in ("over_floor", "over_full")),
+      f"{ours['bytes']['temp'] / floor['bytes']['temp']:.2f}",
+      *(harness.ratio_cell(comparison[field]) for field in ("control", "train_state_over_split")),
+    )
+    rows.append((setting_name(comparison["settings"], first), *cells))
+  head = ("setting", "step / floor", "step / full", "temp / floor", "A/A control", "`TrainState` / `split`")
+  rounds = f"{results['settings']['rounds']} rounds each. {harness.conditions(results)}."
+  return f"{rounds}\n\n{harness.markdown(head, rows)}"
+
+
+def setting_name(settings: dict[str, Any], first: dict[str, Any]) -> str:
+  """What tells one setting of the suite from the first."""
+  names = {"rank": f"rank {settings['rank']}", "width": f"d={settings['width']}"}
+  names |= {"scan": "scanned", "remat": "remat", "bf16": "bf16"}
+  changed = [name for field, name in names.items() if settings[field] != first[field]]
+  return ", ".join(changed or [names["rank"]])
+
+
+def brief(results: dict[str, Any]) -> str:
+  """The table of README.md."""
+  rows = [
+    (
+      name,
+      *(f"{row[field]['median']:.2f}" for field in ("over_floor", "over_full")),
+      "-" if row["bytes"] is None else f"{row['bytes']['temp'] / 1e6:,.0f} MB",
+    )
+    for name, row in results["comparisons"][0]["rows"].items()
+  ]
+  return harness.markdown(("", "step / floor", "step / full fine-tuning", "temp memory"), rows)
+
+
+def brief_suite(results: dict[str, Any]) -> str:
+  """The sentence of README.md on the other settings."""
+  first, *others = results["comparisons"]
+  found = [
+    f"{setting_name(one['settings'], first['settings'])} {one['rows']['jaxlora']['over_floor']['median']:.2f}"
+    for one in others
+  ]
+  return f"Other settings over their floors: {', '.join(found)}."
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

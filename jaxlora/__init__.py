@@ -5,13 +5,14 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 """
 
 from jaxlora._adapt import adapt, join, merge, split, strip
+from jaxlora._adaptive import prune, sensitivity
 from jaxlora._arithmetic import combine, cosine, interpolate, norms, scale, subtract
 from jaxlora._config import LoraConfig
 from jaxlora._decompose import Truncation, allocate, compress, low_rank, spectrum
 from jaxlora._extract import extract
 from jaxlora._from_data import init_from_data
 from jaxlora._matrix import LowRank
-from jaxlora._optim import grad, labels, mask, optimizer, value_and_grad
+from jaxlora._optim import grad, labels, lora_plus, mask, optimizer, value_and_grad
 from jaxlora._report import explain, summary
 from jaxlora._transform import MaterializeError, MaterializeWarning, wrap
 from jaxlora._weight import FullWeight, LoraWeight
@@ -38,12 +39,15 @@ __all__ = [
   "interpolate",
   "join",
   "labels",
+  "lora_plus",
   "low_rank",
   "mask",
   "merge",
   "norms",
   "optimizer",
+  "prune",
   "scale",
+  "sensitivity",
   "spectrum",
   "split",
   "strip",

@@ -1,7 +1,8 @@
-"""Gradients only where they belong: `mask`, `labels`, `optimizer`, `value_and_grad`, `grad`."""
+"""Gradients only where they belong: `mask`, `labels`, `optimizer`, `lora_plus`, `value_and_grad`, `grad`."""
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 import operator
 from typing import Any
 
@@ -96,6 +97,49 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     return routed.update(_with_zeros(updates, params), state, params, **extra)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def lora_plus(
+  learning_rate: optax.ScalarOrSchedule,
+  ratio: float = 16.0,
+  make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation] = optax.adamw,
+) -> optax.GradientTransformation:
+  """LoRA+: B learns `ratio` times as fast as A and everything else that trains.
+
+      eta_B = ratio * eta_A
+
+  The right learning rates of A and B lie apart by the width of the model (section 3 of the paper). It is a partition by
+  `labels`, nothing more.
+
+  Args:
+    learning_rate: of A, of magnitudes and of leaves trained whole: a number or an optax schedule.
+    ratio: B's learning rate over A's; the paper suggests about 16.
+    make: makes a transformation from a learning rate, such as `optax.adam`.
+
+  Returns:
+    An optax transformation for the trainable half of a tree, or, inside `optimizer`, for the whole tree.
+
+  Raises:
+    ValueError: if `ratio` is not a finite number above 0.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> tree = jaxlora.adapt({"kernel": jnp.ones((8, 4))}, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> frozen, trainable = jaxlora.split(tree)
+    >>> opt_state = lora_plus(1e-4).init(trainable)
+
+  Source: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354, section 4.
+  """
+  if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+    raise ValueError(f"lora_plus: ratio is {ratio!r}, expected a finite number above 0, such as 16.")
+
+  def faster(count: Any) -> Any:
+    return ratio * learning_rate(count) if callable(learning_rate) else ratio * learning_rate
+
+  slow = make(learning_rate)
+  fast = make(faster if callable(learning_rate) else faster(0))
+  each = {"a": slow, "b": fast, "magnitude": slow, "full": slow, "frozen": optax.set_to_zero()}
+  return optax.partition(each, labels)
 
 
 def _with_zeros(updates: Any, params: Any) -> Any:

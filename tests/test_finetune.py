@@ -28,7 +28,7 @@ def finetune():
     module = importlib.import_module("finetune")
     patch.setattr(module, "ViT", lambda: module.digits.ViT(width=32, depth=1, mlp=64))
     yield module
-    for name in ("finetune", "digits", "harness"):
+    for name in ("finetune", "digits", "methods", "harness"):
       sys.modules.pop(name, None)
 
 

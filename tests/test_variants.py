@@ -220,3 +220,92 @@ def test_doras_norm_costs_a_share_of_rank_over_tokens_and_forms_no_weight():
   lora, dora = (compiled_step(variant).cost_analysis()["flops"] for variant in ("lora", "dora"))
   base = 3 * 2 * 2 * 1024 * 128 * 128
   assert dora - lora < 0.03 * base
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisers and adaptive rank.
+
+
+@pytest.mark.parametrize("learning_rate", [0.01, optax.constant_schedule(0.01)])
+def test_lora_plus_moves_b_faster(learning_rate):
+  config = jaxlora.LoraConfig(rank=2, variant="dora", train=["bias"])
+  params = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4)}
+  tree = helpers.trained(jaxlora.adapt(params, config, jax.random.key(0)))
+  frozen, trainable = jaxlora.split(tree)
+  ones = jax.tree.map(jnp.ones_like, trainable)
+  tx = jaxlora.lora_plus(learning_rate, ratio=4, make=optax.sgd)
+  updates, _ = tx.update(ones, tx.init(trainable), trainable)
+  assert jnp.allclose(updates["w"].b, -0.04)
+  for slow in (updates["w"].a, updates["w"].extra["magnitude"], updates["bias"].value):
+    assert jnp.allclose(slow, -0.01)
+  whole = jaxlora.optimizer(tx)
+  updates, _ = whole.update(jaxlora.join(frozen, ones), whole.init(tree), tree)
+  assert jnp.allclose(updates["w"].b, -0.04)
+  assert not updates["w"].base.any()
+
+
+@pytest.mark.parametrize("ratio", [0, -1, float("nan"), float("inf"), "4", True])
+def test_lora_plus_wants_a_ratio(ratio):
+  with pytest.raises(ValueError, match="lora_plus: ratio is"):
+    jaxlora.lora_plus(1e-3, ratio)
+
+
+def pruned_setup():
+  params = {"one": jnp.ones((6, 8)), "two": jnp.ones((2, 6, 8)), "else": jnp.ones((6, 8))}
+  config = jaxlora.LoraConfig(
+    rank=3, variant="adalora", axes={"two": "sio"}, targets=".*", overrides={"else": {"variant": "lora"}}
+  )
+  return helpers.trained(jaxlora.adapt(params, config, jax.random.key(0)))
+
+
+def test_pruning_keeps_the_budget_and_does_not_recompile():
+  tree = pruned_setup()
+  x = jnp.asarray(helpers.normal(2, (4, 6), np.float32))
+
+  @jaxlora.wrap
+  def apply(p):
+    return jnp.sum((x @ p["one"]) ** 2) + jnp.sum((x @ p["two"][0]) ** 2) + jnp.sum((x @ p["two"][1]) ** 3)
+
+  traces = 0
+
+  @jax.jit
+  def step(tree, budget):
+    nonlocal traces
+    traces += 1
+    scores = jaxlora.sensitivity(tree, jaxlora.grad(apply)(tree))
+    return jaxlora.prune(tree, scores, budget), scores
+
+  for budget in (9, 4, 1, 6):
+    new, scores = step(tree, budget)
+    kept = {path: np.asarray(new[path].extra["keep"]) for path in ("one", "two")}
+    assert sum(mask.sum() for mask in kept.values()) == budget
+    chosen = np.concatenate([np.asarray(scores[path])[mask == 1] for path, mask in kept.items()])
+    left = np.concatenate([np.asarray(scores[path])[mask == 0] for path, mask in kept.items()])
+    assert chosen.min() > left.max(initial=0)
+  assert traces == 1
+  np.testing.assert_array_equal(new["else"].a, tree["else"].a)
+
+
+def test_a_masked_term_has_no_part_in_the_update_and_comes_back():
+  tree = pruned_setup()
+  scores = {"one": jnp.asarray([3.0, 2.0, 1.0]), "two": jnp.zeros((2, 3))}
+  one = jaxlora.prune(tree, scores, 1)["one"]
+  w = tree["one"]
+  want = np.outer(w.a[0], w.b[0]) * w.extra["e"][0] * w.scale
+  np.testing.assert_allclose(one.delta(), want, rtol=1e-5, atol=1e-6)
+  back = jaxlora.prune(jaxlora.prune(tree, scores, 1), scores, 9)
+  np.testing.assert_array_equal(back["one"].delta(), w.delta())
+
+
+def test_what_pruning_cannot_use_is_named():
+  tree = pruned_setup()
+  with pytest.raises(ValueError, match=r"prune: scores of two: found none, expected an array of shape \(2, 3\)"):
+    jaxlora.prune(tree, {"one": jnp.zeros(3)}, 2)
+  with pytest.raises(ValueError, match=r"prune: scores of one: found \(4,\), expected an array of shape \(3,\)"):
+    jaxlora.prune(tree, {"one": jnp.zeros(4), "two": jnp.zeros((2, 3))}, 2)
+  plain = jaxlora.adapt({"w": jnp.ones((6, 8))}, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+  for call in (lambda: jaxlora.prune(plain, {}, 2), lambda: jaxlora.sensitivity(plain, plain)):
+    with pytest.raises(ValueError, match="no leaf of the variant 'adalora'"):
+      call()
+  with pytest.raises(ValueError, match="no gradients for one"):
+    jaxlora.sensitivity(tree, {"one": None})
