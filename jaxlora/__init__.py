@@ -6,7 +6,12 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 
 from jaxlora._adapt import adapt, join, merge, split, strip
 from jaxlora._adaptive import prune, sensitivity
+from jaxlora._arithmetic import combine, cosine, interpolate, norms, scale, subtract
 from jaxlora._config import LoraConfig
+from jaxlora._decompose import Truncation, allocate, compress, low_rank, spectrum
+from jaxlora._extract import extract
+from jaxlora._from_data import init_from_data
+from jaxlora._matrix import LowRank
 from jaxlora._optim import grad, labels, lora_plus, mask, optimizer, value_and_grad
 from jaxlora._report import explain, summary
 from jaxlora._transform import MaterializeError, MaterializeWarning, wrap
@@ -18,21 +23,35 @@ __all__ = [
   "FullWeight",
   "LoraConfig",
   "LoraWeight",
+  "LowRank",
   "MaterializeError",
   "MaterializeWarning",
+  "Truncation",
   "adapt",
+  "allocate",
+  "combine",
+  "compress",
+  "cosine",
   "explain",
+  "extract",
   "grad",
+  "init_from_data",
+  "interpolate",
   "join",
   "labels",
   "lora_plus",
+  "low_rank",
   "mask",
   "merge",
+  "norms",
   "optimizer",
   "prune",
+  "scale",
   "sensitivity",
+  "spectrum",
   "split",
   "strip",
+  "subtract",
   "summary",
   "value_and_grad",
   "wrap",

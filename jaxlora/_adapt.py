@@ -1,6 +1,7 @@
 """From parameters to a combined tree and back: `adapt`, `split`, `join`, `merge`, `strip`."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxlora import _paths, _probe
 from jaxlora._config import LeafPlan, LoraConfig, first_match, holds_factors, leaf_plan
-from jaxlora._initializers import INITIALIZERS, leaf_key
+from jaxlora._initializers import INITIALIZERS, from_weight, kaiming, leaf_key
+from jaxlora._matrix import matrices, wide
 from jaxlora._serialization import register_with_flax
 from jaxlora._targets import EvidenceByPath, listed, select
 from jaxlora._transform import typed_key
@@ -31,6 +33,8 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   """Puts a `LoraWeight` in the place of every targeted leaf; the function of the tree stays what it was, bit for bit.
 
       W -> (W, A, B),   A as `config.init` says,  B = 0
+
+  With an init that gives both factors it stays so to rounding: the weight stands for `W + scale (A B - A0 B0)`.
 
   Every leaf has a random key of its own, made from its path: other targets change nothing in it. The roles of a
   weight's axes come from `config.axes`, then from the probe, and are `"io"` for a matrix that neither tells of.
@@ -158,6 +162,14 @@ def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
       f"{path}: dtype {dtype} holds no factors; expected a real floating dtype of at least 8 bits. Give the factors one"
       " of their own (LoraConfig(dtype='bfloat16'), or in overrides), or exclude the leaf."
     )
+  starts = from_weight(plan.init)
+  if starts is not None and not is_plain(plan.variant):
+    raise ValueError(
+      f"{path}: init {plan.init!r} gives both factors of a product, which the variant {plan.variant!r} does not have;"
+      f" expected one of the inits {', '.join(map(repr, INITIALIZERS))} for it."
+    )
+  if plan.init == "orthogonal" and plan.rank % 2:
+    raise ValueError(f"{path}: init 'orthogonal' halves the rank, found {plan.rank}; expected an even one.")
   fan_in, fan_out = fan(leaf.shape, roles, "i"), fan(leaf.shape, roles, "o")
   if plan.rank > min(fan_in, fan_out):
     raise ValueError(
@@ -176,10 +188,10 @@ def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
     key=leaf_key(key, plan.path),
     shared=key,
     drawn=drawn,
-    init=INITIALIZERS[plan.init],
+    init=INITIALIZERS.get(plan.init, kaiming),  # where both factors are given, below, what A was is lost
   )
   held = VARIANTS[plan.variant].start(start)
-  return LoraWeight(
+  weight = LoraWeight(
     base=base,
     a=held.pop("a"),
     b=held.pop("b"),
@@ -191,6 +203,29 @@ def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
     variant=plan.variant,
     extra=held,
   )
+  starts = from_weight(plan.init)
+  if starts is None:
+    return weight
+  w = matrices(base, roles).astype(wide(base))
+  return started(weight, *starts.make(start.key, w, plan.rank, weight.scale), starts.cancels)
+
+
+def is_plain(variant: str) -> bool:
+  """Whether a variant's factors are A and B themselves."""
+  return VARIANTS[variant].factors is VARIANTS["lora"].factors
+
+
+def started(weight: LoraWeight, a: jax.Array, b: jax.Array, cancels: bool = False) -> LoraWeight:
+  """The weight with factors, (stack, rank, in) and (stack, rank, out), whose update is taken off again.
+
+  Where their product is zero but for rounding nothing is taken off, unless the dtype rounds to more than that.
+  """
+  a, b = a.reshape(weight.a.shape).astype(weight.a.dtype), b.reshape(weight.b.shape).astype(weight.b.dtype)
+  weight = dataclasses.replace(weight, a=a, b=b)
+  if cancels and a.dtype.itemsize >= 4:
+    return weight
+  start = {"a0": jnp.array(a, copy=True), "b0": jnp.array(b, copy=True)}  # training may donate the factors
+  return dataclasses.replace(weight, extra={**weight.extra, **start})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlora import _paths
 from jaxlora._axes import ROLES
-from jaxlora._initializers import INITIALIZERS
+from jaxlora._initializers import INITIALIZERS, INITS, from_weight
 from jaxlora._variants import VARIANTS
 from jaxlora._weight import SCALINGS
 
@@ -66,7 +66,10 @@ class LoraConfig:
     axes: regex -> role string, one letter per axis: `i` contracted, `o` free, `s` stacked (`"sio"`: experts).
     train: a pattern of leaves trained whole, such as biases, norms or a new head. Wins over `targets`.
     scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / sqrt(rank), Kalajdzievski 2023, arXiv:2312.03732).
-    init: how A starts: `"kaiming"`, `"he_uniform"` or `"gaussian"`; B starts at zero.
+    init: how A starts, where B starts at zero: `"kaiming"`, `"he_uniform"` or `"gaussian"`. Or how both start, with an
+      update that is taken off again, so that the adapted model is the base to rounding: `"orthogonal"`, `"pissa"`
+      (the weight's principal part; `"pissa_niter_4"`: by 4 steps of a randomised SVD), `"olora"` (its QR factors).
+      What starts from data is `jaxlora.init_from_data`.
     dropout: probability in [0, 1) that an element of the adapter's input is dropped while training.
     dtype: dtype of the factors; `None` means the weight's own.
     variant: `"lora"`; `"lora_fa"` (A frozen); `"dora"` (a magnitude for every output, its norm a constant for the
@@ -287,12 +290,18 @@ def _one_of(choices: Sequence[str]) -> Callable[[Any, str], str]:
   return check
 
 
+def _init(value: Any, field: str) -> str:
+  if not isinstance(value, str) or (value not in INITIALIZERS and from_weight(value) is None):
+    raise ValueError(f"LoraConfig.{field}: found {value!r}, expected one of {', '.join(map(repr, INITS))}.")
+  return value
+
+
 _CHECKS = {
   "rank": _rank,
   "alpha": _alpha,
   "dropout": _dropout,
   "dtype": _dtype,
   "scaling": _one_of(tuple(SCALINGS)),
-  "init": _one_of(tuple(INITIALIZERS)),
+  "init": _init,
   "variant": _one_of(tuple(VARIANTS)),
 }

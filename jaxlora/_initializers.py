@@ -1,11 +1,21 @@
-"""How the factor A starts. B always starts at zero, so that the adapted model is the base, bit for bit."""
+"""How the factors start.
+
+`INITIALIZERS` draw A alone; B is zero then, so that the adapted model is the base bit for bit. Those of `from_weight`
+give both factors. Their product is taken off again by the starting factors that the weight keeps (`a0`, `b0`), or is
+zero but for rounding: the adapted model is the base to rounding, and the base itself never changes.
+"""
 
 from collections.abc import Callable, Sequence
+import functools
 import hashlib
 import math
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxlora._matrix import matmul, orthonormal, randomised, svd
 
 # (key, shape of A, dtype, fan_in, rank) -> A. `fan_in` is the product of the contracted axes alone, never the stack.
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype, int, int], jax.Array]
@@ -44,3 +54,78 @@ INITIALIZERS: dict[str, Initializer] = {
   "he_uniform": he_uniform,
   "gaussian": gaussian,
 }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Both factors.
+
+
+class FromWeight(NamedTuple):
+  """An initialiser of both factors.
+
+  Attributes:
+    make: `(key, w, rank, scale) -> (a, b)` for a stack of matrices w, (stack, in, out): a (stack, rank, in) and
+      b (stack, rank, out), without the scale.
+    cancels: whether `a^T b` is zero but for rounding, so that nothing has to be taken off.
+  """
+
+  make: Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Array]]
+  cancels: bool = False
+
+
+def orthogonal(key, w, rank, scale):
+  """Factors in orthogonal halves of the space of the rank: both are random, their product is zero.
+
+      Q orthogonal, (rank, rank);    A = Q_odd^T G / 10,  B = Q_even^T H / 10,  G and H standard normal, rank / 2 rows
+
+  The rows of Q are orthogonal, so that A^T B = G^T Q_odd Q_even^T H / 100 = 0. As in PEFT, after datta0, "Rethinking
+  LoRA initialisation" (2024); the rank must be even.
+  """
+  del scale
+  stack, fan_in, fan_out = w.shape
+  keys = jax.random.split(key, 3)
+  q = orthonormal(jax.random.normal(keys[0], (stack, rank, rank), w.dtype))
+  first, second = (
+    jax.random.normal(k, (stack, rank // 2, size), w.dtype) / 10
+    for k, size in zip(keys[1:], (fan_in, fan_out), strict=True)
+  )
+  return matmul(q[:, 0::2].mT, first), matmul(q[:, 1::2].mT, second)
+
+
+def pissa(key, w, rank, scale, iterations=None):
+  """The principal part of the weight: A = sqrt(S / scale) U^T, B = sqrt(S / scale) V^T for W = U S V^T cut at the rank.
+
+  Meng, Wang and Zhang, "PiSSA" (arXiv:2404.02948), eq. 2 and 3. With `iterations` the decomposition is randomised
+  (their section 4), which is what large weights want.
+  """
+  found = svd(w).cut(rank) if iterations is None else randomised(w, rank, key, rank, iterations)
+  a, b = found.factors()
+  root = math.sqrt(scale)
+  return a / root, b / root
+
+
+def olora(key, w, rank, scale):
+  """The first columns of Q and rows of R for W^T = Q R: B = Q[:, :rank]^T, orthonormal, and A = R[:rank].
+
+  Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models" (arXiv:2406.01775), algorithm 1. The
+  weight is taken as (out, in), as there.
+  """
+  del key, scale
+  q, r = jnp.linalg.qr(w.mT)
+  return r[:, :rank], q[:, :, :rank].mT
+
+
+FROM_WEIGHT = {
+  "orthogonal": FromWeight(orthogonal, cancels=True),
+  "pissa": FromWeight(pissa),
+  "olora": FromWeight(olora),
+}
+_PISSA_FAST = re.compile(r"pissa_niter_(\d+)")
+INITS = (*INITIALIZERS, *FROM_WEIGHT, "pissa_niter_[number of iterations]")
+
+
+def from_weight(name: str) -> FromWeight | None:
+  """The initialiser of both factors of that name; `None` for those that draw A alone."""
+  if fast := _PISSA_FAST.fullmatch(name):
+    return FromWeight(functools.partial(pissa, iterations=int(fast[1])))
+  return FROM_WEIGHT.get(name)

@@ -218,15 +218,27 @@ def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Resul
 # The two thin products.
 
 
+class Tap:
+  """Is shown the input of an adapted product, and how it meets A."""
+
+  def see(self, product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array) -> None:
+    """`product(x, a)` is the product with the weight's A, bilinear."""
+    raise NotImplementedError
+
+
 def first_product(
-  product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array, recipe: Recipe | None
+  product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array, recipe: Recipe | Tap | None
 ) -> Any:
   """`h = product(x, a)`, bilinear, where `x` is made again for the gradient of `a` if there is a recipe for it.
 
       dh = product(dx, a) + product(x again, da)
 
-  Only the second term needs x, and so does only its transpose, `da = product^T(x again, dh)`.
+  Only the second term needs x, and so does only its transpose, `da = product^T(x again, dh)`. A `Tap` in the place of
+  a recipe is shown what meets here.
   """
+  if isinstance(recipe, Tap):
+    recipe.see(product, x, a)
+    return product(x, a)
   if recipe is None or not jnp.issubdtype(x.dtype, jnp.floating):
     return product(x, a)
 

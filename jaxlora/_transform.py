@@ -437,7 +437,7 @@ def _forwarded(jaxpr: Any) -> list[int | None]:
   return [of(atom) for atom in inner.outvars]
 
 
-def _passed_through(jaxpr: Any, offset: int, count: int, values: Sequence[Any]) -> list[int]:
+def passed_through(jaxpr: Any, offset: int, count: int, values: Sequence[Any]) -> list[int]:
   """Which carried values are weights that the body hands on untouched: those are constants of the loop."""
   if not weights_in(values):
     return []
@@ -455,7 +455,7 @@ def _carried_in(record: Record, values: Sequence[Any], kept: Sequence[int], eqn:
   ]
 
 
-class _Carry:
+class Carry:
   """A loop's carry without the weights that only pass through it."""
 
   def __init__(self, values: Sequence[Any], kept: Sequence[int]):
@@ -489,8 +489,8 @@ def _scan(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
     raise Unfactorable("this version of JAX describes its scans in a way that cannot be read")
   n_consts, n_carry = counts
   consts, init, xs = values[:n_consts], values[n_consts : n_consts + n_carry], list(values[n_consts + n_carry :])
-  kept = _passed_through(params["jaxpr"], n_consts, n_carry, init)
-  carry = _Carry(_carried_in(record, init, kept, eqn), kept)
+  kept = passed_through(params["jaxpr"], n_consts, n_carry, init)
+  carry = Carry(_carried_in(record, init, kept, eqn), kept)
   keys: dict[int, Any] = {}
   for k, x in enumerate(xs):
     if isinstance(x, Factored):
@@ -538,8 +538,8 @@ def _while(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   params = eqn.params
   n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
   cond_consts, body_consts, init = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
-  kept = _passed_through(params["body_jaxpr"], n_body, len(init), init)
-  carry = _Carry(_carried_in(record, init, kept, eqn), kept)
+  kept = passed_through(params["body_jaxpr"], n_body, len(init), init)
+  carry = Carry(_carried_in(record, init, kept, eqn), kept)
   condition, body = closed(record, params["cond_jaxpr"]), closed(record, params["body_jaxpr"])
   counted = _drops(values)
 

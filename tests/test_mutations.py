@@ -1,0 +1,206 @@
+"""Bugs that LoRA libraries have had, seeded one by one: a named test of this suite fails on each.
+
+Each entry patches the library in this process and calls that test, whose assertion must fail. Weights are square where
+the bug would else be an error of shapes: what is silent must be caught by values.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import test_adapt
+import test_arithmetic
+import test_decompose
+import test_initializers
+import test_oracle
+import test_variants
+
+from jaxlora import _adapt, _arithmetic, _config, _initializers, _lowrank, _matrix, _weight
+from jaxlora._axes import low_rank_delta
+from jaxlora._variants import VARIANTS
+
+FACTORS, ENTER, MERGED, EXACT = _weight.LoraWeight.factors, _lowrank.enter, _adapt._merged, _arithmetic._exact
+
+
+def raw_alpha(patch):
+  """The scale is alpha, not alpha / rank."""
+  patch.setitem(_weight.SCALINGS, "standard", lambda alpha, rank: alpha)
+
+
+def lost_root(patch):
+  """RsLoRA's scale is alpha / rank."""
+  patch.setitem(_weight.SCALINGS, "rslora", lambda alpha, rank: alpha / rank)
+
+
+def swapped_factors(patch):
+  """A over the outputs and B over the inputs, where the function runs; square weights do not mind the shapes."""
+
+  def enter(weight, path, key):
+    w = ENTER(weight, path, key)
+    return w.replace(a=w.b, b=w.a) if w.a.shape == w.b.shape else w
+
+  patch.setattr(_lowrank, "enter", enter)
+
+
+def ignored_overrides(patch):
+  """The pattern of ranks is not looked at."""
+  patch.setattr(
+    _adapt, "leaf_plan", lambda config, path: _config.leaf_plan(dataclasses.replace(config, overrides=None), path)
+  )
+
+
+def ignored_exclude(patch):
+  """The pattern of excluded leaves is not looked at."""
+  select = _adapt.select
+  patch.setattr(_adapt, "select", lambda config, *rest: select(dataclasses.replace(config, exclude=None), *rest))
+
+
+def merged_twice(patch):
+  """A weight that is used in two places gets its update twice."""
+  patch.setattr(
+    _adapt,
+    "_merged",
+    lambda node: (
+      dataclasses.replace(node, base=node.materialize()).materialize()
+      if isinstance(node, _weight.LoraWeight)
+      else MERGED(node)
+    ),
+  )
+
+
+def scale_twice(patch):
+  """The scale is in the factors already, and is applied again."""
+
+  def factors(self):
+    a, b = FACTORS(self)
+    return a, b * jnp.asarray(self.scale, b.dtype)
+
+  patch.setattr(_weight.LoraWeight, "factors", factors)
+
+
+def magnitude_over_the_inputs(patch):
+  """DoRA's norms are those of the rows; a square weight does not mind."""
+
+  def gain(parts, roles, a, b):
+    whole = parts["base"] + low_rank_delta(a, b, roles)
+    return parts["magnitude"] / jnp.sqrt(jnp.sum(whole * whole, axis=1))[None]
+
+  patch.setitem(VARIANTS, "dora", VARIANTS["dora"]._replace(gain=gain))
+  patch.setattr(test_variants, "weight", functools.partial(test_variants.weight, shape=(6, 6)))
+
+
+def base_changed_at_the_start(patch):
+  """PiSSA's start is not taken off."""
+
+  def factors(self):
+    bare = dataclasses.replace(self, extra={n: x for n, x in self.extra.items() if n not in ("a0", "b0")})
+    return FACTORS(bare)
+
+  patch.setattr(_weight.LoraWeight, "factors", factors)
+
+
+def one_key_for_all(patch):
+  """Leaves of one shape start alike."""
+  patch.setattr(_adapt, "leaf_key", lambda key, path: key)
+
+
+def fan_of_the_stack(patch):
+  """The fan-in counts the stacked axes, too."""
+  patch.setitem(
+    _initializers.INITIALIZERS,
+    "kaiming",
+    lambda key, shape, dtype, fan_in, rank: _initializers.kaiming(key, shape, dtype, fan_in * shape[0], rank),
+  )
+
+
+def b_not_zero(patch):
+  """The adapted model is not the base at first."""
+  lora = VARIANTS["lora"]
+
+  def start(given):
+    return lora.start(given) | {"b": 1e-3 + jnp.zeros(given.b_shape, given.dtype)}
+
+  patch.setitem(VARIANTS, "lora", lora._replace(start=start))
+
+
+def sums_of_factors(patch):
+  """PEFT's "linear": the factors are added, not the updates."""
+
+  def exact(path, terms):
+    first, moved = terms[0].node, [term for term in terms if isinstance(term.node, _weight.LoraWeight)]
+    if len(moved) < 2 or len({term.node.rank for term in moved}) > 1:
+      return EXACT(path, terms)
+    a, b = (sum(abs(t.weight) ** 0.5 * getattr(t.node, name) for t in moved) for name in "ab")
+    return dataclasses.replace(first, a=a, b=b)
+
+  patch.setattr(_arithmetic, "_exact", exact)
+
+
+def scale_lost_in_a_sum(patch):
+  """A sum folds in the alphas, and not what rsLoRA makes of them."""
+
+  def exact(path, terms):
+    plain = lambda node: dataclasses.replace(node, scaling="standard") if isinstance(node, _weight.LoraWeight) else node
+    return EXACT(path, [term._replace(node=plain(term.node)) for term in terms])
+
+  patch.setattr(_arithmetic, "_exact", exact)
+
+
+def dare_without_rescaling(patch):
+  """What DARE keeps is not divided by the density."""
+  dare = _arithmetic.FORMED["dare"]
+  drop = lambda x, density, key: dare.sparse(x, density, key) * jnp.asarray(density, x.dtype)
+  patch.setitem(_arithmetic.FORMED, "dare", dare._replace(sparse=drop))
+
+
+def ties_without_signs(patch):
+  """TIES averages all updates, whatever their signs."""
+  ties = _arithmetic.FORMED["ties"]
+  patch.setitem(_arithmetic.FORMED, "ties", ties._replace(total=lambda deltas: jnp.stack(list(deltas)).mean(0)))
+
+
+def root_in_one_factor(patch):
+  """The singular values are in both factors whole."""
+  patch.setattr(_matrix.LowRank, "factors", lambda self: (self.s[..., None] * self.u.mT, self.s[..., None] * self.vt))
+
+
+MUTATIONS = [
+  (raw_alpha, test_adapt.test_merge_is_the_formula, {"x64": None}),
+  (lost_root, test_adapt.test_exclude_overrides_and_train, {}),
+  (swapped_factors, test_oracle.test_factored_equals_merged, {"build": "used_twice", "wrap": "alone", "x64": None}),
+  (ignored_overrides, test_adapt.test_alpha_defaults_to_the_rank_of_the_leaf, {}),
+  (ignored_exclude, test_adapt.test_exclude_overrides_and_train, {}),
+  (merged_twice, test_oracle.test_factored_equals_merged, {"build": "embed_tied", "wrap": "alone", "x64": None}),
+  (scale_twice, test_adapt.test_merge_is_the_formula, {"x64": None}),
+  (magnitude_over_the_inputs, test_variants.test_dora_is_the_magnitude_times_the_direction, {"x64": None}),
+  (
+    base_changed_at_the_start,
+    test_initializers.test_variants_of_a_product_start_so_too,
+    {"variant": "lora_fa", "x64": None},
+  ),
+  (one_key_for_all, test_adapt.test_every_leaf_has_a_key_of_its_own, {}),
+  (fan_of_the_stack, test_adapt.test_initialisers, {"init": "kaiming", "variance": 1 / (3 * 400)}),
+  (b_not_zero, test_adapt.test_initialisers, {"init": "gaussian", "variance": 1 / 256}),
+  (sums_of_factors, test_arithmetic.test_opposite_weights_cancel, {"x64": None}),
+  (scale_lost_in_a_sum, test_arithmetic.test_exact_is_the_sum_of_the_deltas, {"x64": None}),
+  (dare_without_rescaling, test_arithmetic.test_dare_drops_and_rescales, {"x64": None}),
+  (ties_without_signs, test_arithmetic.test_sparse_merges_are_the_papers, {"method": "ties", "x64": None}),
+  (root_in_one_factor, test_decompose.test_low_rank_is_numpys_svd, {"x64": None}),
+]
+
+
+@pytest.mark.parametrize(("mutate", "test", "options"), MUTATIONS, ids=[entry[0].__name__ for entry in MUTATIONS])
+def test_the_suite_fails_on(mutate, test, options):
+  marks = {name for mark in getattr(test, "pytestmark", ()) if mark.name == "usefixtures" for name in mark.args}
+  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+    if "x64" in options:
+      stack.enter_context(jax.enable_x64(True))
+    if "lenient" in marks:
+      stack.enter_context(jax.numpy_dtype_promotion("standard"))
+      stack.enter_context(jax.numpy_rank_promotion("allow"))
+    mutate(patch)
+    with pytest.raises(AssertionError):
+      test(**options)
