@@ -11,7 +11,8 @@ from jaxlora import _paths
 from jaxlora._weight import is_adapted
 
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive multiples of it are far apart
-_LANES = (0x243F6A88, 0x85A308D3)  # the first digits of pi
+_LANES = np.array([0x243F6A88, 0x85A308D3], np.uint32)  # the first digits of pi
+_PIECE = 1 << 20  # elements of a NumPy array at a time
 
 
 def fingerprint(params: Any) -> dict[str, str]:
@@ -26,8 +27,8 @@ def fingerprint(params: Any) -> dict[str, str]:
   every device, under every sharding, and for NumPy and JAX arrays of the same bits.
 
   The cost is one pass over each leaf on the devices that hold it (a reduction: no copy, no gather, 8 bytes come back),
-  and one small compilation per shape, dtype and sharding. The digests of JAX arrays, which never change, are
-  remembered for as long as the arrays live, so that a training loop that keeps its base pays once.
+  and one small compilation per shape, dtype and sharding; NumPy arrays are read by NumPy, in pieces. The digests of JAX
+  arrays, which never change, are remembered for as long as the arrays live: a loop that keeps its base pays once.
 
   Args:
     params: any pytree; of an adapted tree, its base counts. Arrays of any dtype, random keys, numbers;
@@ -104,36 +105,46 @@ def _started(leaf: Any) -> Any:
       return known[1]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
-    with jax.enable_x64(leaf.dtype.itemsize == 8 or jax.config.jax_enable_x64):
-      return _lanes(leaf)
+    # The lanes are an argument: XLA would fold the places of a constant one into an array of the leaf's size.
+    with jax.enable_x64(leaf.dtype.itemsize >= 8 or jax.config.read("jax_enable_x64")):
+      return _device_lanes(leaf, _LANES)
   if isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex):
-    return _lanes(_narrow(np.asarray(leaf)))
+    return _host_lanes(np.asarray(leaf))
   return ""
 
 
-def _lanes(x: Any) -> jax.Array:
-  # The lanes are an argument: XLA would fold the places of a constant one into an array of the leaf's size.
-  return _lanes_of(x, np.array(_LANES, np.uint32))
-
-
 @jax.jit
-def _lanes_of(x: jax.Array, lanes: jax.Array) -> jax.Array:
-  words = _words(x)
-  return jnp.stack([jnp.sum(_mix(words ^ _places(words.shape, lane)), dtype=jnp.uint32) for lane in lanes])
+def _device_lanes(x: jax.Array, lanes: Any) -> jax.Array:
+  return jnp.stack([_lane(jnp, _words(x), lane) for lane in lanes])
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _host_lanes(x: np.ndarray) -> np.ndarray:
+  """The same of a NumPy array, in NumPy, piece by piece: nothing to compile, no copy of the leaf."""
+  lanes = np.zeros(len(_LANES), np.uint32)
+  rows = max(1, _PIECE // max(1, x[:1].size)) if x.ndim else 1
+  for start in range(0, len(x), rows) if x.ndim else (0,):
+    words = _host_words(x[start : start + rows] if x.ndim else x)
+    with np.errstate(over="ignore"):  # NumPy warns of scalars alone
+      lanes += np.stack([_lane(np, words, lane, start) for lane in _LANES])
+  return lanes
+
+
+def _lane(xp: Any, words: Any, lane: Any, start: int = 0) -> Any:
+  return xp.sum(_mix(words ^ _places(xp, words.shape, lane, start)), dtype=np.uint32)
+
+
+def _mix(x: Any) -> Any:
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-    x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
-  return x ^ (x >> jnp.uint32(16))
+    x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+  return x ^ (x >> np.uint32(16))
 
 
-def _places(shape: tuple[int, ...], lane: jax.Array) -> jax.Array:
+def _places(xp: Any, shape: tuple[int, ...], lane: Any, start: int) -> Any:
   """A word for each place of an array. Index by index: flat ones would wrap at 2^32 and reshape sharded axes."""
-  places = jnp.broadcast_to(lane, (1,) * len(shape))
+  places = xp.reshape(lane, (1,) * len(shape))
   for axis, size in enumerate(shape):
-    index = jax.lax.broadcasted_iota(jnp.uint32, (1,) * axis + (size,) + (1,) * (len(shape) - axis - 1), axis)
-    places = _mix(places ^ ((index + jnp.uint32(1)) * jnp.uint32(_GOLDEN)))
+    index = xp.arange(1, size + 1, dtype=np.uint32) + np.uint32(0 if axis else start)
+    places = _mix(places ^ xp.expand_dims(index * np.uint32(_GOLDEN), [d for d in range(len(shape)) if d != axis]))
   return places
 
 
@@ -144,20 +155,22 @@ def _words(x: jax.Array) -> jax.Array:
     return jnp.stack(parts, -1) if x.dtype.itemsize == 8 else jnp.concatenate(parts, -1)
   if x.dtype == jnp.bool_:
     return x.astype(jnp.uint32)
-  bits = _bits(x.dtype)
-  if bits < 8:  # every value of these has a 32-bit float of its own
+  if _bits(x.dtype) < 8:  # every value of these is one of float32's
     return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-  unsigned = {8: jnp.uint8, 16: jnp.uint16}.get(bits, jnp.uint32)
+  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
   return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def _host_words(x: np.ndarray) -> np.ndarray:
+  """The same words of a NumPy array."""
+  if x.dtype.itemsize > 4:
+    words = np.frombuffer(x.astype(x.dtype.newbyteorder("<")).tobytes(), np.dtype("<u4"))
+    return words.astype(np.uint32).reshape(*x.shape, x.dtype.itemsize // 4)
+  if x.dtype != np.bool_ and _bits(x.dtype) < 8:
+    x = x.astype(np.float32)
+  native = np.array(x, x.dtype.newbyteorder("=") if x.dtype.isbuiltin == 1 else x.dtype, order="C")
+  return native.view(f"u{native.dtype.itemsize}").astype(np.uint32)
 
 
 def _bits(dtype: Any) -> int:
   return int((jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits)
-
-
-def _narrow(x: np.ndarray) -> np.ndarray:
-  """A NumPy array with wide elements taken apart into their words, as JAX may be set to narrow them."""
-  if x.dtype.kind != "c" and x.dtype.itemsize <= 4:
-    return x
-  words = np.frombuffer(x.astype(x.dtype.newbyteorder("<")).tobytes(), np.dtype("<u4"))
-  return words.reshape(*x.shape, x.dtype.itemsize // 4)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: JSON beside the arrays, with a digest of each of them. No files are touched here."""
+"""What a checkpoint says of itself: JSON beside the arrays, with a digest of each. Nothing here opens a file."""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -37,12 +37,15 @@ def entry_of(leaf: Any, key: str, arrays: Arrays) -> dict[str, Any]:
     entry["impl"] = str(jax.random.key_impl(leaf))
     leaf = jax.random.key_data(leaf)
   value = _on_host(leaf)
-  arrays[key] = _stored(value)
+  if value.size:  # orbax takes no empty arrays; the entry says all of one
+    arrays[key] = _stored(value)
   return entry | {"shape": list(value.shape), "dtype": value.dtype.name, "sha256": _sha256(value)}
 
 
 def value_of(entry: Mapping[str, Any], arrays: Mapping[str, Any], what: str) -> np.ndarray:
   """The array that an entry names, checked against it; of a random key, its data."""
+  if 0 in entry["shape"]:
+    return np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
   if entry["key"] not in arrays:
     raise CheckpointError(f"{what}: the array {entry['key']!r} is missing.")
   stored, dtype = np.asarray(arrays[entry["key"]]), jnp.dtype(entry["dtype"])
@@ -79,7 +82,7 @@ def _stored(value: np.ndarray) -> np.ndarray:
 
 def _sha256(value: np.ndarray) -> str:
   little = value.astype(value.dtype.newbyteorder("<"), copy=False) if value.dtype.isbuiltin == 1 else value
-  return hashlib.sha256(np.ascontiguousarray(little).view(np.uint8) if value.size else b"").hexdigest()
+  return hashlib.sha256(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ def _text_digest(record: Mapping[str, Any]) -> str:
 
 def check_json(value: Any, where: str) -> None:
   """Raises unless JSON gives the value back as it is, naming the place of what it cannot hold."""
-  if value is None or isinstance(value, bool | int | str) and type(value) in (bool, int, str):
+  if value is None or (isinstance(value, bool | int | str) and type(value) in (bool, int, str)):
     return
   if type(value) is float and math.isfinite(value):
     return

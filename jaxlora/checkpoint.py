@@ -20,6 +20,7 @@ one rename, complete. `save` keeps one step and numbers them itself, `Manager` k
                          dtype, sha256 (of the elements in C order, little-endian)
       base               of every leaf of the base: path, shape, dtype, digest (`fingerprint` has the formula; empty
                          where the base had no values)
+      whole_base         false where only a part of the base was known (an adapter converted from PEFT)
       metadata           the user's dict
       training           null, or step, data (JSON), keys and optimizer (path and array of each leaf)
       sha256             of the rest: json.dumps(rest, sort_keys=True, separators=(",", ":"))
@@ -27,9 +28,9 @@ one rename, complete. `save` keeps one step and numbers them itself, `Manager` k
   `training/`        the same with the optimizer state and the keys, in training checkpoints alone
 
 Dtypes that NumPy does not have are stored as their bytes (uint8), bfloat16 aside. The delta of a leaf is
-`scale * sum_r a[..., r, in] b[..., r, out]`, as `jaxlora.LoraWeight` says. Every array is checked against its digest when it is
-read, and so is the record. What cannot be read, written or made to fit raises `CheckpointError`, and nothing else does; what was
-complete before stays complete, whenever the process dies.
+`scale * sum_r a[..., r, in] b[..., r, out]`, as `jaxlora.LoraWeight` says. Every array is checked against its digest
+when it is read, and so is the record. What cannot be read, written or made to fit raises `CheckpointError`, and nothing
+else does; what was complete before stays complete, whenever the process dies.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -123,10 +124,17 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
     >>> back["dense"]["kernel"].rank, bool((back["dense"]["kernel"].a == tree["dense"]["kernel"].a).all())
     (2, True)
   """
+  save_part(path, tree, metadata=metadata, whole_base=True)
+
+
+def save_part(path: Any, tree: Any, *, metadata: dict[str, Any] | None, whole_base: bool) -> None:
+  """`save` of a tree that may hold a part of its base alone: what else a base holds is no difference then."""
   folder = _folder(path)
   arrays: Arrays = {}
-  record = record_of(tree, metadata or {}, arrays) | {"training": None}
-  with _one_error(f"save: {folder}: cannot be written; what was there before stands"):
+  record = record_of(tree, metadata or {}, arrays) | {"training": None, "whole_base": whole_base}
+  with _one_error(
+    f"save: {folder}: cannot be written; what was there before stands", lambda: _clear_unfinished(folder)
+  ):
     steps = _own_steps(folder)
     with contextlib.closing(_orbax_manager(folder, max_to_keep=1, asynchronous=False)) as manager:
       manager.save(max(steps, default=-1) + 1, args=_items(record, arrays), force=True)
@@ -312,7 +320,7 @@ class Manager:
         )
       if not (force or self.orbax.should_save(step)):
         return False
-      record = record_of(tree, metadata or {}, arrays)
+      record = record_of(tree, metadata or {}, arrays) | {"whole_base": True}
       check_json(data, "data")
       state: Arrays = {"step": np.asarray(step)}
       record["training"] = {
@@ -382,8 +390,9 @@ class Manager:
     self.close()
 
   def _reload(self) -> None:
-    """After a failure orbax still lists the step that failed; the folder does not."""
+    """After a failure orbax still lists the step that failed, and its files still take room."""
     self.orbax.reload()
+    _clear_unfinished(self._folder)
 
 
 def _step_number(step: Any) -> int:
@@ -498,7 +507,7 @@ def _differences(record: Mapping[str, Any], params: Any) -> Iterator[str]:
     elif new.digest and old.digest and new.digest != old.digest:
       yield f"{path} ({role}): other values (fingerprint {new.digest}, expected {old.digest})"
   for path in found:
-    if path not in expected:
+    if record["whole_base"] and path not in expected:
       yield f"{path}: only in the base given, not in the one of the checkpoint"
 
 
@@ -531,9 +540,7 @@ def _sharding(node: Any, part: str, ndim: int) -> Any:
     spec = (*sharding.spec, *[None] * (len(node.shape) - len(sharding.spec)))
     axes = factor_axes(node.roles, {"a": "i", "b": "o"}[part]) if isinstance(node, LoraWeight) and part in "ab" else ()
     own = [spec[d] if isinstance(d, int) else None for d in axes] or [None] * ndim
-    return jax.sharding.NamedSharding(
-      sharding.mesh, jax.sharding.PartitionSpec(*own), memory_kind=sharding.memory_kind
-    )
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*own), memory_kind=sharding.memory_kind)
   if sharding is None:
     return None
   mesh = jax.sharding.Mesh(np.array(sorted(sharding.device_set, key=lambda device: device.id)), "devices")
@@ -585,6 +592,13 @@ def _steps(folder: epath.Path) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
+def _clear_unfinished(folder: epath.Path) -> None:
+  """Removes what a save that failed has written; what is left all the same goes when the folder is next opened."""
+  for entry in folder.iterdir() if folder.is_dir() else ():
+    if ocp.utils.is_tmp_checkpoint(entry):
+      entry.rmtree(missing_ok=True)
+
+
 def _own_steps(folder: epath.Path) -> list[int]:
   """The steps in a folder that `save` may replace."""
   if not folder.exists():
@@ -593,7 +607,8 @@ def _own_steps(folder: epath.Path) -> list[int]:
     raise CheckpointError(f"save: {folder} is a file; expected a folder of its own.")
   steps = _steps(folder)
   foreign = [entry.name for entry in folder.iterdir() if not _is_step(entry)]
-  foreign += [str(step) for step in steps if not (folder / str(step) / _RECORD).exists()]
+  if steps and not (folder / str(steps[-1]) / _RECORD).exists():  # of earlier ones some files may be deleted already
+    foreign.append(str(steps[-1]))
   if foreign:
     raise CheckpointError(
       f"save: {folder} holds other files ({listed(sorted(foreign))}); expected a folder of its own, new or saved to"
@@ -646,7 +661,7 @@ def _read_step(folder: epath.Path, training: bool) -> tuple[dict[str, Any], dict
 def _keys(record: Any) -> set[str]:
   """The keys of the arrays that a piece of a record names."""
   if isinstance(record, dict):
-    own = {record["key"]} if "sha256" in record else set()
+    own = {record["key"]} if "sha256" in record and 0 not in record["shape"] else set()
     return own.union(*map(_keys, record.values()))
   return set().union(*map(_keys, record)) if isinstance(record, list) else set()
 
@@ -655,5 +670,5 @@ def _read_arrays(folder: epath.Path, keys: set[str]) -> dict[str, Any]:
   if not keys:
     return {}
   how = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
-  args = ocp.args.PyTreeRestore(item={key: 0 for key in keys}, restore_args=how, partial_restore=True)
+  args = ocp.args.PyTreeRestore(item=dict.fromkeys(keys, 0), restore_args=how, partial_restore=True)
   return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder, args=args)

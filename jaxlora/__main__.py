@@ -1,0 +1,7 @@
+"""`python -m jaxlora`."""
+
+import sys
+
+from jaxlora._cli import main
+
+sys.exit(main())
