@@ -263,12 +263,12 @@ def _known_roles(leaves: Mapping[str, Any], params: Any, axes: Axes, probe: Any)
       )
   for path, leaf in leaves.items():
     if (given := first_match(checked, path)) is not None:
-      if len(given) != np.ndim(leaf):
+      if len(given) != len(_shape(leaf)):
         raise PeftError(f"axes: {given!r} has {len(given)} letters for {path}, whose shape is {_shape(leaf)}.")
       said[path] = given
   biases = _biases(leaves)
-  sides = [(_shape(leaves[path]), bias) for path, bias in biases.items() if np.ndim(leaves[path]) == 2]
-  first = any(shape[0] != shape[1] and bias == (shape[0],) for shape, bias in sides)
+  sides = [(_shape(leaves[path]), bias) for path, bias in biases.items()]
+  first = any(len(shape) == 2 and shape[0] != shape[1] and bias == (shape[0],) for shape, bias in sides)
   return _Roles(said, first, biases)
 
 
