@@ -133,8 +133,10 @@ class Adapter:
     if module.kind == "linear":
       if inputs_first is None:
         inputs_first = bool(self.config.get("fan_in_fan_out"))
-      square = delta.shape == delta.T.shape
-      if delta.shape != tensor.shape or (square and inputs_first and name.split(".")[-2] in CONV1D):
+      turned = (
+        inputs_first and name.split(".")[-2] in CONV1D if delta.shape == delta.T.shape else delta.shape != tensor.shape
+      )
+      if turned and delta.T.shape == tensor.shape:
         delta = delta.T
     if delta.shape != tensor.shape:
       raise PeftError(f"{name}: shape {tensor.shape} in the base, {delta.shape} by the adapter. It is another model's.")
@@ -300,6 +302,8 @@ def _module(
     return None
   if isinstance(rank, int) and rank != a.shape[0]:
     problems.append(f"{name}: rank {a.shape[0]} in {WEIGHTS}, {rank} by {CONFIG}")
+  if "magnitude" in held and not config.get("use_dora"):
+    problems.append(f"{name}: has a lora_magnitude_vector, but {CONFIG} does not say use_dora")
   return Module(
     name=name,
     kind="embedding" if embedding else "linear" if a.ndim == 2 else "conv",

@@ -102,6 +102,7 @@ class Pair:
     jaxlora.peft.save(folder, tree, names=self.names, **options)
 
 
+@functools.cache
 def llama(scanned=False, bias=False):
   torch.manual_seed(0)
   config = transformers.LlamaConfig(
@@ -125,6 +126,7 @@ def biased_llama():
   return llama(bias=True)
 
 
+@functools.cache
 def gpt2():
   torch.manual_seed(0)
   config = transformers.GPT2Config(
@@ -138,6 +140,7 @@ def gpt2():
   return Pair(transformers.GPT2LMHeadModel(config), twins.GPT2(), IDS, module_of)
 
 
+@functools.cache
 def bert():
   torch.manual_seed(0)
   config = transformers.BertConfig(
@@ -164,6 +167,7 @@ class TorchConvNet(torch.nn.Module):
     return self.head(torch.relu(self.pre_head(x.mean(-1))))
 
 
+@functools.cache
 def conv_net():
   torch.manual_seed(0)
   inputs = np.random.default_rng(0).normal(size=(2, 4, 4, 4, 3)).astype("float32")
