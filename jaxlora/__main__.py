@@ -1,7 +1,8 @@
-"""`python -m jaxlora`."""
+"""`python -m jaxlora`: the command line."""
 
 import sys
 
 from jaxlora._cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+  sys.exit(main())

@@ -56,8 +56,11 @@ class Forks:
 # The children's side.
 
 
+OUT = 1
+
+
 def say(*line) -> None:
-  os.write(1, (json.dumps(line) + "\n").encode())
+  os.write(OUT, (json.dumps(line) + "\n").encode())
 
 
 def numbered(number: int):
@@ -104,24 +107,22 @@ def train_on(path: str) -> None:
       say("saved", number - 1)  # the one before is on disk once the next begins
 
 
-def command_line(arguments: list[str], limit: int | None) -> None:
-  """Runs the command line, with no more than `limit` bytes of memory beyond what is in use at its start."""
-  import jax.numpy as jnp
-
+def command_lines(*commands: list[str]) -> None:
+  """Runs one command line after the other, and says their codes and the most memory that was resident until then."""
   from jaxlora import _cli
 
-  (jnp.ones((2, 3)) @ jnp.ones((3, 2))).block_until_ready()  # starts JAX's threads
-  if limit is not None:
-    status = Path("/proc/self/status").read_text().splitlines()
-    used = 1024 * int(next(line for line in status if line.startswith("VmData")).split()[1])
-    resource.setrlimit(resource.RLIMIT_DATA, (used + limit,) * 2)
-  say("code", _cli.main(arguments))
+  for arguments in commands:
+    code = _cli.main(arguments)
+    say("code", code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-JOBS = {job.__name__: job for job in (save_on, train_on, command_line)}
+JOBS = {job.__name__: job for job in (save_on, train_on, command_lines)}
 
 
 def serve() -> None:
+  global OUT
+  OUT = os.dup(1)
+  os.dup2(2, 1)  # what a job prints is no part of what it says
   import jax  # noqa: F401
   import orbax.checkpoint  # noqa: F401
 

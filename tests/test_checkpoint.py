@@ -406,38 +406,43 @@ class Small(nn.Module):
     return nn.Dense(3)(jnp.tanh(nn.Dense(8)(x)))
 
 
-def training(steps, state, tx, frozen, data):
-  """Steps with dropout whose key is carried along, over data whose position is."""
+def training(tx):
+  """A loop with dropout whose key is carried along, over data whose position is."""
   apply = lambda params, x, key: jaxlora.wrap(Small().apply, dropout_key=key)({"params": params}, x)
 
   @jax.jit
-  def step(trainable, opt_state, key, x):
+  def step(trainable, opt_state, key, frozen, x):
     key, now = jax.random.split(key)
     loss = lambda t: jnp.mean(apply(jaxlora.join(frozen, t), x, now) ** 2)
     value, grads = jax.value_and_grad(loss)(trainable)
     updates, opt_state = tx.update(grads, opt_state, trainable)
     return optax.apply_updates(trainable, updates), opt_state, key, value
 
-  trainable, opt_state, key, index = state
-  losses = []
-  for _ in range(steps):
-    trainable, opt_state, key, loss = step(trainable, opt_state, key, data[index : index + 4])
-    index += 4
-    losses.append(float(loss))
-  return (trainable, opt_state, key, index), losses
+  def loop(steps, state, frozen, data):
+    *state, index = state
+    losses = []
+    for _ in range(steps):
+      *state, loss = step(*state, frozen, data[index : index + 4])
+      index += 4
+      losses.append(float(loss))
+    return (*state, index), losses
+
+  return loop
 
 
 @pytest.mark.usefixtures("lenient")  # optax.add_noise promotes
 def test_20_steps_are_10_and_10_bit_for_bit(tmp_path):
   data = np.random.default_rng(0).standard_normal((80, 5)).astype(np.float32)
-  params = Small().init(jax.random.key(0), data[:1])["params"]
+  weights = lambda seed, *shape: {"kernel": array(seed, shape, jnp.float32), "bias": jnp.zeros(shape[-1])}
+  params = {"Dense_1": weights(1, 5, 8), "Dense_0": weights(2, 8, 3)}
   config = jaxlora.LoraConfig(rank=2, dropout=0.3, targets=["Dense_0", "Dense_1"], train=["bias"])
   frozen, trainable = jaxlora.split(jaxlora.adapt(params, config, jax.random.key(1)))
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2), optax.add_noise(1e-3, 0.5, jax.random.key(3)))
+  train = training(tx)
   start = (trainable, tx.init(trainable), jax.random.key(2), 0)
-  straight, losses = training(20, start, tx, frozen, data)
+  straight, losses = train(20, start, frozen, data)
 
-  half, first = training(10, start, tx, frozen, data)
+  half, first = train(10, start, frozen, data)
   with Manager(tmp_path / "run", max_to_keep=2, save_interval_steps=10) as manager:
     assert manager.latest_step() is None
     assert manager.save(10, jaxlora.join(frozen, half[0]), half[1], data={"index": half[3]}, key={"dropout": half[2]})
@@ -446,7 +451,7 @@ def test_20_steps_are_10_and_10_bit_for_bit(tmp_path):
     state = manager.restore(params, lambda tree: tx.init(jaxlora.split(tree)[1]))
   assert (state.step, state.data) == (10, {"index": 40})
   frozen, trainable = jaxlora.split(state.tree)
-  end, second = training(10, (trainable, state.opt_state, state.key["dropout"], state.data["index"]), tx, frozen, data)
+  end, second = train(10, (trainable, state.opt_state, state.key["dropout"], state.data["index"]), frozen, data)
   assert_same(end[:3], straight[:3])
   assert first + second == losses
   assert len(set(losses)) == 20
