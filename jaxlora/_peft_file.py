@@ -133,11 +133,9 @@ class Adapter:
     if module.kind == "linear":
       if inputs_first is None:
         inputs_first = bool(self.config.get("fan_in_fan_out"))
-      turned = (
-        inputs_first and name.split(".")[-2] in CONV1D if delta.shape == delta.T.shape else delta.shape != tensor.shape
-      )
-      if turned and delta.T.shape == tensor.shape:
-        delta = delta.T
+      square = delta.shape == delta.T.shape
+      turned = inputs_first and name.split(".")[-2] in CONV1D if square else delta.T.shape == tensor.shape
+      delta = delta.T if turned else delta
     if delta.shape != tensor.shape:
       raise PeftError(f"{name}: shape {tensor.shape} in the base, {delta.shape} by the adapter. It is another model's.")
     wide = np.result_type(delta.dtype, np.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
@@ -178,7 +176,7 @@ def read(folder: Any) -> Adapter:
   if not pieces and not adapter.whole:
     problems.append(f"{WEIGHTS} holds no adapter")
   if problems:
-    raise fail(f"{folder}", problems)
+    raise fail(f"{folder}", [*adapter.unsupported, *problems])
   return adapter
 
 
@@ -242,14 +240,17 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 # What the file's keys say of one tensor, after the prefix.
 _KEY = re.compile(
   r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
-  r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|base_layer\.bias)"
+  r"|lora_magnitude_vector(?:\.weight)?|lora_B\.bias|base_layer\.weight|base_layer\.bias)"
 )
 _PARTS = {
   "lora_A.weight": "a",
   "lora_B.weight": "b",
   "lora_embedding_A": "embedding a",
   "lora_embedding_B": "embedding b",
+  "lora_B.bias": "bias",
 }
+# What comes beside the factors, and the option that says that it does.
+_EXTRAS = {"magnitude": ("lora_magnitude_vector", "use_dora"), "bias": ("lora_B.bias", "lora_bias")}
 
 
 def _file_tensor(
@@ -302,8 +303,11 @@ def _module(
     return None
   if isinstance(rank, int) and rank != a.shape[0]:
     problems.append(f"{name}: rank {a.shape[0]} in {WEIGHTS}, {rank} by {CONFIG}")
-  if "magnitude" in held and not config.get("use_dora"):
-    problems.append(f"{name}: has a lora_magnitude_vector, but {CONFIG} does not say use_dora")
+  problems += [
+    f"{name}: has a {extra} beside its factors, but {CONFIG} does not say {option}"
+    for part, (extra, option) in _EXTRAS.items()
+    if part in held and not config.get(option)
+  ]
   return Module(
     name=name,
     kind="embedding" if embedding else "linear" if a.ndim == 2 else "conv",

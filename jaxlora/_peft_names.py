@@ -257,3 +257,10 @@ def _by_likeness(wanted: Sequence[Key], paths: Collection[str]) -> dict[Key, lis
 
 
 _MOST_WAYS = 256
+
+
+def ends_with(path: str, ending: str) -> bool:
+  """Whether a leaf is the weight of a module whose name in torch ends so, as PEFT's `target_modules` say it."""
+  module, parameter = split_path(path)
+  want, have = _tokens(ending), _tokens(module)
+  return parameter == "weight" and bool(want) and have[-len(want) :] == want

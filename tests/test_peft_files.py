@@ -396,6 +396,22 @@ def test_everything_that_does_not_fit_the_tree_is_listed_at_once(tmp_path):
   assert "model.layers.0" not in str(caught.value)
 
 
+def test_targets_without_factors(tmp_path):
+  base = params() | {"layers": {"up": {"kernel": normal(3, 8, 6)}}}
+  shapes = {f"model.layers.{k}.up": (2, 8, 6) for k in (0, 1, 2)}
+  write(tmp_path, shapes | {"model.layers.1.attn.out": (2, 6, 8)}, target_modules=["out", "up"])
+  with pytest.raises(peft.PeftError, match="layers_0/attn/out/kernel: target_modules names 'out', but the file"):
+    peft.load(tmp_path, base)
+  assert peft.load(tmp_path, base, names={"layers_0/attn/out": "elsewhere.out"})
+  edit(tmp_path, layers_to_transform=[0, 1, 2])
+  assert peft.load(tmp_path, base)
+  write(tmp_path, {name: shapes[name] for name in list(shapes)[:2]}, target_modules=["up"])
+  with pytest.raises(
+    peft.PeftError, match="layers/up/kernel: target_modules names 'up', but the file holds 2 of 3 layers"
+  ):
+    peft.load(tmp_path, base)
+
+
 def test_a_rank_that_the_configuration_does_not_say(tmp_path):
   write(tmp_path, {"head": (2, 8, 7)}, r=4)
   with pytest.raises(peft.PeftError, match=r"head: rank 2 in adapter_model.safetensors, 4 by adapter_config.json"):
