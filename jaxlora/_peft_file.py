@@ -390,17 +390,19 @@ def _by_pattern(config: Mapping[str, Any], field: str, names: Collection[str], p
   if not isinstance(patterns, dict):
     problems.append(f"{field}: found {_short(patterns)}, expected an object of patterns")
     return dict.fromkeys(names, default)
-  compiled = []
+  compiled, total = [], 0.0
   for pattern, value in patterns.items():
     if not check(value):
       problems.append(f"{field}[{_short(pattern)}]: found {_short(value)}, expected {expected}")
       continue
     try:
-      compiled.append((compile_suffix(pattern, max(map(len, names), default=0)), value))
+      regex, cost = compile_suffix(pattern, max(map(len, names), default=0))
+      compiled.append((regex, value))
+      total += cost
     except (re.error, OverflowError, RecursionError, PeftError) as error:
       problems.append(f"{field}: {_short(pattern)} is no pattern that is read here ({str(error)[:200]})")
-  if len(compiled) * len(names) > 10**7:
-    problems.append(f"{field}: {len(compiled)} patterns for {len(names)} modules are too many to try")
+  if len(compiled) * len(names) > 10**7 or total * len(names) > 30 * _LARGEST_COST:
+    problems.append(f"{field}: {len(compiled)} patterns for {len(names)} modules: matching them could take too long")
     compiled = []
   return {name: next((value for regex, value in compiled if regex.match(name)), default) for name in names}
 
@@ -413,13 +415,14 @@ _TOKEN = re.compile(
 _LARGEST_COST = 10**8
 
 
-def compile_suffix(pattern: str, longest: int) -> re.Pattern[str]:
-  r"""A pattern as PEFT applies it, `(.*\.)?(pattern)$`, if it cannot take long on names of up to `longest` characters.
+def compile_suffix(pattern: str, longest: int) -> tuple[re.Pattern[str], float]:
+  r"""A pattern as PEFT applies it, `(.*\.)?(pattern)$`, and the most steps it takes on a name of `longest` characters.
 
   Raises:
-    PeftError, re.error: if it could, or is no regex.
+    PeftError, re.error: if they are too many, or it is no regex.
   """
-  position, cost, choices, previous = 0, longest + 2.0, [1], "("
+  position, choices, previous = 0, [1], "("
+  loops, cost, steps = 1, 1.0, longest + 2.0  # `.*` before the pattern is the first loop
   while position < len(pattern):
     found = _TOKEN.match(pattern, position)
     token = found.group() if found else pattern[position]
@@ -428,19 +431,18 @@ def compile_suffix(pattern: str, longest: int) -> re.Pattern[str]:
     if token[0] in "*+?{":
       if previous[0] in "()|^$*+?{" and not (previous == ")" and token == "?"):
         raise PeftError(f"{token!r} after {previous!r}: expected quantifiers after single characters")
-      cost *= 2.0 if token == "?" else longest + 2.0
+      loops, cost = (loops, 2 * cost) if token == "?" else (loops + 1, cost)
     elif token in ("(", "(?:"):
       choices.append(1)
     elif token == "|":
       choices[-1] += 1
     elif token == ")" and len(choices) > 1:
       cost *= choices.pop()
-    if cost > _LARGEST_COST:
-      raise PeftError("matching it could take too long: too many quantifiers or alternatives")
     previous, position = token, position + len(token)
-  if cost * math.prod(choices) > _LARGEST_COST:
-    raise PeftError("matching it could take too long: too many quantifiers or alternatives")
-  return re.compile(rf"(.*\.)?({pattern})$")
+    steps = cost * math.prod(choices) * (longest + 2.0) ** loops / math.factorial(loops)
+    if loops > 8 or steps > _LARGEST_COST:
+      raise PeftError("matching it could take too long: too many quantifiers or alternatives")
+  return re.compile(rf"(.*\.)?({pattern})$"), steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------

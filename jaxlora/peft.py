@@ -500,7 +500,7 @@ def _place_all(
   whole: dict[str, dict[tuple[int, ...], tuple[str, np.ndarray]]] = {}
   problems = []
   for key, problem in missing.items():
-    if not _is_tied(tensors.get(key), key, places, tensors):
+    if len(missing) > _MOST_TIED or not _is_tied(tensors.get(key), key, places, tensors):
       problems.append(problem)
   for name, module in adapter.modules.items():
     if place := places.get((name, "weight")):
@@ -555,6 +555,9 @@ def _left_out(
           f"{path}: target_modules names {ending!r}, but the file holds {len(layers[path])} of {stack} layers"
         )
   return missing
+
+
+_MOST_TIED = 20  # a model has one or two ends that are tied
 
 
 def _is_tied(tensor: Any, key: tuple[str, str], places: Mapping[Any, Place], tensors: Mapping[Any, np.ndarray]) -> bool:
