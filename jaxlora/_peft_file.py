@@ -133,11 +133,9 @@ class Adapter:
     if module.kind == "linear":
       if inputs_first is None:
         inputs_first = bool(self.config.get("fan_in_fan_out"))
-      turned = (
-        inputs_first and name.split(".")[-2] in CONV1D if delta.shape == delta.T.shape else delta.shape != tensor.shape
-      )
-      if turned and delta.T.shape == tensor.shape:
-        delta = delta.T
+      square = delta.shape == delta.T.shape
+      turned = inputs_first and name.split(".")[-2] in CONV1D if square else delta.T.shape == tensor.shape
+      delta = delta.T if turned else delta
     if delta.shape != tensor.shape:
       raise PeftError(f"{name}: shape {tensor.shape} in the base, {delta.shape} by the adapter. It is another model's.")
     wide = np.result_type(delta.dtype, np.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
@@ -178,7 +176,7 @@ def read(folder: Any) -> Adapter:
   if not pieces and not adapter.whole:
     problems.append(f"{WEIGHTS} holds no adapter")
   if problems:
-    raise fail(f"{folder}", problems)
+    raise fail(f"{folder}", [*adapter.unsupported, *problems])
   return adapter
 
 
@@ -242,14 +240,17 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 # What the file's keys say of one tensor, after the prefix.
 _KEY = re.compile(
   r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
-  r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|base_layer\.bias)"
+  r"|lora_magnitude_vector(?:\.weight)?|lora_B\.bias|base_layer\.weight|base_layer\.bias)"
 )
 _PARTS = {
   "lora_A.weight": "a",
   "lora_B.weight": "b",
   "lora_embedding_A": "embedding a",
   "lora_embedding_B": "embedding b",
+  "lora_B.bias": "bias",
 }
+# What comes beside the factors, and the option that says that it does.
+_EXTRAS = {"magnitude": ("lora_magnitude_vector", "use_dora"), "bias": ("lora_B.bias", "lora_bias")}
 
 
 def _file_tensor(
@@ -302,8 +303,11 @@ def _module(
     return None
   if isinstance(rank, int) and rank != a.shape[0]:
     problems.append(f"{name}: rank {a.shape[0]} in {WEIGHTS}, {rank} by {CONFIG}")
-  if "magnitude" in held and not config.get("use_dora"):
-    problems.append(f"{name}: has a lora_magnitude_vector, but {CONFIG} does not say use_dora")
+  problems += [
+    f"{name}: has a {extra} beside its factors, but {CONFIG} does not say {option}"
+    for part, (extra, option) in _EXTRAS.items()
+    if part in held and not config.get(option)
+  ]
   return Module(
     name=name,
     kind="embedding" if embedding else "linear" if a.ndim == 2 else "conv",
@@ -386,17 +390,19 @@ def _by_pattern(config: Mapping[str, Any], field: str, names: Collection[str], p
   if not isinstance(patterns, dict):
     problems.append(f"{field}: found {_short(patterns)}, expected an object of patterns")
     return dict.fromkeys(names, default)
-  compiled = []
+  compiled, total = [], 0.0
   for pattern, value in patterns.items():
     if not check(value):
       problems.append(f"{field}[{_short(pattern)}]: found {_short(value)}, expected {expected}")
       continue
     try:
-      compiled.append((compile_suffix(pattern, max(map(len, names), default=0)), value))
+      regex, cost = compile_suffix(pattern, max(map(len, names), default=0))
+      compiled.append((regex, value))
+      total += cost
     except (re.error, OverflowError, RecursionError, PeftError) as error:
       problems.append(f"{field}: {_short(pattern)} is no pattern that is read here ({str(error)[:200]})")
-  if len(compiled) * len(names) > 10**7:
-    problems.append(f"{field}: {len(compiled)} patterns for {len(names)} modules are too many to try")
+  if len(compiled) * len(names) > 10**7 or total * len(names) > 30 * _LARGEST_COST:
+    problems.append(f"{field}: {len(compiled)} patterns for {len(names)} modules: matching them could take too long")
     compiled = []
   return {name: next((value for regex, value in compiled if regex.match(name)), default) for name in names}
 
@@ -409,13 +415,14 @@ _TOKEN = re.compile(
 _LARGEST_COST = 10**8
 
 
-def compile_suffix(pattern: str, longest: int) -> re.Pattern[str]:
-  r"""A pattern as PEFT applies it, `(.*\.)?(pattern)$`, if it cannot take long on names of up to `longest` characters.
+def compile_suffix(pattern: str, longest: int) -> tuple[re.Pattern[str], float]:
+  r"""A pattern as PEFT applies it, `(.*\.)?(pattern)$`, and the most steps it takes on a name of `longest` characters.
 
   Raises:
-    PeftError, re.error: if it could, or is no regex.
+    PeftError, re.error: if they are too many, or it is no regex.
   """
-  position, cost, choices, previous = 0, longest + 2.0, [1], "("
+  position, choices, previous = 0, [1], "("
+  loops, cost, steps = 1, 1.0, longest + 2.0  # `.*` before the pattern is the first loop
   while position < len(pattern):
     found = _TOKEN.match(pattern, position)
     token = found.group() if found else pattern[position]
@@ -424,19 +431,18 @@ def compile_suffix(pattern: str, longest: int) -> re.Pattern[str]:
     if token[0] in "*+?{":
       if previous[0] in "()|^$*+?{" and not (previous == ")" and token == "?"):
         raise PeftError(f"{token!r} after {previous!r}: expected quantifiers after single characters")
-      cost *= 2.0 if token == "?" else longest + 2.0
+      loops, cost = (loops, 2 * cost) if token == "?" else (loops + 1, cost)
     elif token in ("(", "(?:"):
       choices.append(1)
     elif token == "|":
       choices[-1] += 1
     elif token == ")" and len(choices) > 1:
       cost *= choices.pop()
-    if cost > _LARGEST_COST:
-      raise PeftError("matching it could take too long: too many quantifiers or alternatives")
     previous, position = token, position + len(token)
-  if cost * math.prod(choices) > _LARGEST_COST:
-    raise PeftError("matching it could take too long: too many quantifiers or alternatives")
-  return re.compile(rf"(.*\.)?({pattern})$")
+    steps = cost * math.prod(choices) * (longest + 2.0) ** loops / math.factorial(loops)
+    if loops > 8 or steps > _LARGEST_COST:
+      raise PeftError("matching it could take too long: too many quantifiers or alternatives")
+  return re.compile(rf"(.*\.)?({pattern})$"), steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------

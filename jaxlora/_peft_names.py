@@ -185,7 +185,7 @@ def find_places(wanted: Iterable[Key], paths: Collection[str], names: Names) -> 
   return places, problems
 
 
-_MOST_NEAR = 20  # likeness is slow to tell, and a file may hold any number of names
+_MOST_NEAR = 5  # likeness is slow to tell, and a file may hold any number of names
 
 
 def _by_given_names(wanted: Sequence[Key], given: Mapping[str, Target]) -> dict[Key, list[Place]]:
@@ -233,7 +233,7 @@ def _by_likeness(wanted: Sequence[Key], paths: Collection[str]) -> dict[Key, lis
     for count in (1, 2):
       several = [
         Place(path, tuple(int(parts[k]) for k in out))
-        for out in itertools.combinations(numbers[:8], count)
+        for out in itertools.combinations(numbers[:4], count)
         for path in leaves.get((tuple(part for k, part in enumerate(parts) if k not in out), key[1]), [])
       ]
       if several:
@@ -242,10 +242,10 @@ def _by_likeness(wanted: Sequence[Key], paths: Collection[str]) -> dict[Key, lis
 
   found = {key: places for key in wanted if (places := look_up(key))}
   rest = [key for key in wanted if key not in found]
-  ways = {(tokens[key][:k], ()) for key in rest for k in (1, 2)} | {
-    ((), parts[:k]) for parts, _ in leaves for k in (1, 2)
-  }
-  if len(ways) > _MOST_WAYS:  # names without a beginning in common are not those of one model
+  sides = ([tokens[key] for key in rest], [parts for parts, _ in leaves])
+  file, tree = ({parts[:k] for parts in side for k in (1, 2)} for side in sides)
+  ways = [(way, ()) for way in file if not _has_number(way)] + [((), way) for way in tree if not _has_number(way)]
+  if len(ways) * len(rest) > _MOST_TRIALS:  # names without a beginning in common are not those of one model
     return found
   results = [{key: places for key in rest if (places := look_up(key, *way))} for way in ways]
   most = max(map(len, results), default=0)
@@ -256,4 +256,15 @@ def _by_likeness(wanted: Sequence[Key], paths: Collection[str]) -> dict[Key, lis
   return found
 
 
-_MOST_WAYS = 256
+_MOST_TRIALS = 10**6
+
+
+def _has_number(parts: Sequence[str]) -> bool:
+  return any(part.isdecimal() for part in parts)
+
+
+def ends_with(path: str, ending: str) -> bool:
+  """Whether a leaf is the weight of a module whose name in torch ends so, as PEFT's `target_modules` say it."""
+  module, parameter = split_path(path)
+  want, have = _tokens(ending), _tokens(module)
+  return parameter == "weight" and bool(want) and have[-len(want) :] == want

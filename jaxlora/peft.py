@@ -21,6 +21,7 @@ from jaxlora._peft_names import (
   Target,
   check_names,
   default_target,
+  ends_with,
   find_places,
   given_target,
   key_of,
@@ -51,7 +52,8 @@ def save(
   Kernels split into heads become matrices, convolutions (rank, in, *kernel) and (out, rank, 1, ...), embeddings
   `lora_embedding_A` and `_B`; scanned layers are written one by one. Ranks and alphas that differ are in `rank_pattern`
   and `alpha_pattern`, which vLLM does not read: it takes `lora_alpha / r` for all. Leaves trained whole become
-  `modules_to_save`, or, biases alone, `bias="lora_only"` or `"all"`.
+  `modules_to_save`, or, biases alone, `bias="lora_only"` or `"all"`. An embedding that is the head, too, is adapted in
+  both uses here, and in its look-ups alone in PEFT: there the two are not the same function.
 
   Args:
     folder: made if it is not there; an adapter that it holds is replaced.
@@ -241,19 +243,23 @@ class _Roles:
     said: by path, from `axes` or the probe.
     outputs_first: whether the biases of the tree tell that its matrices are stored (out, in).
     biases: shape of the bias beside each leaf.
+    tied: leaves that the probe shows looked up and multiplied by: an embedding that is the head, too.
   """
 
   said: dict[str, str]
   outputs_first: bool
   biases: dict[str, tuple[int, ...]]
+  tied: frozenset[str]
 
 
 def _known_roles(leaves: Mapping[str, Any], params: Any, axes: Axes, probe: Any) -> _Roles:
-  said = {}
+  said, tied = {}, set()
   if probe is not None:
     for path, evidence in zip(leaves, _probe.study(probe, params), strict=True):
       if (found := evidence.roles()) is not None:
         said[path] = found
+      if evidence.looked_up is not None and evidence.contracted is not None:
+        tied.add(path)
   checked = LoraConfig(axes=axes).axes  # says what is wrong with them
   for pattern in checked or {}:
     if not any(first_match({pattern: True}, path) for path in leaves):
@@ -269,7 +275,7 @@ def _known_roles(leaves: Mapping[str, Any], params: Any, axes: Axes, probe: Any)
   biases = _biases(leaves)
   sides = [(_shape(leaves[path]), bias) for path, bias in biases.items()]
   first = any(len(shape) == 2 and shape[0] != shape[1] and bias == (shape[0],) for shape, bias in sides)
-  return _Roles(said, first, biases)
+  return _Roles(said, first, biases, frozenset(tied))
 
 
 def _biases(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -494,7 +500,7 @@ def _place_all(
   whole: dict[str, dict[tuple[int, ...], tuple[str, np.ndarray]]] = {}
   problems = []
   for key, problem in missing.items():
-    if not _is_tied(tensors.get(key), key, places, tensors):
+    if len(missing) > _MOST_TIED or not _is_tied(tensors.get(key), key, places, tensors):
       problems.append(problem)
   for name, module in adapter.modules.items():
     if place := places.get((name, "weight")):
@@ -518,10 +524,40 @@ def _place_all(
         new[path] = FullWeight(base=leaves[path], value=value)
     except ValueError as error:
       problems.append(f"{path} ({name}): {error}")
+  if names is None:  # else the tree is not called as torch's model is, and no name's end tells
+    problems += _left_out(adapter, leaves, new, factored)
   for name, tensor in adapter.bases.items():
     if place := places.get(key_of(name)):
       problems += _other_base(place, leaves[place.path], name, tensor, roles)
   return new, problems
+
+
+def _left_out(
+  adapter: Adapter, leaves: Mapping[str, Any], new: Mapping[str, Any], layers: Mapping[str, Mapping[Any, Module]]
+) -> list[str]:
+  """Weights that `target_modules` names, and the file has nothing for: PEFT would start them anew, with a warning."""
+  config = adapter.config
+  targets = config.get("target_modules")
+  if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+    return []
+  missing = []
+  for path, leaf in leaves.items():
+    ending = next((t for t in targets if isinstance(t, str) and ends_with(path, t)), None)
+    if ending is None or len(_shape(leaf)) < 2:
+      continue
+    node = new.get(path)
+    if node is None and path not in layers:
+      missing.append(f"{path}: target_modules names {ending!r}, but the file holds no factors for it")
+    elif isinstance(node, LoraWeight):
+      stack = math.prod(node.a.shape[: node.roles.count("s")])
+      if len(layers[path]) < stack:
+        missing.append(
+          f"{path}: target_modules names {ending!r}, but the file holds {len(layers[path])} of {stack} layers"
+        )
+  return missing
+
+
+_MOST_TIED = 20  # a model has one or two ends that are tied
 
 
 def _is_tied(tensor: Any, key: tuple[str, str], places: Mapping[Any, Place], tensors: Mapping[Any, np.ndarray]) -> bool:
@@ -574,6 +610,10 @@ def _factored(
   shape, (first, *_) = _shape(leaf), layers.values()
   if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
     raise ValueError(f"dtype {leaf.dtype} cannot be adapted; expected a real floating dtype")
+  if path in roles.tied and first.kind == "embedding":
+    raise ValueError(
+      "PEFT adapts the look-up alone, and this leaf is the head's weight, too. Give the tree a head of its own"
+    )
   stacked = len(next(iter(layers)))
   full = _roles_of_factored(path, shape, first, stacked, roles)
   own = full.replace("s", "")

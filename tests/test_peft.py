@@ -351,3 +351,98 @@ def assert_readable_by_vllm(folder):
   assert config["target_modules"]
   assert config["init_lora_weights"] is True
   assert config["use_dora"] is False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What PEFT writes that is another function, and what it writes beside the factors.
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ({"use_dora": True}, r"use_dora: DoRA \(lora_magnitude_vector\): LoraWeight has no magnitude yet"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base weights"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changes the base weights"),
+    ({"lora_bias": True}, "lora_bias: a bias in lora_B"),
+    ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication: layers that share their base"),
+    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: trainable tokens"),
+  ],
+  ids=str,
+)
+def test_other_methods_are_refused(config, message, tmp_path):
+  pair = biased_llama()
+  model = trained(pair, steps=1, target_modules=["q_proj"], **config)
+  model.save_pretrained(tmp_path)
+  with pytest.raises(jaxlora.peft.PeftError, match=message):
+    pair.load(tmp_path)
+
+
+def test_a_grouped_convolution_is_refused(tmp_path):
+  net = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2))
+  model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["0"], r=2))
+  model.save_pretrained(tmp_path)
+  with pytest.raises(jaxlora.peft.PeftError, match=r"lora_A has shape \(2, 4, 3, 3\).*grouped convolution"):
+    jaxlora.peft.load(tmp_path, {"conv": {"kernel": jnp.ones((3, 3, 2, 6))}}, names={"conv": "0"})
+
+
+def test_half_precision_is_kept(tmp_path):
+  pair = llama()
+  model = trained(pair, target_modules=["q_proj"]).to(torch.bfloat16)
+  model.save_pretrained(tmp_path)
+  tree = pair.load(tmp_path)
+  weight = tree["layers_0"]["self_attn"]["q_proj"]["kernel"]
+  assert weight.a.dtype == jnp.bfloat16
+  a = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A.default.weight
+  np.testing.assert_array_equal(np.asarray(weight.a, "float32"), a.float().detach().numpy())
+  pair.save(tmp_path / "again", tree)
+  again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+  assert {str(tensor.dtype) for tensor in again.values()} == {"bfloat16"}
+
+
+def test_an_embedding_that_was_resized_comes_whole(tmp_path):
+  pair = llama()
+  model = trained(pair, target_modules=["q_proj"])
+  with torch.no_grad():
+    model.base_model.model.model.embed_tokens.weight += 1
+  model.save_pretrained(tmp_path, save_embedding_layers=True)
+  tree = pair.load(tmp_path)
+  assert isinstance(tree["embed_tokens"]["embedding"], jaxlora.FullWeight)
+  assert isinstance(tree["lm_head"]["kernel"], jax.Array)  # saved, too, and as it was
+  assert_same(pair.apply(tree), pair.logits(model))
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+  trained(llama(), steps=1, target_modules=["q_proj", "down_proj"]).save_pretrained(tmp_path)
+  with pytest.raises(jaxlora.peft.PeftError, match="4 problem") as caught:
+    gpt2().load(tmp_path)
+  assert "model.layers.1.mlp.down_proj.weight: no leaf of the tree is called so. Nearest: h_" in str(caught.value)
+
+
+def test_an_adapted_embedding_that_is_the_head_too_is_refused_where_the_probe_tells(tmp_path):
+  pair = gpt2()
+  trained(pair, steps=1, target_modules=["wte"]).save_pretrained(tmp_path)
+  with pytest.raises(jaxlora.peft.PeftError, match=r"wte/embedding .*: PEFT adapts the look-up alone"):
+    pair.load(tmp_path, probe=lambda p: pair.twin.apply({"params": p}, jnp.asarray(pair.inputs)))
+
+
+def test_the_public_flax_gpt2_whose_kernels_are_the_other_way_round(tmp_path):
+  pair = gpt2()
+  flax = transformers.FlaxGPT2LMHeadModel(pair.torch_model.config, _do_init=False)
+  state = pair.torch_model.state_dict()
+
+  def leaf(path, _):
+    *module, kind = (key.key for key in path)
+    array = state[f"{'.'.join(module)}.{'bias' if kind == 'bias' else 'weight'}"].numpy()
+    return jnp.asarray(array.T if kind == "kernel" else array)
+
+  params = jax.tree_util.tree_map_with_path(leaf, flax.params_shape_tree)
+  model = trained(pair, target_modules=["c_attn", "c_proj", "c_fc"], r=4, fan_in_fan_out=True)
+  model.save_pretrained(tmp_path / "adapter")
+  apply = jax.jit(lambda p: flax(pair.inputs, params=p).logits)
+  with pytest.raises(jaxlora.peft.PeftError, match="a square one does not tell; say axes= or probe="):
+    jaxlora.peft.load(tmp_path / "adapter", params)
+  tree = jaxlora.peft.load(tmp_path / "adapter", params, probe=apply)
+  assert tree["transformer"]["h"]["0"]["attn"]["c_proj"]["kernel"].roles == "oi"
+  assert_same(np.asarray(apply(jaxlora.merge(tree))), pair.logits(model))
+  jaxlora.peft.save(tmp_path / "again", tree)
+  assert_same(pair.logits(from_pretrained(pair, tmp_path / "again")), pair.logits(model))

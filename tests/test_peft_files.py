@@ -292,6 +292,23 @@ def test_two_names_for_one_leaf_are_an_error(tmp_path):
     peft.load(tmp_path, {"layers_0": {"q": {"kernel": normal(8, 6)}}})
 
 
+def test_models_of_many_layers_meet():
+  paths = [f"layers_{k}/self_attn/q_proj/kernel" for k in range(300)]
+  wanted = [(f"base.layers.{k}.self_attn.q_proj", "weight") for k in range(300)]
+  places, problems = _peft_names.find_places(wanted, paths, None)
+  assert [places[key].path for key in wanted] == paths
+  assert not problems
+
+
+def test_very_many_strange_names_do_not_take_for_ever():
+  paths = [f"layers_{k}/q/kernel" for k in range(300)]
+  wanted = [(f"m{k % 997}.{k}.1.2.3.4.5.6.7.q", "weight") for k in range(20_000)]
+  start = time.perf_counter()
+  _, problems = _peft_names.find_places(wanted, paths, None)
+  assert len(problems) == 20_000
+  assert time.perf_counter() - start < 30
+
+
 def test_exact_names_win_over_likely_ones(tmp_path):
   write(tmp_path, {"head": (2, 8, 6), "model.tower.q": (2, 8, 6)})
   base = {"head": normal(8, 6), "model": {"head": normal(8, 6)}, "tower": {"q": normal(8, 6)}}
@@ -394,6 +411,22 @@ def test_everything_that_does_not_fit_the_tree_is_listed_at_once(tmp_path):
   ):
     assert message in str(caught.value)
   assert "model.layers.0" not in str(caught.value)
+
+
+def test_targets_without_factors(tmp_path):
+  base = params() | {"layers": {"up": {"kernel": normal(3, 8, 6)}}}
+  shapes = {f"model.layers.{k}.up": (2, 8, 6) for k in (0, 1, 2)}
+  write(tmp_path, shapes | {"model.layers.1.attn.out": (2, 6, 8)}, target_modules=["out", "up"])
+  with pytest.raises(peft.PeftError, match="layers_0/attn/out/kernel: target_modules names 'out', but the file"):
+    peft.load(tmp_path, base)
+  assert peft.load(tmp_path, base, names={"layers_0/attn/out": "elsewhere.out"})
+  edit(tmp_path, layers_to_transform=[0, 1, 2])
+  assert peft.load(tmp_path, base)
+  write(tmp_path, {name: shapes[name] for name in list(shapes)[:2]}, target_modules=["up"])
+  with pytest.raises(
+    peft.PeftError, match="layers/up/kernel: target_modules names 'up', but the file holds 2 of 3 layers"
+  ):
+    peft.load(tmp_path, base)
 
 
 def test_a_rank_that_the_configuration_does_not_say(tmp_path):
@@ -567,7 +600,7 @@ def test_patterns_that_could_take_for_ever_are_refused(pattern, tmp_path):
   ],
 )
 def test_patterns_as_peft_has_them(pattern):
-  regex = _peft_file.compile_suffix(pattern, 60)
+  regex, _ = _peft_file.compile_suffix(pattern, 60)
   for name in ("head", "net.head", "foo", "a.b.head", "xhead", "head.x"):
     assert bool(regex.match(name)) == bool(re.match(rf"(.*\.)?({pattern})$", name)), name
 
