@@ -1,0 +1,8 @@
+"""`python -m jaxlora`: the command line."""
+
+import sys
+
+from jaxlora._cli import main
+
+if __name__ == "__main__":
+  sys.exit(main())
