@@ -5,6 +5,7 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 """
 
 from jaxlora._adapt import adapt, join, merge, split, strip
+from jaxlora._bank import Bank, pad, route, stack
 from jaxlora._config import LoraConfig
 from jaxlora._optim import grad, labels, mask, optimizer, value_and_grad
 from jaxlora._report import explain, summary
@@ -14,6 +15,7 @@ from jaxlora._weight import FullWeight, LoraWeight
 __version__ = "0.1.0"
 
 __all__ = [
+  "Bank",
   "FullWeight",
   "LoraConfig",
   "LoraWeight",
@@ -27,7 +29,10 @@ __all__ = [
   "mask",
   "merge",
   "optimizer",
+  "pad",
+  "route",
   "split",
+  "stack",
   "strip",
   "summary",
   "value_and_grad",

@@ -12,7 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxlora import _lowrank, _recompute
+from jaxlora import _banked, _lowrank, _recompute
 from jaxlora._lowrank import Factored, Labelled, Pairing, Result, Shrink
 from jaxlora._recompute import Recipe
 from jaxlora._weight import RANK, factor_axes, wider_dtype
@@ -35,6 +35,7 @@ class Op(NamedTuple):
   looping: bool  # whether the equation is inside the body of a loop
   h: Labelled | None  # a product's first half, where it was computed ahead
   keep_as: Callable[[Any, Recipe | None], None]  # says how a result is best kept for the backward pass
+  took: Callable[[str], None]  # hears by which way a product of a mixed batch is computed
 
 
 Rule = Callable[[Op, Sequence[Any]], list[Any]]
@@ -42,6 +43,8 @@ RULES: dict[str, Rule] = {}
 
 # Rules whose result holds the product of the weight with something; the others only rearrange the weight.
 PRODUCTS = ("dot_general", "conv_general_dilated", "gather")
+# Rules that know weights with the factors of many adapters; the others get one whose factors are picked.
+BANKED = ("dot_general", "convert_element_type", "reshape", "squeeze")
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -133,6 +136,7 @@ def _reshape(op: Op, args: Sequence[Any]) -> list[Any]:
   new = tuple(int(size) for size in op.params["new_sizes"])
   given = w.base
   if op.params.get("dimensions") is not None:  # a transposition first
+    w = _lowrank.picked(w)
     w = permuted(w, op.params["dimensions"], lax.transpose(w.base, op.params["dimensions"]))
   if 0 in new:
     raise Unfactorable("a reshape of nothing")
@@ -144,10 +148,11 @@ def _reshape(op: Op, args: Sequence[Any]) -> list[Any]:
 
 def reshaped(w: Factored, shape: tuple[int, ...], roles: str, base: Any) -> Factored:
   """`w` reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
-  rank = w.a.shape[w.roles.count("s")]
+  bank = w.a.shape[: w.slot is not None]
+  rank = w.a.shape[len(bank) + w.roles.count("s")]
 
   def sizes(own):
-    return tuple(rank if d == RANK else shape[d] for d in factor_axes(roles, own))
+    return (*bank, *(rank if d == RANK else shape[d] for d in factor_axes(roles, own)))
 
   return w.replace(base=base, a=lax.reshape(w.a, sizes("i")), b=lax.reshape(w.b, sizes("o")), roles=roles)
 
@@ -306,6 +311,8 @@ def _cast(op: Op, args: Sequence[Any]) -> list[Any]:
   dtype = op.params["new_dtype"]
   if not jnp.issubdtype(dtype, jnp.inexact):
     raise Unfactorable(f"a cast to {jnp.dtype(dtype).name}")
+  if w.slot is not None:  # of a bank only what is picked is cast
+    return [w.replace(base=op.bind(w.base)[0])]
   return [w.replace(base=op.bind(w.base)[0], a=_lowrank.beside(w.a, dtype), b=_lowrank.beside(w.b, dtype))]
 
 
@@ -371,6 +378,13 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   w, x = (lhs, rhs) if weight_first else (rhs, lhs)
   w, pairing = meeting(op.params, w, weight_first)
   base = _base_product(op, x, w.base, pairing)
+  if w.slot is not None:
+    sharded = _lowrank.explicitly_sharded(x) or _lowrank.explicitly_sharded(base)
+    op.took(way := _banked.GATHERED if sharded else _banked.way(jnp.shape(x), w, pairing, op.looping))
+    if way != _banked.GATHERED:
+      delta = _banked.delta(x, w, pairing, base.dtype, way, op.looping)
+      return [_lowrank.add(base, delta)]
+    w = _lowrank.picked(w)
   u, recipe = _lowrank.dropped(x, w, op.use, op.recipe(x))
   result, again = _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h)
   op.keep_as(result, again)
@@ -399,6 +413,10 @@ def first_half(eqn: Any, w: Factored, weight_first: bool, looping: bool) -> tupl
   except Unfactorable:
     return None
   x, out = eqn.invars[1 if weight_first else 0].aval, eqn.outvars[0].aval
+  if w.slot is not None:
+    if _banked.way(x.shape, w, pairing, looping) != _banked.GATHERED:
+      return None
+    w = _lowrank.picked(w)
   return _lowrank.shrinking(x, w, pairing, out.dtype, looping=looping), w.a
 
 

@@ -20,12 +20,12 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import _compat, _lowrank, _paths, _recompute, _regions
+from jaxlora import _banked, _compat, _lowrank, _paths, _recompute, _regions
 from jaxlora._initializers import leaf_key
 from jaxlora._lowrank import Factored
 from jaxlora._recompute import Origins
 from jaxlora._regions import Region
-from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable, first_half, with_roles
+from jaxlora._rules import BANKED, PRODUCTS, RULES, Op, Unfactorable, first_half, with_roles
 from jaxlora._weight import FullWeight, check_weight, is_adapted
 
 ON_MATERIALIZE = ("ignore", "warn", "error")
@@ -53,6 +53,7 @@ class Use:
     factored: whether the weight stayed factored.
     source: the user's source line.
     reason: why it was materialised; empty where it was not.
+    way: how the rows of a mixed batch are computed; empty for a weight of one adapter.
   """
 
   path: str
@@ -60,6 +61,7 @@ class Use:
   factored: bool
   source: str
   reason: str = ""
+  way: str = ""
 
 
 class Record:
@@ -230,6 +232,7 @@ def apply(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> 
   """One equation that adapted weights reach: by its rule, or on materialised weights."""
   name = eqn.primitive.name
   try:
+    values = _picked_for(record, eqn, values)
     if name in CONTROL_FLOW:
       with record.enclosed_by(eqn):
         return CONTROL_FLOW[name](record, eqn, values)
@@ -244,8 +247,34 @@ def apply(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> 
     return _compat.bind(eqn, plain)
 
 
+_LOOPS = ("scan", "while")
+_PASSES = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "cond", *_LOOPS)
+
+
+def _picked_for(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  """A mixed batch's weights as an equation wants them: of many adapters only where it knows about those.
+
+  Ahead of a loop factors are picked once for all of its steps, but where a bank is so small that nothing is picked. What
+  a scan runs over it slices along the first axis, which a bank has for itself.
+  """
+  name = eqn.primitive.name
+  counts = _compat.scan_counts(eqn.params) if name == "scan" else None
+  constants = len(values) if counts is None else sum(counts)
+
+  def goes_on(k: int, w: Factored) -> bool:
+    if name in _LOOPS:
+      return k < constants and _banked.stays_whole(w)
+    return name in BANKED or name in _PASSES
+
+  return [
+    _lowrank.picked(value) if isinstance(value, Factored) and not goes_on(k, value) else value
+    for k, value in enumerate(values)
+  ]
+
+
 def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> list[Any]:
   name, paths = eqn.primitive.name, [w.path for w in weights_in(values)]
+  ways: list[str] = []
   op = Op(
     name=name,
     params=eqn.params,
@@ -257,11 +286,12 @@ def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) 
     looping=record.looping,
     h=origins.halves.pop(id(eqn), None),
     keep_as=origins.keep_as,
+    took=ways.append,
   )
   out = RULES[name](op, values)
   if name in PRODUCTS and not weights_in(out):
     record.products[paths[0]] += 1
-    record.uses.append(Use(paths[0], name, True, record.source(eqn)))
+    record.uses.append(Use(paths[0], name, True, record.source(eqn), way=next(iter(ways), "")))
   return out
 
 
@@ -739,7 +769,7 @@ def call(
 
 def opened(node: Any, path: str, dropout_key: Any) -> Any:
   """What stands for one argument leaf inside the walk."""
-  if not is_adapted(node):
+  if not is_adapted(node):  # `Factored` weights among them: rows of a mixed batch come with those
     return node
   check_weight(node, path)
   if isinstance(node, FullWeight):
@@ -753,8 +783,8 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
   The argument's own position or keyword leads the path where several arguments hold adapted weights.
   """
   arguments = [*enumerate(args), *sorted(kwargs.items())]
-  flat = [(name, argument, _paths.flatten(argument, is_leaf=is_adapted)[0]) for name, argument in arguments]
-  several = sum(any(is_adapted(leaf) for _, leaf in leaves) for *_, leaves in flat) > 1
+  flat = [(name, argument, _paths.flatten(argument, is_leaf=_is_weight)[0]) for name, argument in arguments]
+  several = sum(any(_is_weight(leaf) for _, leaf in leaves) for *_, leaves in flat) > 1
 
   def path_of(name: Any, argument: Any, path: str, leaf: Any) -> str:
     if leaf is argument:
@@ -762,7 +792,11 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     return f"{name}/{path}" if several else path
 
   pairs = [(path_of(name, argument, path, leaf), leaf) for name, argument, leaves in flat for path, leaf in leaves]
-  return pairs, jax.tree_util.tree_structure((args, kwargs), is_leaf=is_adapted)
+  return pairs, jax.tree_util.tree_structure((args, kwargs), is_leaf=_is_weight)
+
+
+def _is_weight(node: Any) -> bool:
+  return is_adapted(node) or isinstance(node, Factored)
 
 
 # Raw keys say which generator they are for by their shape alone.
