@@ -16,7 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import _adapt, _banked, _lowrank, _paths, _transform
+from jaxlora import _adapt, _banked, _compat, _lowrank, _paths, _transform
 from jaxlora._lowrank import Factored, Routing
 from jaxlora._targets import listed
 from jaxlora._transform import ON_MATERIALIZE, Record
@@ -624,7 +624,7 @@ class Routed:
     self._seen: set[tuple[str, str, str]] = set()
 
   def __call__(self, frozen: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
-    record = Record(self._on_materialize, self._seen, self._recompute)
+    record = Record(self._on_materialize, self._seen, self._recompute, of_rows=True)
     return self.recorded(record, frozen, bank, ids, *args, **kwargs)
 
   def recorded(self, record: Record, frozen: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -827,16 +827,10 @@ def _differs_by_row(value: Any) -> Callable[[], bool]:
   """Whether the `vmap` around this maps a value, or all of its rows share it."""
   seen = False
 
-  @jax.custom_batching.custom_vmap
-  def look(value):
-    return value
-
-  @look.def_vmap
-  def _(axis_size, batched, value):
+  def rule(batched: Sequence[bool], args: Sequence[jax.Array]) -> None:
     nonlocal seen
-    del axis_size
+    del batched, args
     seen = True
-    return value, batched[0]
 
-  look(lax.stop_gradient(value))
+  _compat.batched_call(lambda value: value, rule, lax.stop_gradient(value))
   return lambda: seen

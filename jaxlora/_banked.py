@@ -16,7 +16,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxlora import _lowrank
+from jaxlora import _compat, _lowrank
 from jaxlora._lowrank import Factored, Labelled, Pairing, Result
 from jaxlora._weight import RANK, factor_axes
 
@@ -83,7 +83,7 @@ def delta(x: Any, w: Factored, pairing: Pairing, dtype: Any, way: str, looping: 
   def of_row(x: jax.Array, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
     return _thin(x, _lowrank.picked(w.replace(base=shape, a=a, b=b, slot=slot)), pairing, dtype, looping)
 
-  return _row_by_row(of_row)(x, w.a, w.b, w.slot)
+  return _row_by_row(of_row, x, w.a, w.b, w.slot)
 
 
 def _thin(x: jax.Array, w: Factored, pairing: Pairing, dtype: Any, looping: bool) -> jax.Array:
@@ -110,32 +110,58 @@ def _own_ranks(h: Labelled, slot: jax.Array) -> Labelled:
   return Labelled(jnp.where(own, h.array, jnp.zeros((), h.array.dtype)), h.labels)
 
 
-def _row_by_row(of_row: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _row_by_row(of_row: Callable[..., jax.Array], *args: Any) -> jax.Array:
   """`of_row(x, a, b, slot)`, of which `jax.vmap` over rows makes a loop; derivatives are those of all rows at once.
 
   A loop's own transpose would add up one gradient of the size of the bank per row.
   """
 
-  def at_once(x, a, b, slots):
-    return jax.vmap(of_row, in_axes=(0, None, None, 0))(x, a, b, slots)
-
   @jax.custom_jvp
   def one_by_one(x, a, b, slots):
-    return lax.map(lambda row: of_row(row[0], a, b, row[1]), (x, slots))
+    shape = x.shape[1:]
+    like = jax.eval_shape(of_row, x[0], a, b, slots[0])
+    # One axis for all of a row: the base's own product has its operand flat, too, and XLA then makes that once.
+    y = lax.map(lambda row: of_row(row[0].reshape(shape), a, b, row[1]).ravel(), (x.reshape(len(x), -1), slots))
+    return y.reshape(len(x), *like.shape)
 
   @one_by_one.defjvp
   def _(primals, tangents):
-    return jax.jvp(at_once, primals, tangents)
+    return jax.jvp(jax.vmap(of_row, in_axes=(0, None, None, 0)), primals, tangents)
 
-  call = jax.custom_batching.custom_vmap(of_row)
+  def rule(batched: Sequence[bool], args: Sequence[jax.Array]) -> jax.Array | None:
+    x, a, b, slots = args
+    if list(batched[1:]) != [False, False, True]:  # another axis than that of the rows
+      return None
+    return one_by_one(x if batched[0] else jnp.broadcast_to(x, (*slots.shape, *x.shape)), a, b, slots)
 
-  @call.def_vmap
-  def _(axis_size, batched, x, a, b, slots):
-    if batched[1:] != [False, False, True]:  # another axis than that of the rows
-      axes = [0 if one else None for one in batched]
-      return jax.vmap(of_row, in_axes=axes)(x, a, b, slots), True
-    if not batched[0]:
-      x = jnp.broadcast_to(x, (axis_size, *x.shape))
-    return one_by_one(x, a, b, slots), True
+  return _compat.batched_call(of_row, rule, *args)
 
-  return call
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What rows do together besides.
+
+
+def update_slice(bind: Callable[..., list[Any]], operand: Any, update: Any, *starts: Any) -> list[Any]:
+  """A `dynamic_update_slice` in one row, such as a cache's: where all rows write to one place it stays one.
+
+  JAX makes a scatter of it, whose bounds XLA checks with two copies of the whole cache.
+  """
+
+  def rule(batched: Sequence[bool], args: Sequence[Any]) -> jax.Array | None:
+    if any(batched[2:]):
+      return None
+    operand, update, *starts = args
+    (count,) = {array.shape[0] for array, one in zip(args, batched, strict=True) if one}
+    operand, update = (
+      array if one else jnp.broadcast_to(array, (count, *array.shape))
+      for array, one in zip((operand, update), batched, strict=False)
+    )
+    # A batch of one row has an axis for it already. With two XLA does not see that the update is one in place.
+    whole = operand.shape
+    if operand.shape[1] == 1:
+      operand, update = (lax.reshape(array, (count, *array.shape[2:])) for array in (operand, update))
+      starts = starts[1:]
+    zero = jnp.zeros((), starts[0].dtype) if starts else 0
+    return lax.dynamic_update_slice(operand, update, (zero, *starts), allow_negative_indices=False).reshape(whole)
+
+  return [_compat.batched_call(lambda *args: bind(*args)[0], rule, operand, update, *starts)]

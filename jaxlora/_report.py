@@ -237,7 +237,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   Raises:
     ValueError: if no argument holds an adapted weight.
   """
-  record = Record("ignore", set())
+  record = Record("ignore", set(), of_rows=isinstance(fn, Routed))
   nodes, treedef = _transform.argument_leaves(args, kwargs)
   if isinstance(fn, Routed):
     paths = [path for bank in args if isinstance(bank, Bank) for path in bank.low_rank]

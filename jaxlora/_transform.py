@@ -69,11 +69,14 @@ class Record:
 
   `seen` outlives the call: each place is warned about once per wrapped function, however often it is traced.
   `places` holds the user's lines of the equations that enclose the one at hand: inside the jitted functions of
-  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far.
+  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far. `of_rows`: the call is one row of a mixed batch.
   """
 
-  def __init__(self, on_materialize: str, seen: set[tuple[str, str, str]], recompute: bool = False):
+  def __init__(
+    self, on_materialize: str, seen: set[tuple[str, str, str]], recompute: bool = False, of_rows: bool = False
+  ):
     self.on_materialize = on_materialize
+    self.of_rows = of_rows
     self.seen = seen
     self.recompute = recompute
     self.looping = False
@@ -153,6 +156,8 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
     with _compat.equation_context(eqn):
       if weights_in(values):
         out = apply(record, eqn, values, origins)
+      elif record.of_rows and eqn.primitive.name == "dynamic_update_slice":
+        out = _banked.update_slice(functools.partial(_bound, eqn), *values)
       else:
         out = _compat.bind(eqn, values)
         origins.note(eqn.primitive.name, functools.partial(_compat.bind, eqn), values, out)
@@ -198,6 +203,10 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
     for var in freed_after.get(k, ()):
       env.pop(var, None)
   return [read(atom) for atom in jaxpr.outvars]
+
+
+def _bound(eqn: Any, *values: Any) -> list[Any]:
+  return _compat.bind(eqn, values)
 
 
 def _products_of(values: Sequence[Any], jaxpr: Any) -> dict[Any, list[Any]]:
@@ -377,7 +386,7 @@ def _replay(record: Record, use: Use, w: Factored) -> None:
 
 def _rebuilt_jit(eqn: Any, around: Record) -> Inner:
   params = eqn.params
-  record = Record("ignore", set(), around.recompute)
+  record = Record("ignore", set(), around.recompute, around.of_rows)
   record.looping = around.looping
   inner = closed(record, params["jaxpr"])
 
