@@ -7,6 +7,7 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 from jaxlora._adapt import adapt, join, merge, split, strip
 from jaxlora._adaptive import prune, sensitivity
 from jaxlora._arithmetic import combine, cosine, interpolate, norms, scale, subtract
+from jaxlora._bank import Bank, pad, route, stack
 from jaxlora._config import LoraConfig
 from jaxlora._decompose import Truncation, allocate, compress, low_rank, spectrum
 from jaxlora._extract import extract
@@ -20,6 +21,7 @@ from jaxlora._weight import FullWeight, LoraWeight
 __version__ = "0.1.0"
 
 __all__ = [
+  "Bank",
   "FullWeight",
   "LoraConfig",
   "LoraWeight",
@@ -45,11 +47,14 @@ __all__ = [
   "merge",
   "norms",
   "optimizer",
+  "pad",
   "prune",
+  "route",
   "scale",
   "sensitivity",
   "spectrum",
   "split",
+  "stack",
   "strip",
   "subtract",
   "summary",

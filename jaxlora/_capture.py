@@ -140,6 +140,7 @@ def _by_rule(seen: Seen, eqn: Any, values: Sequence[Any]) -> tuple[list[Any], ja
     looping=True,
     h=None,
     keep_as=lambda value, recipe: None,
+    took=lambda way: None,
   )
   out = RULES[op.name](op, values)
   if term.value is not None:

@@ -21,6 +21,18 @@ from jaxlora._recompute import Recipe
 from jaxlora._weight import LoraWeight, wider_dtype
 
 
+class Routing(NamedTuple):
+  """A mixed batch, as one row of it knows it.
+
+  Attributes:
+    rows: how many there are.
+    via: how their low-rank products are to be computed; `"auto"` leaves it to `_banked.way`.
+  """
+
+  rows: int
+  via: str
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
@@ -31,6 +43,10 @@ class Factored:
     2. The scale is already in `b`, and the factors have the base's dtype; under a base of 8 bits or less, their own.
     3. `key` is `None`, or the random key of this leaf's dropout.
     4. `gain` is `None`, for one, or laid out as a factor of rank 1 over the axes of role `gained`.
+    5. `slot` is `None`; or `a` and `b` hold the factors of many adapters, on an axis that leads all others and in a
+       dtype of their own, and the value stands for `base` with those of the adapter numbered `slot`; with none, where
+       there is no such adapter. `routing` then says how many rows do this together. Only `picked` and `_banked.py`
+       look into such factors. There is no gain then.
   """
 
   base: Any
@@ -42,6 +58,8 @@ class Factored:
   dropout: float = dataclasses.field(metadata={"static": True})
   path: str = dataclasses.field(metadata={"static": True})
   gained: str = dataclasses.field(default="o", metadata={"static": True})
+  slot: Any = None
+  routing: "Routing | None" = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -85,8 +103,22 @@ def beside(factor: jax.Array, dtype: Any) -> jax.Array:
   return factor.astype(dtype) if dtype.itemsize > 1 and jnp.issubdtype(dtype, jnp.inexact) else factor
 
 
+def picked(w: Factored) -> Factored:
+  """The weight with the factors of its one adapter; of zero, where there is none of that number."""
+  if w.slot is None:
+    return w
+  a, b = (beside(of_slot(bank, w.slot), w.base.dtype) for bank in (w.a, w.b))
+  return w.replace(a=a, b=b, slot=None, routing=None)
+
+
+def of_slot(bank: jax.Array, slot: jax.Array) -> jax.Array:
+  """What a bank has in one slot; zeros where the number is none of a slot."""
+  return bank.at[slot].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
 def materialize(w: Factored) -> jax.Array:
   """`base + a b` as one array: right everywhere, and what the transform exists to avoid."""
+  w = picked(w)
   delta = low_rank_delta(w.a, w.b, w.roles)
   whole = w.base.astype(delta.dtype) + delta
   if w.gain is not None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths, _transform
 from jaxlora._adapt import check_adapted
+from jaxlora._bank import Bank, Routed
 from jaxlora._transform import Record, Use
 from jaxlora._weight import LoraWeight, is_adapted, parts, trained_parts
 
@@ -222,7 +223,7 @@ class Explanation:
   def __str__(self) -> str:
     rows = [("leaf", "path taken", "primitive", "source", "why")]
     for use in self.uses:
-      taken = "factored" if use.factored else "MATERIALISED"
+      taken = ("factored" + (f", {use.way}" if use.way else "")) if use.factored else "MATERIALISED"
       rows.append((use.path, taken, use.primitive, use.source, use.reason or "x W + s (x A) B"))
     rows.extend((path, "unused", "-", "-", "the function never multiplies by it") for path in self.unused)
     return table(rows)
@@ -232,7 +233,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   """Says which path each adapted weight takes through `fn`, and why, without running it.
 
   Args:
-    fn: the function that `wrap` would wrap, unwrapped.
+    fn: the function that `wrap` would wrap, unwrapped; or what `route` returned: the report then says how the rows of
+      the mixed batch are computed.
     *args, **kwargs: what it would be called with; arrays may be `jax.ShapeDtypeStruct`s.
 
   Returns:
@@ -241,9 +243,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   Raises:
     ValueError: if no argument holds an adapted weight.
   """
-  record = Record("ignore", set())
+  record = Record("ignore", set(), of_rows=isinstance(fn, Routed))
   nodes, treedef = _transform.argument_leaves(args, kwargs)
-  paths = [path for path, node in nodes if isinstance(node, LoraWeight)]
+  if isinstance(fn, Routed):
+    paths = [path for bank in args if isinstance(bank, Bank) for path in bank.low_rank]
+  else:
+    paths = [path for path, node in nodes if isinstance(node, LoraWeight)]
   if not paths:
     raise ValueError("explain: no argument holds an adapted weight. Make one with jaxlora.adapt(params, config, key).")
   leaves, inner = jax.tree_util.tree_flatten([node for _, node in nodes])
@@ -254,7 +259,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     for k, array in zip(abstract, arrays, strict=True):
       full[k] = array
     call_args, call_kwargs = jax.tree_util.tree_unflatten(treedef, jax.tree_util.tree_unflatten(inner, full))
-    out = _transform.call(fn, record, None, call_args, call_kwargs)
+    if isinstance(fn, Routed):
+      out = fn.recorded(record, *call_args, **call_kwargs)
+    else:
+      out = _transform.call(fn, record, None, call_args, call_kwargs)
     return [leaf for leaf in jax.tree_util.tree_leaves(out) if isinstance(leaf, jax.Array)]
 
   jax.eval_shape(traced, [leaves[k] for k in abstract])

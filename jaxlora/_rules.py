@@ -13,7 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxlora import _lowrank, _recompute
+from jaxlora import _banked, _lowrank, _recompute
 from jaxlora._axes import RANK, factor_axes
 from jaxlora._lowrank import Factored, Labelled, Pairing, Result, Shrink
 from jaxlora._recompute import Recipe
@@ -37,6 +37,7 @@ class Op(NamedTuple):
   looping: bool  # whether the equation is inside the body of a loop
   h: Labelled | None  # a product's first half, where it was computed ahead
   keep_as: Callable[[Any, Recipe | None], None]  # says how a result is best kept for the backward pass
+  took: Callable[[str], None]  # hears by which way a product of a mixed batch is computed
 
 
 Rule = Callable[[Op, Sequence[Any]], list[Any]]
@@ -44,6 +45,8 @@ RULES: dict[str, Rule] = {}
 
 # Rules whose result holds the product of the weight with something; the others only rearrange the weight.
 PRODUCTS = ("dot_general", "conv_general_dilated", "gather")
+# Rules that know weights with the factors of many adapters; the others get one whose factors are picked.
+BANKED = ("dot_general", "convert_element_type", "reshape", "squeeze")
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -135,6 +138,7 @@ def _reshape(op: Op, args: Sequence[Any]) -> list[Any]:
   new = tuple(int(size) for size in op.params["new_sizes"])
   given = w.base
   if op.params.get("dimensions") is not None:  # a transposition first
+    w = _lowrank.picked(w)
     w = permuted(w, op.params["dimensions"], lax.transpose(w.base, op.params["dimensions"]))
   if 0 in new:
     raise Unfactorable("a reshape of nothing")
@@ -148,15 +152,15 @@ def reshaped(w: Factored, shape: tuple[int, ...], roles: str, base: Any) -> Fact
   """`w` reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
 
   def sized(factor, own):
-    rank = rank_of(w, factor)
-    return lax.reshape(factor, tuple(rank if d == RANK else shape[d] for d in factor_axes(roles, own)))
+    bank, rank = factor.shape[: w.slot is not None], rank_of(w, factor)
+    return lax.reshape(factor, (*bank, *(rank if d == RANK else shape[d] for d in factor_axes(roles, own))))
 
   return w.mapped(sized, base=base, roles=roles)
 
 
 def rank_of(w: Factored, factor: jax.Array) -> int:
-  """The size of the rank axis of one of its factors, behind the stacked ones."""
-  return factor.shape[w.roles.count("s")]
+  """The size of the rank axis of one of its factors, behind a bank's and the stacked ones."""
+  return factor.shape[(w.slot is not None) + w.roles.count("s")]
 
 
 def with_roles(w: Factored, roles: str) -> Factored:
@@ -309,6 +313,8 @@ def _cast(op: Op, args: Sequence[Any]) -> list[Any]:
   dtype = op.params["new_dtype"]
   if not jnp.issubdtype(dtype, jnp.inexact):
     raise Unfactorable(f"a cast to {jnp.dtype(dtype).name}")
+  if w.slot is not None:  # of a bank only what is picked is cast
+    return [w.replace(base=op.bind(w.base)[0])]
   return [w.mapped(lambda factor, own: _lowrank.beside(factor, dtype), base=op.bind(w.base)[0])]
 
 
@@ -377,6 +383,13 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   if w.gain is not None and w.gained == "i":
     x, recipe = gained_before(x, w, pairing.input_labels(x.ndim)), None
   base = _base_product(op, x, w.base, pairing)
+  if w.slot is not None:
+    sharded = _lowrank.explicitly_sharded(x) or _lowrank.explicitly_sharded(base)
+    op.took(way := _banked.GATHERED if sharded else _banked.way(jnp.shape(x), w, pairing, op.looping))
+    if way != _banked.GATHERED:
+      delta = _banked.delta(x, w, pairing, base.dtype, way, op.looping)
+      return [_lowrank.add(base, delta)]
+    w = _lowrank.picked(w)
   u, recipe = _lowrank.dropped(x, w, op.use, recipe)
   result, again = _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h)
   if w.gain is not None and w.gained == "o":
@@ -425,6 +438,10 @@ def first_half(eqn: Any, w: Factored, weight_first: bool, looping: bool) -> tupl
   if w.gained == "i" and w.gain is not None:
     return None
   x, out = eqn.invars[1 if weight_first else 0].aval, eqn.outvars[0].aval
+  if w.slot is not None:
+    if _banked.way(x.shape, w, pairing, looping) != _banked.GATHERED:
+      return None
+    w = _lowrank.picked(w)
   return _lowrank.shrinking(x, w, pairing, out.dtype, looping=looping), w.a
 
 

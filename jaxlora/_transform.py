@@ -20,12 +20,12 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import _compat, _lowrank, _paths, _recompute, _regions
+from jaxlora import _banked, _compat, _lowrank, _paths, _recompute, _regions
 from jaxlora._initializers import leaf_key
 from jaxlora._lowrank import Factored
 from jaxlora._recompute import Origins
 from jaxlora._regions import Region
-from jaxlora._rules import PRODUCTS, RULES, Op, Unfactorable, first_half, with_roles
+from jaxlora._rules import BANKED, PRODUCTS, RULES, Op, Unfactorable, first_half, with_roles
 from jaxlora._weight import FullWeight, check_weight, is_adapted
 
 ON_MATERIALIZE = ("ignore", "warn", "error")
@@ -53,6 +53,7 @@ class Use:
     factored: whether the weight stayed factored.
     source: the user's source line.
     reason: why it was materialised; empty where it was not.
+    way: how the rows of a mixed batch are computed; empty for a weight of one adapter.
   """
 
   path: str
@@ -60,6 +61,7 @@ class Use:
   factored: bool
   source: str
   reason: str = ""
+  way: str = ""
 
 
 class Record:
@@ -67,11 +69,14 @@ class Record:
 
   `seen` outlives the call: each place is warned about once per wrapped function, however often it is traced.
   `places` holds the user's lines of the equations that enclose the one at hand: inside the jitted functions of
-  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far.
+  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far. `of_rows`: the call is one row of a mixed batch.
   """
 
-  def __init__(self, on_materialize: str, seen: set[tuple[str, str, str]], recompute: bool = False):
+  def __init__(
+    self, on_materialize: str, seen: set[tuple[str, str, str]], recompute: bool = False, of_rows: bool = False
+  ):
     self.on_materialize = on_materialize
+    self.of_rows = of_rows
     self.seen = seen
     self.recompute = recompute
     self.looping = False
@@ -151,6 +156,8 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
     with _compat.equation_context(eqn):
       if weights_in(values):
         out = apply(record, eqn, values, origins)
+      elif record.of_rows and eqn.primitive.name == "dynamic_update_slice":
+        out = _banked.update_slice(functools.partial(_bound, eqn), *values)
       else:
         out = _compat.bind(eqn, values)
         origins.note(eqn.primitive.name, functools.partial(_compat.bind, eqn), values, out)
@@ -198,6 +205,10 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
   return [read(atom) for atom in jaxpr.outvars]
 
 
+def _bound(eqn: Any, *values: Any) -> list[Any]:
+  return _compat.bind(eqn, values)
+
+
 def _products_of(values: Sequence[Any], jaxpr: Any) -> dict[Any, list[Any]]:
   """The products that have one of these variables, and another one, as operands."""
   products: dict[Any, list[Any]] = {value: [] for value in values}
@@ -230,6 +241,7 @@ def apply(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> 
   """One equation that adapted weights reach: by its rule, or on materialised weights."""
   name = eqn.primitive.name
   try:
+    values = _picked_for(record, eqn, values)
     if name in CONTROL_FLOW:
       with record.enclosed_by(eqn):
         return CONTROL_FLOW[name](record, eqn, values)
@@ -244,8 +256,34 @@ def apply(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> 
     return _compat.bind(eqn, plain)
 
 
+_LOOPS = ("scan", "while")
+_PASSES = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "cond", *_LOOPS)
+
+
+def _picked_for(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
+  """A mixed batch's weights as an equation wants them: of many adapters only where it knows about those.
+
+  Ahead of a loop factors are picked once for all of its steps, but where a bank is so small that nothing is picked. What
+  a scan runs over it slices along the first axis, which a bank has for itself.
+  """
+  name = eqn.primitive.name
+  counts = _compat.scan_counts(eqn.params) if name == "scan" else None
+  constants = len(values) if counts is None else sum(counts)
+
+  def goes_on(k: int, w: Factored) -> bool:
+    if name in _LOOPS:
+      return k < constants and _banked.stays_whole(w)
+    return name in BANKED or name in _PASSES
+
+  return [
+    _lowrank.picked(value) if isinstance(value, Factored) and not goes_on(k, value) else value
+    for k, value in enumerate(values)
+  ]
+
+
 def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) -> list[Any]:
   name, paths = eqn.primitive.name, [w.path for w in weights_in(values)]
+  ways: list[str] = []
   op = Op(
     name=name,
     params=eqn.params,
@@ -257,11 +295,12 @@ def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) 
     looping=record.looping,
     h=origins.halves.pop(id(eqn), None),
     keep_as=origins.keep_as,
+    took=ways.append,
   )
   out = RULES[name](op, values)
   if name in PRODUCTS and not weights_in(out):
     record.products[paths[0]] += 1
-    record.uses.append(Use(paths[0], name, True, record.source(eqn)))
+    record.uses.append(Use(paths[0], name, True, record.source(eqn), way=next(iter(ways), "")))
   return out
 
 
@@ -347,7 +386,7 @@ def _replay(record: Record, use: Use, w: Factored) -> None:
 
 def _rebuilt_jit(eqn: Any, around: Record) -> Inner:
   params = eqn.params
-  record = Record("ignore", set(), around.recompute)
+  record = Record("ignore", set(), around.recompute, around.of_rows)
   record.looping = around.looping
   inner = closed(record, params["jaxpr"])
 
@@ -739,7 +778,7 @@ def call(
 
 def opened(node: Any, path: str, dropout_key: Any) -> Any:
   """What stands for one argument leaf inside the walk."""
-  if not is_adapted(node):
+  if not is_adapted(node):  # `Factored` weights among them: rows of a mixed batch come with those
     return node
   check_weight(node, path)
   if isinstance(node, FullWeight):
@@ -753,8 +792,8 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
   The argument's own position or keyword leads the path where several arguments hold adapted weights.
   """
   arguments = [*enumerate(args), *sorted(kwargs.items())]
-  flat = [(name, argument, _paths.flatten(argument, is_leaf=is_adapted)[0]) for name, argument in arguments]
-  several = sum(any(is_adapted(leaf) for _, leaf in leaves) for *_, leaves in flat) > 1
+  flat = [(name, argument, _paths.flatten(argument, is_leaf=_is_weight)[0]) for name, argument in arguments]
+  several = sum(any(_is_weight(leaf) for _, leaf in leaves) for *_, leaves in flat) > 1
 
   def path_of(name: Any, argument: Any, path: str, leaf: Any) -> str:
     if leaf is argument:
@@ -762,7 +801,11 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     return f"{name}/{path}" if several else path
 
   pairs = [(path_of(name, argument, path, leaf), leaf) for name, argument, leaves in flat for path, leaf in leaves]
-  return pairs, jax.tree_util.tree_structure((args, kwargs), is_leaf=is_adapted)
+  return pairs, jax.tree_util.tree_structure((args, kwargs), is_leaf=_is_weight)
+
+
+def _is_weight(node: Any) -> bool:
+  return is_adapted(node) or isinstance(node, Factored)
 
 
 # Raw keys say which generator they are for by their shape alone.

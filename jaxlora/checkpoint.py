@@ -64,7 +64,7 @@ from jaxlora._record import (
 )
 from jaxlora._serialization import register_with_flax
 from jaxlora._targets import listed
-from jaxlora._weight import LoraWeight, factor_axes, is_adapted, parts
+from jaxlora._weight import LoraWeight, is_adapted, parts
 
 __all__ = [
   "CheckpointError",

@@ -29,7 +29,7 @@ from jaxlora._peft_names import (
   split_path,
 )
 from jaxlora._serialization import register_with_flax
-from jaxlora._weight import FullWeight, LoraWeight, check_parts, factor_shape, is_adapted
+from jaxlora._weight import FullWeight, LoraWeight, check_parts, is_adapted
 
 __all__ = ["PeftError", "load", "save"]
 
