@@ -108,7 +108,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
   """Adds `--quick`, which stands for smaller defaults, and parses: what is given explicitly wins over it."""
-  small = " ".join(f"--{name} {value}" for name, value in quick.items())
+  small = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
   parser.add_argument("--quick", action="store_true", help=f"a first look, of no value as a result: {small}")
   if parser.parse_known_args(argv)[0].quick:
     parser.set_defaults(**quick)
