@@ -378,8 +378,8 @@ def tables(results: Mapping[str, Any]) -> str:
     f"{results['pretrained']['parameters']:,} parameters, pretrained for {settings['pretrain_steps']:,} steps of"
     f" {settings['pretrain_batch']} x {docstrings.WINDOW} tokens; adapted for {settings['steps']} steps of"
     f" {settings['batch_size']} pairs. {counts['train']:,} training pairs from {trained_on} packages (the standard"
-    f" library among them); {counts['validation']} validation pairs from {of['validation']}; {counts['test']} test pairs from"
-    f" {of['test']}. Data {data['digest']}: other installed versions give other data. Python {versions['python']}, jax"
+    f" library among them); {counts['validation']} validation pairs from {of['validation']}; {counts['test']} test pairs"
+    f" from {of['test']}. Data {data['digest']}; other installed versions give others. Python {versions['python']}, jax"
     f" {versions['jax']}, flax {versions['flax']}, tokenizers {versions['tokenizers']}, rouge-score"
     f" {versions['rouge_score']}; {hardware['cpu']}, {hardware['cores']} cores."
   )
