@@ -192,9 +192,13 @@ def _node_row(path: str, node: Any) -> dict[str, Any]:
   row = _row(path, node.roles, node.base.shape, *arrays)
   fields = {"rank": node.rank, "alpha": node.alpha, "scale": node.scale, "dropout": node.dropout}
   stack = node.roles.count("s")
-  a = node.a.reshape(math.prod(node.a.shape[:stack]), node.rank, -1)
-  b = node.b.reshape(math.prod(node.b.shape[:stack]), node.rank, -1)
-  return row | fields | _norms(a, b, node.scale)
+  a, b = (_stacked(np.asarray(factor), stack) for factor in node.factors())
+  return row | fields | {"variant": node.variant} | _norms(a, b, 1.0)
+
+
+def _stacked(factor: np.ndarray, stack: int) -> np.ndarray:
+  """(layers, rank, own), flattened."""
+  return factor.reshape(math.prod(factor.shape[:stack]), factor.shape[stack], -1)
 
 
 def _module_row(name: str, module: Any) -> dict[str, Any]:

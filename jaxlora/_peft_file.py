@@ -34,7 +34,7 @@ class PeftError(ValueError):
 class Module:
   """One adapted torch module, in torch's layouts.
 
-      W' = W + scale * B A
+      W' = W + scale * B A,    or, with a magnitude m,    m (W + scale * B A) / ||W + scale * B A||    by output
 
   Attributes:
     name: its name in the torch model, such as `model.layers.0.self_attn.q_proj`.
@@ -43,7 +43,7 @@ class Module:
     b: (out, rank); (out, rank, 1, ...) for a convolution; (features, rank) for an embedding.
     alpha: numerator of the scale.
     scaling: `"standard"` or `"rslora"`.
-    magnitude: DoRA's, or `None`.
+    magnitude: DoRA's, (out,) or (1, out, 1, ...) for a convolution, (features,) for an embedding; or `None`.
   """
 
   name: str
@@ -139,7 +139,19 @@ class Adapter:
     if delta.shape != tensor.shape:
       raise PeftError(f"{name}: shape {tensor.shape} in the base, {delta.shape} by the adapter. It is another model's.")
     wide = np.result_type(delta.dtype, np.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
-    return (tensor.astype(wide) + delta).astype(tensor.dtype)
+    whole = tensor.astype(wide) + delta
+    if module.magnitude is not None:
+      output = 1 if module.kind == "embedding" or (module.kind == "linear" and turned) else 0
+      whole = _with_norms(whole, module.magnitude, output)
+    return whole.astype(tensor.dtype)
+
+
+def _with_norms(weight: np.ndarray, norms: np.ndarray, axis: int) -> np.ndarray:
+  """The weight with other norms along the axis of its outputs; outputs of norm zero stay zero."""
+  others = tuple(d for d in range(weight.ndim) if d != axis)
+  found = np.sqrt(np.sum(weight * weight, axis=others, keepdims=True))
+  gain = norms.astype(weight.dtype).reshape(found.shape) / np.where(found == 0, 1, found)
+  return weight * gain
 
 
 def fail(subject: str, problems: Sequence[str], remedy: str = "") -> PeftError:
@@ -308,6 +320,13 @@ def _module(
     for part, (extra, option) in _EXTRAS.items()
     if part in held and not config.get(option)
   ]
+  magnitude = held.get("magnitude")
+  if config.get("use_dora") and (magnitude is None or magnitude.size != b.shape[0]):
+    found = "none" if magnitude is None else f"shape {magnitude.shape}"
+    problems.append(
+      f"{name}: lora_magnitude_vector: found {found}, expected one number for each of {b.shape[0]} outputs"
+    )
+    return None
   return Module(
     name=name,
     kind="embedding" if embedding else "linear" if a.ndim == 2 else "conv",
@@ -315,13 +334,12 @@ def _module(
     b=b,
     alpha=float(alpha) if isinstance(alpha, (int, float)) else 1.0,
     scaling="rslora" if config.get("use_rslora") else "standard",
-    magnitude=held.get("magnitude"),
+    magnitude=magnitude,
   )
 
 
 # Options that make another function of the factors, or that begin from another base. Each: the values that do not.
 _UNSUPPORTED = {
-  "use_dora": "DoRA (lora_magnitude_vector): LoraWeight has no magnitude yet",
   "lora_bias": "a bias in lora_B",
   "target_parameters": "LoRA on bare parameters",
   "layer_replication": "layers that share their base",
@@ -464,7 +482,7 @@ def write(
 
   Args:
     folder: made if it does not exist; earlier files of these two names are replaced.
-    modules: the adapted modules, without magnitudes.
+    modules: the adapted modules; all of them have a magnitude, or none.
     whole: tensors that replace a parameter, by parameter name: biases of adapted modules, and every parameter of each
       module to save.
     bias: PEFT's option of that name, which says which biases are saved.
@@ -487,6 +505,8 @@ def write(
       ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     )
     tensors[f"{PREFIX}{module.name}.{a}"], tensors[f"{PREFIX}{module.name}.{b}"] = module.a, module.b
+    if module.magnitude is not None:
+      tensors[f"{PREFIX}{module.name}.lora_magnitude_vector"] = module.magnitude
   for name, tensor in whole.items():
     module_name, _, parameter = name.rpartition(".")
     inner = "base_layer." if module_name in adapted else ""
@@ -551,7 +571,7 @@ def _config(
     "modules_to_save": list(saved) or None,
     "bias": bias,
     "use_rslora": rslora,
-    "use_dora": False,
+    "use_dora": any(module.magnitude is not None for module in adapted.values()),
     "fan_in_fan_out": bool(adapted) and all(name.rpartition(".")[2] in CONV1D for name in adapted),
     "init_lora_weights": True,  # readers such as vLLM's refuse any other; what the file holds starts from the base
     "rank_pattern": _patterns({name: setting[0] for name, setting in settings.items()}, rank),

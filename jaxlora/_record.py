@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlora import _paths
 from jaxlora._fingerprint import base_of, prints
+from jaxlora._variants import VARIANTS
 from jaxlora._weight import FullWeight, LoraWeight, check_weight, is_adapted, parts
 
 FORMAT = "jaxlora-checkpoint"
@@ -139,15 +140,20 @@ def node_of(leaf: Mapping[str, Any], arrays: Mapping[str, Any], base: Any) -> An
   """The adapted node of a leaf's record on a base, with its parts as NumPy arrays."""
   kind = _KINDS.get(leaf["kind"])
   static = {name: value for name, value in leaf.items() if name not in ("path", "kind", "shape", "arrays")}
-  known = {field.name: bool(field.metadata.get("static")) for field in dataclasses.fields(kind)} if kind else {}
-  strange = [name for name in (*static, *leaf["arrays"]) if name not in known] if kind else [leaf["kind"]]
+  known = {field.name for field in dataclasses.fields(kind) if field.metadata.get("static")} if kind else set()
+  strange = [name for name in static if name not in known] if kind else [leaf["kind"]]
+  if static.get("variant", "lora") not in VARIANTS:
+    strange.append(static["variant"])
   if kind is None or strange:
     raise CheckpointError(
       f"{leaf['path']}: {', '.join(map(repr, strange))} is unknown to this version of jaxlora; install a newer one."
     )
   held = {name: value_of(entry, arrays, f"{leaf['path']} ({name})") for name, entry in leaf["arrays"].items()}
-  missing = {name: None for name, is_static in known.items() if not is_static}
-  node = kind(**missing | held | static | {"base": base})
+  if kind is FullWeight:
+    node: Any = FullWeight(base, held.get("value"))
+  else:
+    extra = {name: part for name, part in held.items() if name not in ("a", "b")}
+    node = LoraWeight(base, held.get("a"), held.get("b"), **static, extra=extra)
   check_weight(node, leaf["path"])
   return node
 

@@ -35,7 +35,6 @@ else does; what was complete before stays complete, whenever the process dies.
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import dataclasses
 import os
 from typing import Any, NamedTuple
 import warnings
@@ -47,6 +46,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlora import _paths
+from jaxlora._axes import RANK, factor_axes
 from jaxlora._fingerprint import Print, dtype_name, fingerprint, prints, shape_of
 from jaxlora._record import (
   Arrays,
@@ -64,7 +64,7 @@ from jaxlora._record import (
 )
 from jaxlora._serialization import register_with_flax
 from jaxlora._targets import listed
-from jaxlora._weight import LoraWeight, is_adapted, parts
+from jaxlora._weight import LoraWeight, is_adapted, parts, with_parts
 
 __all__ = [
   "CheckpointError",
@@ -521,7 +521,19 @@ def _on_base(node: Any) -> Any:
   placed = {
     name: _placed(wrapped({"key": name}, part), _sharding(node, name, np.ndim(part))) for name, part in held.items()
   }
-  return dataclasses.replace(node, **placed)
+  return with_parts(node, placed)
+
+
+def _axes_of(node: Any, part: str) -> tuple[Any, ...]:
+  """Which axes of the weight a part holds, as its shape tells; none where it is laid out in another way."""
+  if not isinstance(node, LoraWeight):
+    return ()
+  for own in "io":
+    axes = factor_axes(node.roles, own)
+    found = np.shape(parts(node)[part])
+    if len(axes) == len(found) and all(d == RANK or node.shape[d] == n for d, n in zip(axes, found, strict=True)):
+      return axes
+  return ()
 
 
 def _placed(array: jax.Array, sharding: Any) -> jax.Array:
@@ -538,8 +550,7 @@ def _sharding(node: Any, part: str, ndim: int) -> Any:
     return sharding
   if isinstance(sharding, jax.sharding.NamedSharding):
     spec = (*sharding.spec, *[None] * (len(node.shape) - len(sharding.spec)))
-    axes = factor_axes(node.roles, {"a": "i", "b": "o"}[part]) if isinstance(node, LoraWeight) and part in "ab" else ()
-    own = [spec[d] if isinstance(d, int) else None for d in axes] or [None] * ndim
+    own = [spec[d] if isinstance(d, int) else None for d in _axes_of(node, part)] or [None] * ndim
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*own), memory_kind=sharding.memory_kind)
   if sharding is None:
     return None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import _paths, _peft_file, _probe
+from jaxlora._axes import factor_shape
 from jaxlora._config import LoraConfig, first_match
 from jaxlora._peft_file import Adapter, Module, PeftError
 from jaxlora._peft_names import (
@@ -29,6 +30,8 @@ from jaxlora._peft_names import (
   split_path,
 )
 from jaxlora._serialization import register_with_flax
+from jaxlora._targets import listed
+from jaxlora._variants import VARIANTS, squared_norms
 from jaxlora._weight import FullWeight, LoraWeight, check_parts, is_adapted
 
 __all__ = ["PeftError", "load", "save"]
@@ -88,6 +91,12 @@ def save(
   whole, bias = model.trained_whole(axes, {module.name for module in modules})
   if not modules and not whole and not problems:
     raise ValueError("save: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
+  if len({module.magnitude is None for module in modules}) > 1:
+    plain = [module.name for module in modules if module.magnitude is None]
+    problems.append(
+      f"{listed(plain)}: no DoRA, while others of the tree are; PEFT has one variant for a whole adapter. Save them"
+      " apart"
+    )
   twice = {module.name for k, module in enumerate(modules) if module.name in {m.name for m in modules[:k]}}
   problems += [f"{name}: several leaves have this name in torch. Tell them apart by names=" for name in sorted(twice)]
   _raise("save", problems)
@@ -395,16 +404,19 @@ class _Model:
     if path not in self.targets:
       return []
     node, target = self.leaves[path], self.targets[path]
-    check_parts(node, f"save: {path}", ("a", "b"))
+    check_parts(node, f"save: {path}", {"a", "b", *node.extra} | ({"base"} if node.extra else set()))
     own = node.roles.replace("s", "")
     kind = _kind(path, target.module, own)
     if target.parameter == "bias":
       self.problems.append(f"{path}: PEFT adapts weights, and this is called {target.module}.bias")
       return []
     a, b, alpha, scaling = _written(node)
+    magnitude = node.extra.get("magnitude")
     made = []
     for index, name in self._names(path):
-      made.append(Module(name, kind, *_factors_to_torch(a[index], b[index], own, kind), alpha, scaling))
+      first, second = _factors_to_torch(a[index], b[index], own, kind)
+      norms = None if magnitude is None else _magnitude_to_torch(np.asarray(magnitude[index]), kind, first.ndim)
+      made.append(Module(name, kind, first, second, alpha, scaling, norms))
     return made
 
   def trained_whole(self, axes: Axes, adapted: set[str]) -> tuple[dict[str, np.ndarray], str]:
@@ -480,9 +492,19 @@ def _stacks(leaves: Mapping[str, Any]) -> Callable[[str], int]:
 
 
 def _written(node: LoraWeight) -> tuple[np.ndarray, np.ndarray, float, str]:
-  """The factors, alpha and scaling that stand for a node in a file: relative to the base that torch's model has."""
-  a, b = np.asarray(node.a), np.asarray(node.b)
-  return a, b, node.alpha, node.scaling
+  """The factors, alpha and scaling that stand for a node in a file: relative to the base that torch's model has.
+
+  Whatever is no plain LoRA is one of its effective factors' rank, such as twice the rank after PiSSA.
+  """
+  if not (node.extra.keys() - {"magnitude", "norm"}) and node.kind.factors is VARIANTS["lora"].factors:
+    return np.asarray(node.a), np.asarray(node.b), node.alpha, node.scaling
+  a, b = node.factors()
+  return np.asarray(a), np.asarray(b), float(a.shape[node.roles.count("s")]), "standard"
+
+
+def _magnitude_to_torch(magnitude: np.ndarray, kind: str, ndim: int) -> np.ndarray:
+  """(1, *out) -> (out,), or (1, out, 1, ...) for a convolution."""
+  return magnitude.reshape((1, -1, *(1 for _ in range(ndim - 2))) if kind == "conv" else (-1,))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -644,8 +666,11 @@ def _factored(
       a[index][: module.rank] = pieces[index][0]
       b[index][: module.rank] = pieces[index][1] if factor == 1 else pieces[index][1] * b.dtype.type(factor)
   alpha = first.alpha if first.rank == rank else _alpha_for(scale, rank, first.scaling)
+  dora = first.magnitude is not None
   return LoraWeight(
     base=leaf,
+    variant="dora" if dora else "lora",
+    extra=_magnitudes(leaf, full, layers) if dora else {},
     a=_device_array(a),
     b=_device_array(b),
     roles=full,
@@ -654,6 +679,22 @@ def _factored(
     scaling=first.scaling,
     dropout=dropout,
   )
+
+
+def _magnitudes(leaf: Any, roles: str, layers: Mapping[tuple[int, ...], Module]) -> dict[str, jax.Array]:
+  """DoRA's parts; layers of a stack that are not in the file keep the base's norms.
+
+  Raises:
+    ValueError: if the base's values are not known.
+  """
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    raise ValueError("DoRA takes the norms of the base, and this one has a shape alone; load onto the base's values")
+  norm = jnp.sqrt(squared_norms(jnp.asarray(leaf), roles))
+  magnitude = np.array(norm)
+  for index, module in layers.items():
+    assert module.magnitude is not None
+    magnitude[index] = module.magnitude.astype(magnitude.dtype).reshape(magnitude[index].shape)
+  return {"magnitude": jnp.asarray(magnitude), "norm": norm}
 
 
 def _alpha_for(scale: float, rank: int, scaling: str) -> float:

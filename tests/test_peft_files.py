@@ -438,7 +438,7 @@ def test_a_rank_that_the_configuration_does_not_say(tmp_path):
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    ({"use_dora": True}, "use_dora: DoRA .lora_magnitude_vector.: LoraWeight has no magnitude yet"),
+    ({"use_dora": True}, "head: lora_magnitude_vector: found none, expected one number for each of 7 outputs"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base weights when it starts"),
     ({"init_lora_weights": {}}, "changes the base weights"),
     ({"lora_bias": True}, "lora_bias: a bias in lora_B"),
@@ -461,19 +461,20 @@ def test_options_that_are_another_method_or_nonsense(config, message, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", ".weight"])
-def test_doras_magnitude_is_parsed_and_refused(ending, tmp_path):
+def test_doras_magnitude_is_read(ending, tmp_path):
   write(tmp_path, {"head": (2, 8, 7)}, use_dora=True)
   magnitude = RANDOM.normal(size=7).astype("float32")
   edit(tmp_path, {f"{PREFIX}head.lora_magnitude_vector{ending}": magnitude})
   adapter = _peft_file.read(tmp_path)
   np.testing.assert_array_equal(adapter.modules["head"].magnitude, magnitude)
-  assert "DoRA" in adapter.unsupported[0]
-  for use in (
-    lambda: peft.load(tmp_path, params()),
-    lambda: adapter.merged("head.weight", np.zeros((7, 8), np.float32)),
-  ):
-    with pytest.raises(peft.PeftError, match="use_dora: DoRA"):
-      use()
+  base = params()
+  tree = peft.load(tmp_path, base)
+  merged = adapter.merged("head.weight", np.asarray(base["head"]["kernel"]).T)
+  np.testing.assert_allclose(np.asarray(jaxlora.merge(tree)["head"]["kernel"]).T, merged, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(merged, axis=1), np.abs(magnitude), rtol=1e-5)
+  edit(tmp_path, {f"{PREFIX}head.lora_magnitude_vector{ending}": magnitude[:3]})
+  with pytest.raises(peft.PeftError, match=r"head: lora_magnitude_vector: found shape \(3,\)"):
+    peft.load(tmp_path, params())
   edit(tmp_path, use_dora=False)
   with pytest.raises(peft.PeftError, match=r"head.*lora_magnitude_vector"):
     peft.load(tmp_path, params())
