@@ -198,6 +198,10 @@ def test_factors_are_sharded_as_their_base(tmp_path):
   assert where(restored["s"].a) == NamedSharding(mesh, P("x", None, None))
   assert where(restored["s"].b) == NamedSharding(mesh, P("x", None, None, "y"))
   assert where(restored["b"].value) == params["b"].sharding
+  with Manager(tmp_path / "run") as manager:  # the optimizer state goes where its template is
+    manager.save(1, saved, {"moment": plain["w"]})
+    moment = manager.restore(params, {"moment": params["w"]}).opt_state["moment"]
+  assert where(moment) == params["w"].sharding
   on_one = jax.device_put(plain, jax.devices()[3])
   assert checkpoint.restore(tmp_path / "a", on_one)["w"].a.devices() == {jax.devices()[3]}
   assert not checkpoint.restore(tmp_path / "a", jax.tree.map(jnp.asarray, plain))["w"].a.committed
