@@ -234,6 +234,19 @@ NAMES = {
 }
 
 
+def test_kernels_of_three_axes_are_convolutions_where_the_name_says_so(tmp_path):
+  base = {
+    "conversation": {"out": {"kernel": normal(2, 3, 8)}},
+    "Conv_0": {"kernel": normal(2, 3, 8)},
+    "temporal": {"kernel": normal(2, 3, 8)},
+  }
+  tree = adapted(base, axes={".*": "iio"})
+  peft.save(tmp_path, tree, names={"temporal": "time_conv1d"})
+  shapes = {name: module.a.shape for name, module in _peft_file.read(tmp_path).modules.items()}
+  assert shapes == {"conversation.out": (2, 6), "Conv_0": (2, 3, 2), "time_conv1d": (2, 3, 2)}
+  assert_equal(peft.load(tmp_path, base, names={"temporal": "time_conv1d"}), tree)
+
+
 def test_names_of_ones_own(tmp_path):
   base = params()
   tree = adapted(base, targets=".*(query|out)/kernel|embed.*", train="head/.*")
