@@ -586,7 +586,7 @@ def _is_untouched(adapter: Adapter, name: str, leaf: Any, value: Any) -> bool:
   """Whether a tensor is the base's own, which PEFT saves with adapted embeddings."""
   module, _, parameter = name.rpartition(".")
   listed = adapter.config.get("modules_to_save") or []
-  if parameter == "bias" or any(module.endswith(str(m)) or f".{m}." in f".{module}." for m in listed):
+  if parameter == "bias" or any(module.endswith(m) or f".{m}." in f".{module}." for m in listed):
     return False
   return not isinstance(leaf, jax.ShapeDtypeStruct) and bool((jnp.asarray(leaf) == value).all())
 
