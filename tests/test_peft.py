@@ -31,6 +31,7 @@ from safetensors.numpy import load_file  # noqa: E402
 import jaxlora  # noqa: E402
 import jaxlora.peft  # noqa: E402
 
+torch.set_num_threads(1)  # for models this small more threads only wait for each other
 pytestmark = [
   pytest.mark.usefixtures("lenient"),
   pytest.mark.filterwarnings("default"),
