@@ -375,6 +375,9 @@ def _malformed(config: Mapping[str, Any]) -> Iterator[str]:
   for field, choices in (("use_rslora", (True, False)), ("bias", ("none", "all", "lora_only"))):
     if field in config and not (isinstance(config[field], type(choices[0])) and config[field] in choices):
       yield f"{field}: found {_short(config[field])}, expected one of {', '.join(map(repr, choices))}"
+  saved = config.get("modules_to_save")
+  if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+    yield f"modules_to_save: found {_short(saved)}, expected a list of names"
   dropout = config.get("lora_dropout", 0.0)
   if not (_is_number(dropout) and 0 <= dropout < 1):
     yield f"lora_dropout: found {_short(dropout)}, expected a probability in [0, 1)"

@@ -6,6 +6,7 @@ Needs the extra `jaxlora[peft]` (safetensors), and never torch. Nothing is unpic
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -56,7 +57,8 @@ def save(
   `lora_embedding_A` and `_B`; scanned layers are written one by one. Ranks and alphas that differ are in `rank_pattern`
   and `alpha_pattern`, which vLLM does not read: it takes `lora_alpha / r` for all. Leaves trained whole become
   `modules_to_save`, or, biases alone, `bias="lora_only"` or `"all"`. An embedding that is the head, too, is adapted in
-  both uses here, and in its look-ups alone in PEFT: there the two are not the same function.
+  both uses here, and in its look-ups alone in PEFT: there the two are not the same function. PEFT has one dropout for
+  all modules: the most common one is written.
 
   Args:
     folder: made if it is not there; an adapter that it holds is replaced.
@@ -173,8 +175,16 @@ def _kind(path: str, module: str, own: str) -> str:
   if own == "io" and _paths.components(path)[-1] == "embedding":
     return "embedding"
   convolution = own in ("i" * (len(own) - 1) + "o", "o" + "i" * (len(own) - 1)) and 3 <= len(own) <= 5
-  named = any("conv" in part.lower() for part in (*_paths.components(path)[-3:], *module.split(".")[-2:]))
+  named = _names_a_convolution(*_paths.components(path)[-3:], *module.split(".")[-2:])
   return "conv" if convolution and (named or len(own) > 3) else "linear"
+
+
+_CONVOLUTION = re.compile(r"(?:.*_)?conv(?:olution)?(?:[1-3]d)?\d*(?:_.*)?", re.IGNORECASE)
+
+
+def _names_a_convolution(*parts: str) -> bool:
+  """Whether `Conv_0`, `conv1d`, `temporal_conv` or the like is among some names: (i, i, o) may be heads as well."""
+  return any(map(_CONVOLUTION.fullmatch, parts))
 
 
 def _channels_last(own: str) -> bool:
@@ -339,7 +349,7 @@ def _roles_of_whole(path: str, shape: Sequence[int], roles: _Roles) -> str:
     ValueError: if nothing tells.
   """
   ndim, bias = len(shape), roles.biases.get(path)
-  conv = any("conv" in part.lower() for part in _paths.components(path)[-3:])
+  conv = _names_a_convolution(*_paths.components(path)[-3:])
   if ndim >= 4 or (ndim == 3 and conv):
     return "i" * (ndim - 1) + "o"
   if ndim == 2:
@@ -381,6 +391,10 @@ class _Model:
           f"{path}: roles {leaf.roles!r} have {stacked} stacked axes, but names gives {target.module!r} with"
           f" {target.stacked} places for an index"
         )
+        continue
+      if target.stacked > len(_shape(leaf)):
+        if is_adapted(leaf):
+          problems.append(f"{path}: shape {_shape(leaf)}, but names gives {target.module!r} more places for an index")
         continue
       targets[path] = target
     return cls(leaves, targets, problems)
@@ -594,7 +608,7 @@ def _is_untouched(adapter: Adapter, name: str, leaf: Any, value: Any) -> bool:
   """Whether a tensor is the base's own, which PEFT saves with adapted embeddings."""
   module, _, parameter = name.rpartition(".")
   listed = adapter.config.get("modules_to_save") or []
-  if parameter == "bias" or any(module.endswith(str(m)) or f".{m}." in f".{module}." for m in listed):
+  if parameter == "bias" or any(module.endswith(m) or f".{m}." in f".{module}." for m in listed):
     return False
   return not isinstance(leaf, jax.ShapeDtypeStruct) and bool((jnp.asarray(leaf) == value).all())
 

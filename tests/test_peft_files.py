@@ -234,6 +234,19 @@ NAMES = {
 }
 
 
+def test_kernels_of_three_axes_are_convolutions_where_the_name_says_so(tmp_path):
+  base = {
+    "conversation": {"out": {"kernel": normal(2, 3, 8)}},
+    "Conv_0": {"kernel": normal(2, 3, 8)},
+    "temporal": {"kernel": normal(2, 3, 8)},
+  }
+  tree = adapted(base, axes={".*": "iio"})
+  peft.save(tmp_path, tree, names={"temporal": "time_conv1d"})
+  shapes = {name: module.a.shape for name, module in _peft_file.read(tmp_path).modules.items()}
+  assert shapes == {"conversation.out": (2, 6), "Conv_0": (2, 3, 2), "time_conv1d": (2, 3, 2)}
+  assert_equal(peft.load(tmp_path, base, names={"temporal": "time_conv1d"}), tree)
+
+
 def test_names_of_ones_own(tmp_path):
   base = params()
   tree = adapted(base, targets=".*(query|out)/kernel|embed.*", train="head/.*")
@@ -446,6 +459,7 @@ def test_a_rank_that_the_configuration_does_not_say(tmp_path):
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ({"peft_type": "LOHA"}, "peft_type: found 'LOHA', expected 'LORA'"),
     ({"bias": ["all"]}, "bias: found"),
+    ({"modules_to_save": 3}, "modules_to_save: found 3, expected a list of names"),
     ({"use_rslora": 1}, "use_rslora: found 1"),
     ({"rank_pattern": {"head": 2.5}}, r"rank_pattern\['head'\]: found 2.5, expected a whole number"),
     ({"alpha_pattern": ["head"]}, "alpha_pattern: found"),
@@ -697,7 +711,12 @@ def test_corrupted_folders_give_one_kind_of_error(tmp_path):
 
   random = randomness.Random(0)
   base = {"head": {"kernel": jnp.ones((8, 7)), "bias": jnp.ones(7)}, "pre": {"kernel": jnp.ones((8, 8))}}
-  write(tmp_path, {"head": (2, 8, 7), "pre": (3, 8, 8)}, {"head.bias": np.ones(7, np.float32)})
+  base["norm"] = {"scale": jnp.ones(8)}
+  write(
+    tmp_path,
+    {"head": (2, 8, 7), "pre": (3, 8, 8)},
+    {"head.bias": np.ones(7, np.float32), "norm.weight": 2 * np.ones(8, np.float32)},
+  )
   good = {name: (tmp_path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
   peft.load(tmp_path, base)
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
