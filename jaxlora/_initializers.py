@@ -73,6 +73,7 @@ class FromWeight(NamedTuple):
   cancels: bool = False
 
 
+@functools.partial(jax.jit, static_argnums=2)  # these are chains of small programs; one of each shape is compiled
 def orthogonal(key, w, rank, scale):
   """Factors in orthogonal halves of the space of the rank: both are random, their product is zero.
 
@@ -92,6 +93,7 @@ def orthogonal(key, w, rank, scale):
   return matmul(q[:, 0::2].mT, first), matmul(q[:, 1::2].mT, second)
 
 
+@functools.partial(jax.jit, static_argnums=2, static_argnames="iterations")
 def pissa(key, w, rank, scale, iterations=None):
   """The principal part of the weight: A = sqrt(S / scale) U^T, B = sqrt(S / scale) V^T for W = U S V^T cut at the rank.
 
@@ -100,10 +102,11 @@ def pissa(key, w, rank, scale, iterations=None):
   """
   found = svd(w).cut(rank) if iterations is None else randomised(w, rank, key, rank, iterations)
   a, b = found.factors()
-  root = math.sqrt(scale)
+  root = jnp.sqrt(jnp.asarray(scale, w.dtype))
   return a / root, b / root
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def olora(key, w, rank, scale):
   """The first columns of Q and rows of R for W^T = Q R: B = Q[:, :rank]^T, orthonormal, and A = R[:rank].
 
