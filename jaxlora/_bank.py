@@ -619,6 +619,7 @@ class Routed:
 
   def __init__(self, fn: Callable[..., Any], axes: _Axes, via: str, on_materialize: str, recompute: bool):
     functools.update_wrapper(self, fn, updated=())
+    del self.__wrapped__  # its signature is another one
     self._fn, self._axes, self._via = fn, axes, via
     self._on_materialize, self._recompute = on_materialize, recompute
     self._seen: set[tuple[str, str, str]] = set()
