@@ -27,7 +27,13 @@ import numpy as np
 
 import jaxlora
 
-BASE, MIXED, SMALL, MERGES, PEFT = "base", "jaxlora, mixed batch", "jaxlora, small bank", "a loop of merges", "PEFT (torch)"
+BASE, MIXED, SMALL, MERGES, PEFT = (
+  "base",
+  "jaxlora, mixed batch",
+  "jaxlora, small bank",
+  "a loop of merges",
+  "PEFT (torch)",
+)
 REACH_BATCH, REACH_TOKEN, FLAT = 0.85, 0.7, 0.1
 WAYS = ("gathered", "row by row", "wide")
 RAGGED = "ragged_dot"
@@ -242,7 +248,10 @@ def ways_of(settings: Settings, tokens: int, adapters: int, rounds: int, tick: C
   _, half = jaxlora.split(jaxlora.adapt(params, jaxlora.LoraConfig(rank=rank, targets=".*"), next(keys)))
   bank = jaxlora.stack(dict.fromkeys(map(str, range(adapters)), half))
   bank = jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else normal(*leaf.shape), bank)
-  x, ids = jax.random.normal(jax.random.key(3), (rows, tokens, width)), jnp.asarray(mix(min(rows, adapters), rows, adapters))
+  x, ids = (
+    jax.random.normal(jax.random.key(3), (rows, tokens, width)),
+    jnp.asarray(mix(min(rows, adapters), rows, adapters)),
+  )
 
   def ragged(params: Any, bank: jaxlora.Bank, ids: jax.Array, x: jax.Array) -> jax.Array:
     """Rows sorted by adapter, one grouped product."""
@@ -369,7 +378,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
         high = [value["max"] - value["median"] for value in values.values()]
         axes.errorbar(list(values), medians, yerr=[low, high], color=color, marker="o", capsize=3, label=name)
     axes.axhline(1, color="black", linewidth=1, label=BASE)
-    axes.axhline(comparison["reach"], color="tab:green", linestyle="--", linewidth=1, label=f"to reach: {comparison['reach']}")
+    axes.axhline(
+      comparison["reach"], color="tab:green", linestyle="--", linewidth=1, label=f"to reach: {comparison['reach']}"
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(comparison["distinct"], list(map(str, comparison["distinct"])))
     axes.set(title=comparison["title"], xlabel="distinct adapters in the batch", ylim=(0, None))

@@ -72,7 +72,7 @@ def stays_whole(w: Factored) -> bool:
 def delta(x: Any, w: Factored, pairing: Pairing, dtype: Any, way: str, looping: bool) -> jax.Array:
   """The low-rank part of one row's product, laid out as the base's.
 
-      y_t = (x_t A_i^T) B_i,    i the row's adapter
+  y_t = (x_t A_i^T) B_i,    i the row's adapter
   """
   x = _lowrank.inexact(x, w.a.dtype)
   if way == WIDE:

@@ -1,8 +1,5 @@
 """Banks of adapters, and batches whose rows use different ones: against each adapter running alone."""
 
-import dataclasses
-import functools
-
 import chex
 import flax.linen as nn
 import helpers
@@ -13,7 +10,6 @@ import numpy as np
 import pytest
 
 import jaxlora
-from jaxlora import _banked
 
 WAYS = ("gathered", "row by row", "wide")
 IDS = (2, -1, 0, 1, 2, 0)
@@ -51,7 +47,7 @@ def bank_of(trees, **options):
   return jaxlora.stack({f"adapter {k}": tree for k, tree in enumerate(trees)}, **options)
 
 
-def data(rows=len(IDS), dtype=jnp.float32):
+def data(rows=6, dtype=jnp.float32):
   return helpers.array(5, (rows, 4, 6), dtype)
 
 
@@ -294,9 +290,7 @@ def test_a_hundred_swaps_compile_nothing():
   frozen, _ = jaxlora.split(adapter(0))
   trees = [adapter(k, rank=1 + k % 3, alpha=1.0 + k) for k in range(4)]
   routed = jax.jit(chex.assert_max_traces(jaxlora.route(mlp), 1))
-  joined = jax.jit(
-    chex.assert_max_traces(lambda frozen, half, x: jaxlora.wrap(mlp)(jaxlora.join(frozen, half), x), 1)
-  )
+  joined = jax.jit(chex.assert_max_traces(lambda frozen, half, x: jaxlora.wrap(mlp)(jaxlora.join(frozen, half), x), 1))
   bank = jaxlora.stack({"first": trees[0]}, capacity=3, rank=3)
   ids = np.random.default_rng(0)
   for k in range(100):
@@ -347,7 +341,10 @@ def test_put_remove_take():
   new = adapter(9)
   replaced = without.put("adapter 0", new).put("fourth", trees[1])
   assert replaced.names == ("adapter 0", "fourth", "adapter 2")
-  close(routed(params, replaced, replaced.ids(["adapter 0", "fourth"]), x), one_by_one(mlp, params, [new, trees[1]], (0, 1), x))
+  close(
+    routed(params, replaced, replaced.ids(["adapter 0", "fourth"]), x),
+    one_by_one(mlp, params, [new, trees[1]], (0, 1), x),
+  )
   assert forms(replaced) == forms(bank)
 
 
@@ -374,11 +371,16 @@ def test_half_precision_bases_keep_finer_factors():
   np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), atol=0.1, rtol=0.05)
 
 
-def test_a_diverged_adapter_harms_nobody_else():
+def test_a_diverged_adapter_does_not_get_in_and_harms_nobody_else():
   trees, params, x = adapters(), params_of(), data()
-  trees[0] = jax.tree.map(lambda leaf: leaf * jnp.asarray(jnp.nan, leaf.dtype), jaxlora.split(trees[0])[1])
   bank = bank_of(trees, capacity=9)
-  for via in WAYS[:2]:  # the wide product sums over everybody
+  diverged = jax.tree.map(lambda leaf: leaf * jnp.asarray(jnp.inf, leaf.dtype), jaxlora.split(trees[0])[1])
+  with pytest.raises(ValueError, match=r"'adapter 0': (up|down)/kernel: found NaN or infinite values in a, b"):
+    bank.put("adapter 0", diverged)
+  with pytest.raises(ValueError, match="found NaN or infinite"):
+    jaxlora.stack({"x": diverged})
+  bank = jax.tree.map(lambda leaf: leaf if leaf.ndim < 3 else leaf.at[0].set(jnp.nan), bank)  # as training may leave it
+  for via in WAYS[:2]:  # a wide product sums over everybody
     out = jaxlora.route(mlp, via=via)(params, bank, np.asarray(IDS), x)
     assert np.array_equal(np.isnan(out).any((1, 2)), np.asarray(IDS) == 0)
 
@@ -393,7 +395,9 @@ def test_rows_along_other_axes_and_results_of_all_kinds():
     return {"y": y.T, "loss": jnp.sum(y), "table": table * 2, "static": flag, "count": jnp.asarray(3)}
 
   params, trees, x = params_of(), adapters(), helpers.array(5, (1, 6, 3), jnp.float32)  # rows last
-  routed = jaxlora.route(fn, in_axes=(2, None, 0, 0), out_axes={"y": 1, "loss": 0, "table": None, "static": 0, "count": 0})
+  routed = jaxlora.route(
+    fn, in_axes=(2, None, 0, 0), out_axes={"y": 1, "loss": 0, "table": None, "static": 0, "count": 0}
+  )
   out = jax.jit(lambda *args: {k: v for k, v in routed(*args, "yes").items() if k != "static"})(
     params, bank_of(trees), jnp.asarray([0, -1, 2]), x, jnp.arange(4.0), 0.5
   )
@@ -422,7 +426,9 @@ def test_a_whole_weight_is_reported():
   params, trees, x = params_of(), adapters(), data()
   with pytest.warns(jaxlora.MaterializeWarning, match="up/kernel"):
     got = jaxlora.route(fn)(params, bank_of(trees), np.asarray(IDS), x)
-  close(got, jnp.concatenate([fn(jaxlora.merge(trees[k]) if k >= 0 else params, x[i : i + 1]) for i, k in enumerate(IDS)]))
+  close(
+    got, jnp.concatenate([fn(jaxlora.merge(trees[k]) if k >= 0 else params, x[i : i + 1]) for i, k in enumerate(IDS)])
+  )
   with pytest.raises(jaxlora.MaterializeError):
     jaxlora.route(fn, on_materialize="error")(params, bank_of(trees), np.asarray(IDS), x)
 
@@ -451,13 +457,19 @@ def other_base():
 BAD_STACKS = {
   "no adapters": (lambda: {}, {}, ValueError, "no adapters"),
   "name": (lambda: {3: adapter(0)}, {}, TypeError, "name is a string"),
-  "capacity": (lambda: {"x": adapter(0), "y": adapter(1)}, {"capacity": 1}, ValueError, "2 adapters, but a capacity of 1"),
+  "capacity": (lambda: {"x": adapter(0), "y": adapter(1)}, {"capacity": 1}, ValueError, "2 adapters, .* capacity of 1"),
   "rank": (lambda: {"x": adapter(0, 3)}, {"rank": 2}, ValueError, "'x': (up|down)/kernel: rank 3 is above .* 2"),
   "not a rank": (lambda: {"x": adapter(0)}, {"rank": 0}, ValueError, "rank is 0"),
   "frozen half": (lambda: {"x": jaxlora.split(adapter(0))[0]}, {}, ValueError, "frozen half"),
   "plain": (lambda: {"x": params_of()}, {}, ValueError, "no adapted leaf"),
   "other shapes": (
-    lambda: {"x": adapter(0), "y": adapter(1, params=other_base())}, {}, ValueError, "'y': up/kernel: factor a has shape"
+    lambda: {"x": adapter(0), "y": adapter(1, params=other_base())}, {}, ValueError, "'y': up/kernel: factor a "
+  ),
+  "other values": (
+    lambda: {"x": adapter(0), "y": adapter(1, params=jax.tree.map(jnp.sin, params_of()))},
+    {},
+    ValueError,
+    "'y': (up|down)/kernel: the base is another one than that of 'x'",
   ),
   "other nesting": (
     lambda: {"x": adapter(0), "y": adapter(1, params=params_of()["up"])}, {}, ValueError, "'y': the tree is nested"
@@ -573,10 +585,3 @@ def test_pad():
     jaxlora.pad(trees[2], 2)
   with pytest.raises(ValueError, match="rank is 0"):
     jaxlora.pad(trees[2], 0)
-
-
-def test_few_tokens_and_many_take_the_same_bank():
-  """The choice is made for each product by its own size."""
-  assert dataclasses.is_dataclass(type(bank_of(adapters()).factors["up/kernel"]))
-  small = functools.partial(jaxlora.explain, jaxlora.route(mlp), params_of(), bank_of(adapters(), capacity=20))
-  assert {use.way for use in small(np.asarray([0]), data(1)[:, :1]).uses} == {_banked.GATHERED}  # one row: nothing to loop
