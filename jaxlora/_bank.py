@@ -88,9 +88,9 @@ class Bank:
 
       y_i = x_i W + (x_i A[id_i]^T) B[id_i]          for row i of a batch, in `jaxlora.route`
 
-  A pytree whose leaves all have a leading axis over the `capacity` adapters that it holds at most; ranks are padded with
-  zeros, scales folded into B, the dropout of training left behind. Banks of one form share compiled functions whatever
-  is in them. A bank is immutable: `put` and `remove` return another one.
+  A pytree whose leaves all have a leading axis over the `capacity` adapters that it holds at most; ranks are padded
+  with zeros, scales folded into B, the dropout of training left behind. Banks of one form share compiled functions
+  whatever is in them. A bank is immutable: `put` and `remove` return another one.
 
   Inside transformed functions (`jit`, `grad`) a bank is arrays alone, without names, and so is one that comes out of
   them: `new.named_as(old)` gives them back. Train a bank as any pytree, `jax.grad` with respect to it included.
@@ -154,7 +154,7 @@ class Bank:
     return jnp.asarray([NONE if name is None else self._slot(name, "ids") for name in names], jnp.int32)
 
   def named_as(self, other: "Bank") -> "Bank":
-    """This bank with the names of another one: for a bank that comes out of a compiled function.
+    """The same bank with the names of another one: for a bank that comes out of a compiled function.
 
     Raises:
       ValueError: if the other one has no names, or another capacity.
@@ -251,6 +251,7 @@ class Bank:
       )
     for path, node in nodes.items():
       _check_fits(node, self.factors[path], f"{what}: {path}")
+      _check_finite(node, f"{what}: {path}")
     return {path: _values(nodes[path], self.factors[path]) for path in nodes}
 
   def _written(self, slot: int, name: str | None, values: dict[str, dict[str, Any]], donate: bool) -> "Bank":
@@ -321,7 +322,7 @@ def stack(adapters: Mapping[str, Any], capacity: int | None = None, rank: int | 
 
   Raises:
     ValueError: naming the adapter and the leaf, what was found and what was expected: no adapters, more than the
-      capacity, a rank above the bank's, adapters of different bases.
+      capacity, a rank above the bank's, adapters of different bases, NaN or infinite factors.
     TypeError: on a name that is no string.
 
   Example:
@@ -355,6 +356,8 @@ def stack(adapters: Mapping[str, Any], capacity: int | None = None, rank: int | 
   for name, own in nodes.items():
     for path, node in own.items():
       by_path.setdefault(path, {})[name] = node
+  for path, owners in by_path.items():
+    _check_same_base(path, owners)
   empty = {path: _form(path, owners, capacity, rank) for path, owners in sorted(by_path.items())}
   filled = {path: _filled(by_path[path], form, list(adapters)) for path, form in empty.items()}
   return Bank(filled, treedef, _Names((*adapters, *[None] * (capacity - len(adapters)))))
@@ -381,6 +384,7 @@ def _form(path: str, owners: dict[str, Any], capacity: int, rank: int | None) ->
     form = LowRankSlots(a, b, present, example.roles)
   for name, node in owners.items():
     _check_fits(node, form, f"stack: {name!r}: {path}", f"those of {first!r}")
+    _check_finite(node, f"stack: {name!r}: {path}")
   return form
 
 
@@ -391,7 +395,8 @@ def _filled(owners: dict[str, Any], form: Slots, names: Sequence[str]) -> Slots:
     if name in owners:
       for part, value in _values(owners[name], form).items():
         arrays[part][slot] = np.asarray(value)
-  return dataclasses.replace(form, **{part: jnp.asarray(array) for part, array in arrays.items()})
+  filled: dict[str, Any] = {part: jnp.asarray(array) for part, array in arrays.items()}
+  return dataclasses.replace(form, **filled)
 
 
 def _check_name(name: Any) -> None:
@@ -452,6 +457,25 @@ def _check_nesting(found: Any, expected: Any, what: str, of: str) -> None:
     )
 
 
+def _check_same_base(path: str, owners: Mapping[str, Any]) -> None:
+  """Raises if adapters that came with their bases have different ones."""
+  bases = [(name, node.base) for name, node in owners.items() if node.base is not None]
+  for name, base in bases[1:]:
+    first, other = bases[0]
+    if base is not other and not np.array_equal(np.asarray(base), np.asarray(other)):
+      raise ValueError(f"stack: {name!r}: {path}: the base is another one than that of {first!r}. {_OTHER}")
+
+
+def _check_finite(node: Any, what: str) -> None:
+  """Raises if an adapter has diverged: products that run over several adapters would spread it."""
+  broken = [name for name, part in parts(node).items() if name != "base" and not np.isfinite(np.asarray(part)).all()]
+  if broken:
+    raise ValueError(
+      f"{what}: found NaN or infinite values in {listed(broken)}, expected finite ones. Training has diverged: go back"
+      " to an earlier checkpoint."
+    )
+
+
 def _check_fits(node: Any, slots: Slots, what: str, of: str = "the bank's") -> None:
   """Raises unless an adapter's leaf is of the form, and at most of the rank, that a bank has for it."""
   kinds = {LoraWeight: "low-rank", FullWeight: "trained whole"}
@@ -474,10 +498,9 @@ def _check_fits(node: Any, slots: Slots, what: str, of: str = "the bank's") -> N
       f"{what}: rank {node.rank} is above the bank's, {slots.rank}. Stack a bank with a higher one"
       f" (jaxlora.stack(..., rank={node.rank}))."
     )
-  place = slots.roles.count("s")
   for name in ("a", "b"):
     found = tuple(getattr(node, name).shape)
-    expected = _with_rank(getattr(slots, name).shape[1:], place, node.rank)
+    expected = _with_rank(getattr(slots, name).shape[1:], slots.roles.count("s"), node.rank)
     if found != expected:
       raise ValueError(f"{what}: factor {name} has shape {found}, expected {expected} as {of}. {_OTHER}")
 
@@ -572,12 +595,13 @@ def route(
 
       route(fn)(frozen, bank, ids, x)[i] = wrap(fn)(join(frozen, adapter ids[i]), x[i : i + 1])[0]
 
-  All rows share the base's products, each one flat product as for a plain batch. `ids` are data: another mix of adapters,
-  or another bank of the same form, compiles nothing. It composes with `jit`, `grad`, `vmap`, `checkpoint`, `scan`; an
-  adapter has gradients from its own rows alone, so that many can be trained in one batch.
+  All rows share the base's products, each one flat product as for a plain batch. `ids` are data: another mix of
+  adapters, or another bank of the same form, compiles nothing. It composes with `jit`, `grad`, `vmap`, `checkpoint`,
+  `scan`; an adapter has gradients from its own rows alone, so that many can be trained in one batch. Dropout does not
+  act.
 
-  `fn` is the function of a batch that it always was; it sees batches of one row. What it does over the whole batch, such
-  as a batch norm's statistics, it does over that row.
+  `fn` is the function of a batch that it always was; it sees batches of one row. What it does over the whole batch,
+  such as a batch norm's statistics, it does over that row.
 
   Args:
     fn: a pure function `fn(params, *args, **kwargs)`.
@@ -586,16 +610,16 @@ def route(
       without axes, and whatever is no array, are shared in any case; so are keyword arguments.
     out_axes: the same for the results. There `fn` gives each row an axis of size 1. A result without axes becomes one
       per row, unless it is the same for all.
-    via: how the low-rank part of a mixed batch is computed; `"auto"` chooses by the sizes of each product. `"gathered"`:
-      the rows' factors are laid side by side for one batched product. `"row by row"`: a loop over rows, which copies
-      nothing. `"wide"`: all adapters' factors in one product, of which each row keeps its own ranks. Values are the same
-      to rounding; `jaxlora.explain(routed, ...)` says what is chosen.
+    via: how the low-rank part of a mixed batch is computed; `"auto"` chooses by the sizes of each product.
+      `"gathered"`: the rows' factors are laid side by side for one batched product. `"row by row"`: a loop over rows,
+      each with its factors where they lie. `"wide"`: all adapters' factors in one product, of which each row keeps its
+      own ranks. Values are the same to rounding; `jaxlora.explain(routed, ...)` says what is chosen.
     on_materialize, recompute: as in `jaxlora.wrap`.
 
   Returns:
     `routed(frozen, bank, ids, *args, **kwargs)`. `frozen` is the base: plain parameters, or the frozen half of any of
-    the adapters' trees. `ids` is an array of integers, one per row (`bank.ids(names)`); -1 is the base alone. An id that
-    no adapter has raises where its value is known; inside `jit`, where it is not, it is the base alone, too.
+    the adapters' trees. `ids` is an array of integers, one per row (`bank.ids(names)`); -1 is the base alone. An id
+    that no adapter has raises where its value is known; inside `jit`, where it is not, it is the base alone, too.
 
   Raises:
     ValueError: on options that it does not know; when called, naming the leaf, if the bank is not of this base, or if
@@ -634,7 +658,9 @@ class Routed:
   """What `route` returns."""
 
   def __init__(self, fn: Callable[..., Any], axes: _Axes, via: str, on_materialize: str, recompute: bool):
-    functools.update_wrapper(self, fn, updated=())
+    for name in functools.WRAPPER_ASSIGNMENTS:  # but not `__wrapped__`: the signature is another one
+      if hasattr(fn, name):
+        setattr(self, name, getattr(fn, name))
     self._fn, self._axes, self._via = fn, axes, via
     self._on_materialize, self._recompute = on_materialize, recompute
     self._seen: set[tuple[str, str, str]] = set()
@@ -716,6 +742,8 @@ def _checked_base(frozen: Any, bank: Bank) -> _Base:
 
 def _check_of_base(path: str, slots: Slots, base: Any) -> None:
   shape = tuple(jnp.shape(base))
+  expected: dict[str, Any]
+  found: dict[str, Any]
   if isinstance(slots, WholeSlots):
     expected, found = {"value": shape}, {"value": tuple(slots.value.shape[1:])}
   else:

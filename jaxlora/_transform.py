@@ -69,7 +69,8 @@ class Record:
 
   `seen` outlives the call: each place is warned about once per wrapped function, however often it is traced.
   `places` holds the user's lines of the equations that enclose the one at hand: inside the jitted functions of
-  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far. `of_rows`: the call is one row of a mixed batch.
+  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far. `of_rows` says that
+  the call is one row of a mixed batch.
   """
 
   def __init__(
@@ -263,8 +264,8 @@ _PASSES = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkp
 def _picked_for(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   """A mixed batch's weights as an equation wants them: of many adapters only where it knows about those.
 
-  Ahead of a loop factors are picked once for all of its steps, but where a bank is so small that nothing is picked. What
-  a scan runs over it slices along the first axis, which a bank has for itself.
+  Ahead of a loop factors are picked once for all of its steps, but where a bank is so small that nothing is picked.
+  What a scan runs over it slices along the first axis, which a bank has for itself.
   """
   name = eqn.primitive.name
   counts = _compat.scan_counts(eqn.params) if name == "scan" else None
