@@ -199,17 +199,18 @@ def wrap(fn: Callable[..., Any], recompute: bool = True) -> Callable[..., Any]:
   return jaxlora.wrap(fn, on_materialize="error", recompute=recompute)
 
 
-def adapt(base: Base) -> Any:
+def adapt(base: Base, variant: str = "lora") -> Any:
   """The combined tree."""
-  config = jaxlora.LoraConfig(rank=base.settings.rank, alpha=base.settings.alpha, targets=models.TARGETS)
+  settings = base.settings
+  config = jaxlora.LoraConfig(rank=settings.rank, alpha=settings.alpha, targets=models.TARGETS, variant=variant)
   probe = lambda params: base.model.apply({"params": params}, base.batch.x[:1])
   return jaxlora.adapt(base.params, config, jax.random.key(2), probe=probe)
 
 
-def jaxlora_split(base: Base, recompute: bool = True) -> Program:
+def jaxlora_split(base: Base, recompute: bool = True, variant: str = "lora") -> Program:
   """The flow with two halves: the trainable one goes through the optimizer, the frozen one goes beside it."""
   apply = wrap(base.model.apply, recompute)
-  frozen, trainable = jaxlora.split(adapt(base))
+  frozen, trainable = jaxlora.split(adapt(base, variant))
   return trainer(lambda half, frozen, x: apply({"params": jaxlora.join(frozen, half)}, x), trainable, frozen)
 
 
@@ -293,6 +294,18 @@ def recompute_contestants() -> list[Contestant]:
   return [
     Contestant(f"jaxlora, {name}", functools.partial(jaxlora_split, recompute=on), factor_parameters)
     for name, on in (("no recompute", False), ("recompute", True))
+  ]
+
+
+def variant_contestants(variants: Sequence[str]) -> list[Contestant]:
+  """The library with each variant of LoRA; what each trains is its own count, known to the tests."""
+  return [
+    Contestant(
+      variant,
+      functools.partial(jaxlora_split, variant=variant),
+      lambda base, variant=variant: jaxlora.summary(adapt(base, variant)).trainable_parameters,
+    )
+    for variant in variants
   ]
 
 

@@ -85,10 +85,10 @@ def start(method: Method, pretrained: Params, seed: int) -> tuple[Any, Any]:
   return method.split({**pretrained, "head": head}, adapter_key)
 
 
-def compile_step(method: Method, setup: Setup) -> Program:
+def compile_step(method: Method, setup: Setup, make_tx: Callable[[float, int], Any] = digits.adam) -> Program:
   """Compiles a method's step once, ahead of time: XLA counts its FLOPs, and all seeds run the same program."""
   apply = jaxlora.wrap(setup.model.apply, on_materialize="error")  # hands trees without adapters straight on
-  tx = digits.adam(method.lr, setup.steps)
+  tx = make_tx(method.lr, setup.steps)
   frozen, trainable = start(method, setup.pretrained, seed=0)
   step = digits.make_step(lambda frozen, trainable, x: apply({"params": method.join(frozen, trainable)}, x), tx)
   batch = next(digits.batches(setup.train, setup.batch_size, setup.steps, seed=0))
