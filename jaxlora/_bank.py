@@ -9,7 +9,9 @@ Reading order: the bank -> making one -> one adapter in a bank's form -> a batch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
+import types
 from typing import Any, NamedTuple
+import weakref
 
 import jax
 from jax import lax
@@ -356,8 +358,6 @@ def stack(adapters: Mapping[str, Any], capacity: int | None = None, rank: int | 
   for name, own in nodes.items():
     for path, node in own.items():
       by_path.setdefault(path, {})[name] = node
-  for path, owners in by_path.items():
-    _check_same_base(path, owners)
   empty = {path: _form(path, owners, capacity, rank) for path, owners in sorted(by_path.items())}
   filled = {path: _filled(by_path[path], form, list(adapters)) for path, form in empty.items()}
   return Bank(filled, treedef, _Names((*adapters, *[None] * (capacity - len(adapters)))))
@@ -385,6 +385,7 @@ def _form(path: str, owners: dict[str, Any], capacity: int, rank: int | None) ->
   for name, node in owners.items():
     _check_fits(node, form, f"stack: {name!r}: {path}", f"those of {first!r}")
     _check_finite(node, f"stack: {name!r}: {path}")
+  _check_same_base(path, owners)
   return form
 
 
@@ -643,47 +644,61 @@ def route(
     )
   if via not in _banked.WAYS:
     raise ValueError(f"route: via is {via!r}, expected one of {', '.join(map(repr, _banked.WAYS))}.")
-  return Routed(fn, _Axes(in_axes, out_axes), via, on_materialize, recompute)
+  options = _Options(in_axes, out_axes, via)
+  seen: set[tuple[str, str, str]] = set()
+
+  def routed(frozen: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
+    record = Record(on_materialize, seen, recompute, of_rows=True)
+    return call_rows(fn, options, record, (frozen, bank, ids, *args), kwargs)
+
+  for name in functools.WRAPPER_ASSIGNMENTS:  # but not `__wrapped__`: the signature is another one
+    if name != "__annotations__" and hasattr(fn, name):
+      setattr(routed, name, getattr(fn, name))
+  _ROUTED[routed] = fn, options
+  return routed
 
 
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-  """Where rows are, as the user said it."""
+class _Options(NamedTuple):
+  """What `route` was told."""
 
-  ins: Any
-  outs: Any
+  in_axes: Any
+  out_axes: Any
+  via: str
 
 
-class Routed:
-  """What `route` returns."""
+# What `route` returned, for `explain`.
+_ROUTED: weakref.WeakKeyDictionary[Callable[..., Any], tuple[Callable[..., Any], _Options]] = (
+  weakref.WeakKeyDictionary()
+)
 
-  def __init__(self, fn: Callable[..., Any], axes: _Axes, via: str, on_materialize: str, recompute: bool):
-    for name in functools.WRAPPER_ASSIGNMENTS:  # but not `__wrapped__`: the signature is another one
-      if hasattr(fn, name):
-        setattr(self, name, getattr(fn, name))
-    self._fn, self._axes, self._via = fn, axes, via
-    self._on_materialize, self._recompute = on_materialize, recompute
-    self._seen: set[tuple[str, str, str]] = set()
 
-  def __call__(self, frozen: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
-    record = Record(self._on_materialize, self._seen, self._recompute, of_rows=True)
-    return self.recorded(record, frozen, bank, ids, *args, **kwargs)
+def recorded(fn: Callable[..., Any], record: Record) -> Callable[..., Any] | None:
+  """What `route` returned, as a function that `record` watches; `None` for other functions."""
+  if not isinstance(fn, types.FunctionType) or fn not in _ROUTED:
+    return None
+  inner, options = _ROUTED[fn]
+  return lambda *args, **kwargs: call_rows(inner, options, record, args, kwargs)
 
-  def recorded(self, record: Record, frozen: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
-    """One call, of which `record` takes down what happens."""
-    if not isinstance(bank, Bank):
-      raise TypeError(f"route: found {type(bank).__name__} for the bank, expected what jaxlora.stack gives.")
-    ids = _checked_ids(ids, bank)
-    base = _checked_base(frozen, bank)
-    rows = _Rows(args, self._axes, ids.shape[0])
-    results = _Results(self._axes.outs)
 
-    def row(slot: jax.Array, *mapped: jax.Array) -> list[jax.Array]:
-      params = _params_of_row(base, bank, slot, Routing(ids.shape[0], self._via))
-      out = _transform.call(self._fn, record, None, (params, *rows.of_one(mapped)), kwargs)
-      return results.take(out)
+def call_rows(
+  fn: Callable[..., Any], options: _Options, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+  """One call of a routed function."""
+  frozen, bank, ids, *rest = args
+  if not isinstance(bank, Bank):
+    raise TypeError(f"route: found {type(bank).__name__} for the bank, expected what jaxlora.stack gives.")
+  ids = _checked_ids(ids, bank)
+  base = _checked_base(frozen, bank)
+  rows = _Rows(tuple(rest), options.in_axes, ids.shape[0])
+  results = _Results(options.out_axes)
+  routing = Routing(ids.shape[0], options.via)
 
-    return results.of_all(jax.vmap(row, in_axes=(0, *rows.axes))(ids, *rows.mapped))
+  def row(slot: jax.Array, *mapped: jax.Array) -> list[jax.Array]:
+    params = _params_of_row(base, bank, slot, routing)
+    out = _transform.call(fn, record, None, (params, *rows.of_one(mapped)), kwargs)
+    return results.take(out)
+
+  return results.of_all(jax.vmap(row, in_axes=(0, *rows.axes))(ids, *rows.mapped))
 
 
 def _checked_ids(ids: Any, bank: Bank) -> jax.Array:
@@ -789,11 +804,11 @@ def _weight_of_row(path: str, slots: Slots, base: Any, slot: jax.Array, routing:
 class _Rows:
   """The arguments of a batch, as what rows share and what each has of its own."""
 
-  def __init__(self, args: tuple[Any, ...], axes: _Axes, count: int):
+  def __init__(self, args: tuple[Any, ...], axes: Any, count: int):
     nodes, self.treedef = jax.tree_util.tree_flatten_with_path(args)
     self.leaves = [leaf for _, leaf in nodes]
     self.place: dict[int, int] = {}  # leaf -> its axis of rows
-    for k, ((path, leaf), axis) in enumerate(zip(nodes, _axis_of_each(axes.ins, args, "in_axes"), strict=True)):
+    for k, ((path, leaf), axis) in enumerate(zip(nodes, _axis_of_each(axes, args, "in_axes"), strict=True)):
       if axis is None or not isinstance(leaf, (jax.Array, np.ndarray)) or leaf.ndim == 0:
         continue
       if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] != count:

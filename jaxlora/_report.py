@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths, _transform
 from jaxlora._adapt import check_adapted
-from jaxlora._bank import Bank, Routed
+from jaxlora._bank import Bank, recorded
 from jaxlora._transform import Record, Use
 from jaxlora._weight import LoraWeight, is_adapted, parts, trained_parts
 
@@ -243,9 +243,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   Raises:
     ValueError: if no argument holds an adapted weight.
   """
-  record = Record("ignore", set(), of_rows=isinstance(fn, Routed))
+  record = Record("ignore", set())
+  routed = recorded(fn, record)
+  record.of_rows = routed is not None
   nodes, treedef = _transform.argument_leaves(args, kwargs)
-  if isinstance(fn, Routed):
+  if routed is not None:
     paths = [path for bank in args if isinstance(bank, Bank) for path in bank.low_rank]
   else:
     paths = [path for path, node in nodes if isinstance(node, LoraWeight)]
@@ -259,8 +261,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     for k, array in zip(abstract, arrays, strict=True):
       full[k] = array
     call_args, call_kwargs = jax.tree_util.tree_unflatten(treedef, jax.tree_util.tree_unflatten(inner, full))
-    if isinstance(fn, Routed):
-      out = fn.recorded(record, *call_args, **call_kwargs)
+    if routed is not None:
+      out = routed(*call_args, **call_kwargs)
     else:
       out = _transform.call(fn, record, None, call_args, call_kwargs)
     return [leaf for leaf in jax.tree_util.tree_leaves(out) if isinstance(leaf, jax.Array)]
