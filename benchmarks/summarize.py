@@ -442,7 +442,8 @@ def findings(results: Mapping[str, Any]) -> str:
   lines = [
     f"LoRA has {gained(results, 'rougeL')} of full fine-tuning's gain over the base in ROUGE-L and"
     f" {gained(results, 'validation_loss')} in validation loss.",
-    f"LoRA - full: ROUGE-L {cell(score, 1, '+')} ({apart(score)}), validation loss {cell(loss, 3, '+')} ({apart(loss)}).",
+    f"LoRA - full: ROUGE-L {cell(score, 1, '+')} ({apart(score)}),"
+    f" validation loss {cell(loss, 3, '+')} ({apart(loss)}).",
     f"The body's first words, without any model, have ROUGE-L {results['lead']['rougeL']:.1f}.",
   ]
   losses = {row["rank"]: row["figures"]["validation_loss"] for row in results["ranks"]}
