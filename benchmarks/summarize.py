@@ -378,8 +378,9 @@ def tables(results: Mapping[str, Any]) -> str:
     f"{results['pretrained']['parameters']:,} parameters, pretrained for {settings['pretrain_steps']:,} steps of"
     f" {settings['pretrain_batch']} x {docstrings.WINDOW} tokens; adapted for {settings['steps']} steps of"
     f" {settings['batch_size']} pairs. {counts['train']:,} training pairs from {trained_on} packages (the standard"
-    f" library among them); {counts['validation']} validation pairs from {of['validation']}; {counts['test']} test pairs"
-    f" from {of['test']}. Data {data['digest']}; other installed versions give others. Python {versions['python']}, jax"
+    f" library among them); {counts['validation']} validation pairs from {of['validation']};"
+    f" {counts['test']} test pairs from"
+    f" {of['test']}. Data {data['digest']}; other versions give others. Python {versions['python']}, jax"
     f" {versions['jax']}, flax {versions['flax']}, tokenizers {versions['tokenizers']}, rouge-score"
     f" {versions['rouge_score']}; {hardware['cpu']}, {hardware['cores']} cores."
   )
@@ -406,7 +407,8 @@ def tables(results: Mapping[str, Any]) -> str:
       forgetting_table(results),
     ),
   ]
-  return "\n\n".join(f"#### {title}\n\n{text}\n\n{table}" for title, text, table in sections)
+  parts = [f"#### {title}\n\n{text}\n\n{table}" for title, text, table in sections]
+  return "\n\n".join([*parts, f"#### What came out\n\n{findings(results)}"])
 
 
 def rate_findings(results: Mapping[str, Any]) -> str:
@@ -417,7 +419,45 @@ def rate_findings(results: Mapping[str, Any]) -> str:
     return "Not every curve has its least point inside: no ratio of rates."
   ratios = ", ".join(f"{least[curve['rank']] / full['vertex']:.1f} at rank {curve['rank']}" for curve in loras)
   across = max(least[curve["rank"]] for curve in loras) / min(least[curve["rank"]] for curve in loras)
-  return f"LoRA's best rate over full's, by the parabolas: {ratios}; between the ranks it moves {across:.1f}-fold."
+  return f"LoRA's best rate over full's, by the parabolas: {ratios}; between the ranks it moves {across:.2f}-fold."
+
+
+def gained(results: Mapping[str, Any], field: str) -> str:
+  """How much of full fine-tuning's gain over the base LoRA has."""
+  base = results["base"][field]
+  lora, full = (row["figures"][field]["mean"] for row in results["main"])
+  return "no share" if full == base else f"{100 * (lora - base) / (full - base):.0f} %"
+
+
+def apart(figure: Mapping[str, Any]) -> str:
+  """Whether an interval of differences excludes zero."""
+  if figure["half"] is None:
+    return "one seed, no interval"
+  return "apart" if abs(figure["mean"]) > figure["half"] else "the interval holds zero"
+
+
+def findings(results: Mapping[str, Any]) -> str:
+  """What the tables say, in sentences with the numbers of this result."""
+  score, loss = (results["difference"][field] for field in ("rougeL", "validation_loss"))
+  lines = [
+    f"LoRA has {gained(results, 'rougeL')} of full fine-tuning's gain over the base in ROUGE-L and"
+    f" {gained(results, 'validation_loss')} in validation loss.",
+    f"LoRA - full: ROUGE-L {cell(score, 1, '+')} ({apart(score)}),"
+    f" validation loss {cell(loss, 3, '+')} ({apart(loss)}).",
+    f"The body's first words, without any model, have ROUGE-L {results['lead']['rougeL']:.1f}.",
+  ]
+  losses = {row["rank"]: row["figures"]["validation_loss"] for row in results["ranks"]}
+  if all(losses.values()):
+    best = min(losses, key=lambda rank: losses[rank]["mean"])
+    ends = " to ".join(f"{losses[rank]['mean']:.3f} at rank {rank}" for rank in (min(losses), max(losses)))
+    lines.append(f"Validation loss from the least rank to the largest: {ends}; it is lowest at rank {best}.")
+  lora, full = (row["figures"]["pretraining_loss"]["mean"] for row in results["main"])
+  base = results["base"]["pretraining_loss"]
+  lines.append(
+    f"On the pretraining text the loss rises by {lora - base:.3f} with LoRA and by {full - base:.3f} with full"
+    " fine-tuning; with the adapter taken off it is the base's."
+  )
+  return "\n".join(f"- {line}" for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -550,8 +590,8 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--rank", type=count, default=8, help="LoRA's rank in the main table")
   parser.add_argument("--ranks", type=counts, default="1,4,8,16,32,64", help="ranks to compare")
   parser.add_argument("--sweep-ranks", type=counts, default="1,8,64", help="ranks whose learning rates are swept")
-  parser.add_argument("--rates-lora", type=rates, default="1e-3,3e-3,1e-2,3e-2,1e-1", help="peak rates of LoRA")
-  parser.add_argument("--rates-full", type=rates, default="3e-4,1e-3,3e-3,1e-2,3e-2", help="peak rates of full")
+  parser.add_argument("--rates-lora", type=rates, default="3e-4,1e-3,3e-3,1e-2,3e-2", help="peak rates of LoRA")
+  parser.add_argument("--rates-full", type=rates, default="1e-4,3e-4,1e-3,3e-3,1e-2", help="peak rates of full")
   parser.add_argument("--seeds", type=count, default=5, help="seeds of the main table and of the placements")
   parser.add_argument("--rank-seeds", type=count, default=2, help="seeds of each other rank")
   parser.add_argument("--sweep-seeds", type=count, default=1, help="seeds of each learning rate")

@@ -262,6 +262,22 @@ def test_it_leaves_tables_json_and_plots(bench, finished):
     assert (finished.out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sentences_follow_the_numbers(bench, finished):
+  results = json.loads(json.dumps(finished.results))
+  results["base"]["rougeL"] = 10.0
+  for row, score in zip(results["main"], (12.0, 14.0), strict=True):
+    row["figures"]["rougeL"]["mean"] = score
+  results["difference"]["rougeL"] = {"mean": -2.0, "half": 1.0, "count": 2}
+  text = bench.summarize.findings(results)
+  assert "LoRA has 50 % of full fine-tuning's gain over the base in ROUGE-L" in text
+  assert "ROUGE-L -2.0 ± 1.0 (apart)" in text
+  results["difference"]["rougeL"]["half"] = 2.5
+  assert "ROUGE-L -2.0 ± 2.5 (the interval holds zero)" in bench.summarize.findings(results)
+  for curve, rate in zip((*results["rates"]["lora"], results["rates"]["full"]), (0.02, 0.002), strict=True):
+    curve["vertex"] = rate
+  assert "10.0 at rank 2; between the ranks it moves 1.00-fold" in bench.summarize.rate_findings(results)
+
+
 def test_both_learn_and_lora_comes_off_without_a_trace(finished):
   base, (lora, full) = finished.results["base"], finished.results["main"]
   for row in (lora, full):
