@@ -150,10 +150,10 @@ def check_agrees(base: Base, bank: jaxlora.Bank, work: Work, program: Any) -> fl
   ids[1] = -1
   got = np.asarray(Server(program, (base.params, bank, jnp.asarray(ids)), work)(), np.float32)
   frozen, _ = jaxlora.split(contestants.adapt(base))
-  difference = 0.0
+  alone, difference = jax.jit(jaxlora.wrap(work.fn)), 0.0
   for row in (0, 1, rows - 1):
     tree = base.params if ids[row] < 0 else jaxlora.join(frozen, bank.take(str(ids[row])))
-    alone, part = jax.jit(jaxlora.wrap(work.fn)), slice(row, row + 1)
+    part = slice(row, row + 1)
     want = np.asarray(alone(tree, of_rows(work.state, part), *of_rows(work.args, part))[0][0], np.float32)
     difference = max(difference, float(np.abs(got[row] - want).max() / np.abs(want).max()))
   if difference > (5e-2 if base.settings.bf16 else 1e-5):

@@ -37,14 +37,13 @@ def _spare_terms() -> int:
   return _SPARE_TERMS.get(jax.default_backend(), _SPARE_TERMS_ELSEWHERE)
 
 
-def way(shape: Sequence[int], w: Factored, pairing: Pairing, looping: bool) -> str:
+def way(shape: Sequence[int], w: Factored, pairing: Pairing) -> str:
   """How to compute one row's low-rank part of an input and `w`, a weight of a bank, by what is cheapest.
 
   Args:
     shape: of the row's input.
     w: the weight.
     pairing: how the two meet.
-    looping: whether this is in the body of a loop, which factors of larger banks enter already picked.
   """
   assert w.routing is not None
   if w.routing.via != "auto":
@@ -55,14 +54,19 @@ def way(shape: Sequence[int], w: Factored, pairing: Pairing, looping: bool) -> s
   if tokens * (adapters - 1) < _spare_terms():
     return WIDE
   few = tokens <= _FEW_TOKENS and w.routing.rows > 1
-  return ROWS if few and not looping and jax.default_backend() == "cpu" else GATHERED
+  return ROWS if few and jax.default_backend() == "cpu" else GATHERED
 
 
 def stays_whole(w: Factored) -> bool:
-  """Whether a weight of a bank enters a loop with all its factors: where a single token a row would be computed so."""
+  """Whether a weight of a bank enters a loop with all its factors: where a single token a row would be computed so.
+
+  Elsewhere the rows' factors are picked once, ahead of the loop, for all of its steps.
+  """
   if w.slot is None or w.routing is None:
     return True
-  return w.routing.via == WIDE or (w.routing.via == "auto" and w.a.shape[0] - 1 < _spare_terms())
+  if w.routing.via != "auto":
+    return w.routing.via != GATHERED
+  return jax.default_backend() == "cpu" or w.a.shape[0] - 1 < _spare_terms()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

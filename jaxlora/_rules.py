@@ -385,7 +385,7 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   base = _base_product(op, x, w.base, pairing)
   if w.slot is not None:
     sharded = _lowrank.explicitly_sharded(x) or _lowrank.explicitly_sharded(base)
-    op.took(way := _banked.GATHERED if sharded else _banked.way(jnp.shape(x), w, pairing, op.looping))
+    op.took(way := _banked.GATHERED if sharded else _banked.way(jnp.shape(x), w, pairing))
     if way != _banked.GATHERED:
       delta = _banked.delta(x, w, pairing, base.dtype, way, op.looping)
       return [_lowrank.add(base, delta)]
@@ -439,7 +439,7 @@ def first_half(eqn: Any, w: Factored, weight_first: bool, looping: bool) -> tupl
     return None
   x, out = eqn.invars[1 if weight_first else 0].aval, eqn.outvars[0].aval
   if w.slot is not None:
-    if _banked.way(x.shape, w, pairing, looping) != _banked.GATHERED:
+    if _banked.way(x.shape, w, pairing) != _banked.GATHERED:
       return None
     w = _lowrank.picked(w)
   return _lowrank.shrinking(x, w, pairing, out.dtype, looping=looping), w.a

@@ -264,8 +264,8 @@ _PASSES = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkp
 def _picked_for(record: Record, eqn: Any, values: Sequence[Any]) -> list[Any]:
   """A mixed batch's weights as an equation wants them: of many adapters only where it knows about those.
 
-  Ahead of a loop factors are picked once for all of its steps, but where a bank is so small that nothing is picked.
-  What a scan runs over it slices along the first axis, which a bank has for itself.
+  Ahead of a loop they are picked once for all of its steps, unless `_banked.stays_whole`. What a scan runs over it
+  slices along the first axis, which a bank has for itself.
   """
   name = eqn.primitive.name
   counts = _compat.scan_counts(eqn.params) if name == "scan" else None

@@ -17,8 +17,8 @@ for package in ("matplotlib", "tqdm"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPTS = ("train_step", "forward", "memory", "compile_time")
-MODULES = (*SCRIPTS, "harness", "contestants", "models", "models_nnx", "peft_torch")
+SCRIPTS = ("train_step", "forward", "memory", "compile_time", "serving")
+MODULES = (*SCRIPTS, "harness", "contestants", "models", "models_nnx", "peft_torch", "peft_serving")
 TINY = ["--d=64", "--batch=2", "--seq=8", "--rank=2", "--vocabulary=32", "--rounds=2", "--quiet"]
 OURS = ["jaxlora", "jaxlora, TrainState"]
 HERE = ["frozen floor", "full fine-tuning", "textbook merge", "nnx.LoRA", *OURS]
@@ -127,6 +127,23 @@ def test_compile_time(bench, run, monkeypatch):
   assert finished.results["calls"]["leaves"] > finished.results["calls"]["base_leaves"]
 
 
+def test_serving(run):
+  finished = run("serving", "--layers=1", "--batch=4", "--bank=6", "--distinct=2", "--no-peft", "--no-ways")
+  check_rows(finished, ["base", "jaxlora, mixed batch, 2", "a loop of merges, 2", "jaxlora, small bank, 2"])
+  for comparison in finished.results["comparisons"]:
+    assert comparison["difference"] < 1e-5
+    assert comparison["throughput"]["base"]["rounds"] == [1.0, 1.0]
+  assert [comparison["tokens"] for comparison in finished.results["comparisons"]] == [8, 1]
+  assert finished.results["memory"]["bank_over_own"] == pytest.approx(1, abs=0.01)  # and who has which leaf
+
+
+def test_the_ways_of_a_product_agree(bench):
+  settings = bench.contestants.Settings(width=64, batch=4, seq=8, rank=2)
+  found = bench.serving.ways_of(settings, 2, 3, 1, lambda _: None)  # raises where one differs
+  assert set(found["throughput"]) == {"base", "gathered", "row by row", "wide", "ragged_dot"}
+  assert found["chosen"] in found["throughput"]
+
+
 def test_layers_late_and_early(bench):
   late_over_early = bench.compile_time.late_over_early
   assert late_over_early({k: {"median": 3 + 2 * k} for k in (2, 4, 8, 12)}) == pytest.approx(1)
@@ -156,6 +173,18 @@ def test_peft_in_a_process_of_its_own(bench):
     bench.contestants.make_base(settings)
   )
   assert results["over_floor"]["frozen floor"]["median"] == 1
+
+
+def test_peft_serves_in_a_process_of_its_own(bench):
+  for peer in ("torch", "peft"):
+    if not bench.harness.installed(peer):
+      pytest.skip("the peers need jaxlora[peers]")
+  settings = bench.contestants.Settings(64, 1, 4, 8, 2, vocabulary=32)
+  comparison = {"distinct": [1, 2], "tokens": 8, "throughput": {}, "seconds": {}}
+  results = {"comparisons": [comparison]}
+  assert bench.serving.add_peft(results, settings, rounds=1) is None
+  assert set(comparison["throughput"]) == {"PEFT (torch), 1", "PEFT (torch), 2"}
+  assert results["peft"]["difference"] < 1e-4
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_line(bench, monkeypatch):
