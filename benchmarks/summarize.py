@@ -624,7 +624,7 @@ def plot(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def make_parser() -> argparse.ArgumentParser:
   """The options; their defaults take about half an hour on two CPU cores."""
-  parser = harness.make_parser("summarize", __doc__, "--seeds 3 --ranks 1,8,64", rounds=9)
+  parser = harness.make_parser("summarize", __doc__, "--seeds 3 --ranks 1,8,64", rounds=15)
   count, rate = harness.positive(int), harness.positive(float)
   counts, rates = harness.several(count), harness.several(rate)
   parser.add_argument("--rank", type=count, default=8, help="LoRA's rank in the main table")
