@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 import statistics
 import sys
-import time
 from typing import Any
 
 import decoder
@@ -260,13 +259,13 @@ def main_table(results: Mapping[str, Any]) -> str:
   """ROUGE and what it takes: base, LoRA, full fine-tuning."""
   beam = results["settings"]["beam"]
   head = ("method", *SCORES.values(), f"ROUGE-L, beam {beam}", "validation loss", "trained", "Adam's moments", "file")
-  head += ("step / full", "temp memory")
+  head += ("step / full", "GFLOPs a step", "temp memory")
   rows = [
     (
       name,
       *(cell(scores.get(field), 1) for field in (*SCORES, "rougeL_beam")),
       cell(scores.get(LOSSES[0]), 3),
-      *["-"] * 5,
+      *["-"] * 6,
     )
     for name, scores in (
       ("the body's first words", exact(results["lead"])),
@@ -283,13 +282,14 @@ def main_table(results: Mapping[str, Any]) -> str:
         f"{row['trainable_parameters']:,} ({100 * share:.1f} %)",
         *(f"{row[field] / 1024:,.0f} KiB" for field in ("optimizer_bytes", "file_bytes")),
         harness.ratio_cell(results["timing"]["over_full"][row["method"]]),
+        f"{row['flops_per_step'] / 1e9:.2f}",
         f"{row['temp_bytes'] / 1e6:.1f} MB",
       )
     )
   difference = results["difference"]
   fields = (*SCORES, "rougeL_beam")
   cells = (*(cell(difference[field], 1, "+") for field in fields), cell(difference["validation_loss"], 3, "+"))
-  return markdown(head, [*rows, ("LoRA - full, seed by seed", *cells, *["-"] * 5)])
+  return markdown(head, [*rows, ("LoRA - full, seed by seed", *cells, *["-"] * 6)])
 
 
 def rank_table(results: Mapping[str, Any]) -> str:
@@ -709,7 +709,6 @@ def count_steps(args: argparse.Namespace) -> int:
 
 def run_all(args: argparse.Namespace, data: Data) -> dict[str, Any]:
   """Pretrains, sweeps, compares and times, and writes what came of it."""
-  begin = time.perf_counter()
   with harness.progress(count_steps(args), "step", args.quiet) as bar:
     bar.set_description("pretraining")
     bench = Bench(args, data, bar.update)
@@ -729,8 +728,9 @@ def run_all(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     bar.set_description("done")
 
   results = {
-    **harness.provenance(args),
+    "settings": {name: value for name, value in harness.settings(args).items() if name not in ("out", "cache")},
     "versions": versions(),
+    "hardware": harness.hardware(),
     "data": data.report,
     "model": bench.model.settings(),
     "pretrained": {
@@ -745,7 +745,6 @@ def run_all(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     "placements": placements,
     "ranks": sorted([lora, *ranks], key=lambda row: row["rank"]),
     "timing": timing,
-    "seconds": time.perf_counter() - begin,
   }
   results = json.loads(json.dumps(results))
   harness.write(args.out / "summarize.json", results)
