@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 import statistics
 import sys
-import time
 from typing import Any
 
 import decoder
@@ -260,13 +259,13 @@ def main_table(results: Mapping[str, Any]) -> str:
   """ROUGE and what it takes: base, LoRA, full fine-tuning."""
   beam = results["settings"]["beam"]
   head = ("method", *SCORES.values(), f"ROUGE-L, beam {beam}", "validation loss", "trained", "Adam's moments", "file")
-  head += ("step / full", "temp memory")
+  head += ("step / full", "GFLOPs a step", "temp memory")
   rows = [
     (
       name,
       *(cell(scores.get(field), 1) for field in (*SCORES, "rougeL_beam")),
       cell(scores.get(LOSSES[0]), 3),
-      *["-"] * 5,
+      *["-"] * 6,
     )
     for name, scores in (
       ("the body's first words", exact(results["lead"])),
@@ -283,13 +282,14 @@ def main_table(results: Mapping[str, Any]) -> str:
         f"{row['trainable_parameters']:,} ({100 * share:.1f} %)",
         *(f"{row[field] / 1024:,.0f} KiB" for field in ("optimizer_bytes", "file_bytes")),
         harness.ratio_cell(results["timing"]["over_full"][row["method"]]),
+        f"{row['flops_per_step'] / 1e9:.2f}",
         f"{row['temp_bytes'] / 1e6:.1f} MB",
       )
     )
   difference = results["difference"]
   fields = (*SCORES, "rougeL_beam")
   cells = (*(cell(difference[field], 1, "+") for field in fields), cell(difference["validation_loss"], 3, "+"))
-  return markdown(head, [*rows, ("LoRA - full, seed by seed", *cells, *["-"] * 5)])
+  return markdown(head, [*rows, ("LoRA - full, seed by seed", *cells, *["-"] * 6)])
 
 
 def rank_table(results: Mapping[str, Any]) -> str:
@@ -457,7 +457,28 @@ def findings(results: Mapping[str, Any]) -> str:
     f"On the pretraining text the loss rises by {lora - base:.3f} with LoRA and by {full - base:.3f} with full"
     " fine-tuning; with the adapter taken off it is the base's."
   )
+  better = frugal_rates(results)
+  if better:
+    lora_rate = results["rates"]["chosen"]["lora"]
+    lines.append(
+      f"But that is a matter of the rate: in the sweep, full fine-tuning at {' and at '.join(better)} is ahead of LoRA"
+      f" at {lora_rate:.2g} in both, the loss on summaries and the loss on the pretraining text."
+    )
   return "\n".join(f"- {line}" for line in lines)
+
+
+def frugal_rates(results: Mapping[str, Any]) -> list[str]:
+  """Rates at which full fine-tuning both learns more and forgets less than LoRA at its best, on the sweep's seeds."""
+  loras = results["rates"]["lora"]
+  curve = next((curve for curve in loras if curve["rank"] == results["settings"]["rank"]), loras[0])
+  rate = results["rates"]["chosen"]["lora"]
+  (lora,) = (point for point in curve["points"] if point["learning_rate"] == rate)
+
+  def ahead(point: Mapping[str, Any]) -> bool:
+    pairs = [(point["figures"][field], lora["figures"][field]) for field in ("validation_loss", "pretraining_loss")]
+    return all(a and b and a["mean"] < b["mean"] for a, b in pairs)
+
+  return [f"{point['learning_rate']:.2g}" for point in results["rates"]["full"]["points"] if ahead(point)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -476,11 +497,12 @@ def plot_rouge(axes: Axes, results: Mapping[str, Any]) -> None:
   groups += [(plain(row), color, row["figures"]) for row, color in zip(results["main"], colors, strict=True)]
   for k, (label, color, scores) in enumerate(groups):
     x = np.arange(len(SCORES)) + (k - 1.5) * 0.2
-    halves = [scores[field]["half"] or 0 for field in SCORES]
-    axes.bar(x, [scores[field]["mean"] for field in SCORES], 0.2, yerr=halves, label=label, color=color, capsize=3)
+    halves = [scores[field]["half"] for field in SCORES]
+    whiskers = None if None in halves else halves
+    axes.bar(x, [scores[field]["mean"] for field in SCORES], 0.2, yerr=whiskers, label=label, color=color, capsize=3)
   axes.set_xticks(range(len(SCORES)), list(SCORES.values()))
   axes.set(ylabel="F1 (%)", title=f"Unseen packages, {results['settings']['seeds']} seeds, 95 % intervals")
-  axes.legend(frameon=False)
+  axes.figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
 
 def plot_ranks(axes: Axes, results: Mapping[str, Any], field: str = "rougeL", label: str = "ROUGE-L (%)") -> None:
@@ -527,36 +549,54 @@ def plot_rates(axes: Axes, results: Mapping[str, Any]) -> None:
       color=(0.1, 0.35, 0.75, shades[k]) if lora else "tab:red",
       label=plain(curve),
     )
+  base = results["base"]["validation_loss"]
+  axes.axhline(base, color="black", linestyle=":", linewidth=1, label="base")
+  lowest = min(mean_loss(point) for curve in curves for point in curve["points"])
+  axes.set_ylim(
+    min(lowest, base) - 0.1 * abs(base - lowest), base + 0.5 * abs(base - lowest)
+  )  # diverging ends leave it
   axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss")
   axes.grid(alpha=0.3)
   axes.legend(frameon=False)
 
 
 def plot_forgetting(axes: Axes, results: Mapping[str, Any]) -> None:
-  """What is lost on the pretraining text for what is gained on the summaries."""
+  """What is lost on the pretraining text for what is gained on the summaries, by rate and by method."""
+  fields, base = ("validation_loss", "pretraining_loss"), results["base"]
+  curves = results["rates"]
+  swept = next((curve for curve in curves["lora"] if curve["rank"] == results["settings"]["rank"]), curves["lora"][0])
+  for curve, color in ((swept, "tab:blue"), (curves["full"], "tab:red")):
+    points = [point for point in curve["points"] if all(point["figures"][field] for field in fields)]
+    places = np.array([[point["figures"][field]["mean"] for field in fields] for point in points]).reshape(-1, 2)
+    axes.plot(*places.T, ".--", color=color, linewidth=1, label=f"{plain(curve)}, by rate")
+    for point, place in zip(points, places, strict=True):
+      if place[0] < base["validation_loss"]:
+        offset = (4, -10) if curve is swept else (-6, 6)
+        label = f"{point['learning_rate']:.0e}".replace("e-0", "e-")
+        axes.annotate(label, place, offset, textcoords="offset points", fontsize=7, color=color)
   rows = {row["method"]: row for row in (*results["ranks"], *results["placements"], *results["main"])}
+  colors = {"all-linear": "tab:blue", "attention": "tab:green", "MLP": "tab:orange"}
   for row in rows.values():
-    if row["rank"] is None:
-      style = {"color": "tab:red", "marker": "D"}
-    else:
-      style = {
-        "color": {"all-linear": "tab:blue", "attention": "tab:green"}.get(row["placement"], "tab:orange"),
-        "marker": "o",
-      }
-    x, y = row["figures"]["validation_loss"], row["figures"]["pretraining_loss"]
-    axes.errorbar(x["mean"], y["mean"], y["half"] or 0, x["half"] or 0, capsize=2, linewidth=1, **style)
+    full = row["rank"] is None
+    x, y = (row["figures"][field] for field in fields)
+    if not x or not y:
+      continue
+    style = {"color": "tab:red" if full else colors[row["placement"]], "marker": "D" if full else "o"}
     name = (
-      "full"
-      if row["rank"] is None
-      else f"{'' if row['placement'] == 'all-linear' else row['placement']} r={row['rank']}"
+      "full" if full else {"all-linear": "", "attention": "attention "}.get(row["placement"], "MLP ") + f"{row['rank']}"
     )
-    axes.annotate(name.strip(), (x["mean"], y["mean"]), (6, 5), textcoords="offset points", fontsize=8)
-  axes.axhline(
-    results["base"]["pretraining_loss"], color="black", linestyle=":", linewidth=1, label="base; adapter removed"
+    axes.errorbar(x["mean"], y["mean"], y["half"], x["half"], capsize=2, linewidth=1, markersize=5, **style)
+    axes.annotate(name, (x["mean"], y["mean"]), (3, 4), textcoords="offset points", fontsize=8)
+  axes.axhline(base["pretraining_loss"], color="black", linestyle=":", linewidth=1, label="base; adapter removed")
+  lowest = min(row["figures"][fields[0]]["mean"] for row in rows.values() if row["figures"][fields[0]])
+  highest = max(row["figures"][fields[1]]["mean"] for row in rows.values() if row["figures"][fields[1]])
+  axes.set_xlim(lowest - 0.1 * (base[fields[0]] - lowest), lowest + 0.6 * (base[fields[0]] - lowest))
+  axes.set_ylim(
+    base[fields[1]] - 0.1 * (highest - base[fields[1]]), base[fields[1]] + 1.4 * (highest - base[fields[1]])
   )
   axes.set(xlabel="loss on summaries (validation)", ylabel="loss on held-out pretraining text")
   axes.grid(alpha=0.3)
-  axes.legend(frameon=False)
+  axes.legend(frameon=False, fontsize=8)
 
 
 def plot(results: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -584,7 +624,7 @@ def plot(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def make_parser() -> argparse.ArgumentParser:
   """The options; their defaults take about half an hour on two CPU cores."""
-  parser = harness.make_parser("summarize", __doc__, "--seeds 3 --ranks 1,8,64", rounds=9)
+  parser = harness.make_parser("summarize", __doc__, "--seeds 3 --ranks 1,8,64", rounds=15)
   count, rate = harness.positive(int), harness.positive(float)
   counts, rates = harness.several(count), harness.several(rate)
   parser.add_argument("--rank", type=count, default=8, help="LoRA's rank in the main table")
@@ -593,7 +633,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--rates-lora", type=rates, default="3e-4,1e-3,3e-3,1e-2,3e-2", help="peak rates of LoRA")
   parser.add_argument("--rates-full", type=rates, default="1e-4,3e-4,1e-3,3e-3,1e-2", help="peak rates of full")
   parser.add_argument("--seeds", type=count, default=5, help="seeds of the main table and of the placements")
-  parser.add_argument("--rank-seeds", type=count, default=2, help="seeds of each other rank")
+  parser.add_argument("--rank-seeds", type=count, default=5, help="seeds of each other rank")
   parser.add_argument("--sweep-seeds", type=count, default=1, help="seeds of each learning rate")
   parser.add_argument("--steps", type=count, default=160, help="steps of adaptation, for every method")
   parser.add_argument("--batch-size", type=count, default=8, help="pairs per step of adaptation")
@@ -669,7 +709,6 @@ def count_steps(args: argparse.Namespace) -> int:
 
 def run_all(args: argparse.Namespace, data: Data) -> dict[str, Any]:
   """Pretrains, sweeps, compares and times, and writes what came of it."""
-  begin = time.perf_counter()
   with harness.progress(count_steps(args), "step", args.quiet) as bar:
     bar.set_description("pretraining")
     bench = Bench(args, data, bar.update)
@@ -689,8 +728,9 @@ def run_all(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     bar.set_description("done")
 
   results = {
-    **harness.provenance(args),
+    "settings": {name: value for name, value in harness.settings(args).items() if name not in ("out", "cache")},
     "versions": versions(),
+    "hardware": harness.hardware(),
     "data": data.report,
     "model": bench.model.settings(),
     "pretrained": {
@@ -705,7 +745,6 @@ def run_all(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     "placements": placements,
     "ranks": sorted([lora, *ranks], key=lambda row: row["rank"]),
     "timing": timing,
-    "seconds": time.perf_counter() - begin,
   }
   results = json.loads(json.dumps(results))
   harness.write(args.out / "summarize.json", results)
