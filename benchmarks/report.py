@@ -38,6 +38,8 @@ TABLES = {
   "train_step_suite_brief": Table("train_step_suite/train_step.json", "train_step", "brief_suite"),
   "forward": Table("forward/forward.json", "forward"),
   "memory": Table("memory/memory.json", "memory"),
+  "variants": Table("variants/variants.json", "variants"),
+  "serving": Table("serving/serving.json", "serving"),
   "compile_time": Table("compile_time/compile_time.json", "compile_time"),
 }
 

@@ -364,6 +364,28 @@ def describe_ways(ways: Sequence[dict[str, Any]]) -> str:
   return "\n".join(["Throughput of single products over the base's own product", harness.table(head, rows)])
 
 
+def tables(results: dict[str, Any]) -> str:
+  """The comparisons as a README has them."""
+  held = results["memory"]
+  parts = [
+    f"{results['title']}, a bank of {results['settings']['bank']:,} adapters of {held['adapter'] / 1e6:,.2f} MB:"
+    f" {held['bank'] / 1e6:,.0f} MB beside a base of {held['base'] / 1e6:,.0f} MB. {results['settings']['rounds']}"
+    f" rounds, medians (min-max). {harness.conditions(results, *harness.PEERS)}."
+  ]
+  for one in results["comparisons"]:
+    rows = [
+      (name, harness.ratio_cell(ratio), harness.milliseconds(one["seconds"][name]))
+      for name, ratio in one["throughput"].items()
+      if not name.endswith(harness.CONTROL)
+    ]
+    parts += [
+      f"{one['title']}; to reach {one['reach']}; A/A control {harness.ratio_cell(one['control'])}; flat in distinct"
+      f" adapters within {one['flat_in_adapters']:.0%}, in the size of the bank within {one['flat_in_bank']:.0%}:",
+      harness.markdown(("served by, distinct adapters", "throughput / base", "time"), rows),
+    ]
+  return "\n\n".join(parts)
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
   """Throughput against distinct adapters, a panel for each piece of work."""
   comparisons = results["comparisons"]
