@@ -3,15 +3,16 @@
 Apart from what they are for: a rate decides a run by its value, and another default makes no finished run stale.
 """
 
-# finetune.py, over 3 seeds (LoRA: over ranks 4-32 too): of the rates whose accuracy on the new digits lies within one
-# image of the best, the one that keeps most of the old digits.
+# finetune.py, over 3 seeds (LoRA on the ViT: over ranks 4-32 too): of the rates whose accuracy on the new digits lies
+# within one image of the best, the one that keeps most of the old digits.
 DIGITS = {
   "vit": {"head": 0.2, "lora": 4e-3, "full": 1e-3},
-  "conv": {"head": 0.2, "lora": 4e-3, "full": 1e-3},
+  "conv": {"head": 0.2, "lora": 4e-3, "full": 5e-4},
 }
 
-# sentence_encoder.py: the best after 50 steps of one seed; benchmarks/README.md says which were tried.
+# sentence_encoder.py, the best of few after 50 steps of one seed; benchmarks/README.md says which. The head of a
+# classifier is new, and has a rate of its own.
 SENTENCES = {
-  "classification": {"head": 0.03, "lora": 1e-3, "full": 2e-4},
+  "classification": {"head": 0.03, "lora": 1e-3, "lora_head": 0.03, "full": 2e-4, "full_head": 2e-4},
   "retrieval": {"head": 5e-4, "lora": 1e-3, "full": 1e-4},
 }

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 from pathlib import Path
 import platform
 import re
@@ -122,4 +121,4 @@ def versions(packages: Sequence[str] = tuple(PACKAGES)) -> dict[str, str]:
 
 def digest(pairs: Sequence[Pair]) -> str:
   """A short name for the text: the same name, the same text."""
-  return hashlib.sha256(os.linesep.join(map("\t".join, pairs)).encode()).hexdigest()[:16]
+  return hashlib.sha256("\n".join(map("\t".join, pairs)).encode()).hexdigest()[:16]

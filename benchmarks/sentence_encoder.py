@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 import functools
 import os
 from pathlib import Path
-import time
 from typing import Any, NamedTuple
 
 import bert
@@ -175,25 +174,21 @@ class Setup(NamedTuple):
   encoder: Params
   steps: int
   batch_size: int
-  lr_head: float
   out: Path
 
 
-def task_rates(task: str, args: argparse.Namespace) -> dict[str, float]:
-  """The learning rates of a task: what the options say, and else the best known."""
-  return {name: getattr(args, f"lr_{name}") or rate for name, rate in learning_rates.SENTENCES[task].items()}
-
-
 def make_methods(task: str, args: argparse.Namespace) -> list[Method]:
-  """Every method of a task's comparison, the one that trains least first."""
-  rates = task_rates(task, args)
+  """Every method of a task's comparison, the one that trains least first; each with its rate for a new head."""
+  rates = {name: getattr(args, f"lr_{name}") or rate for name, rate in learning_rates.SENTENCES[task].items()}
   train = "head/.*" if task == "classification" else None
   loras = [
     methods.lora(jaxlora.LoraConfig(rank=rank, alpha=2 * rank, targets=args.targets, train=train), rates["lora"])
     for rank in args.rank
   ]
   head = methods.whole(HEAD, rates["head"], lambda module: module == "head")
-  return [head, *loras, methods.whole(FULL, rates["full"], lambda module: True)]
+  full = methods.whole(FULL, rates["full"], lambda module: True)
+  new_head = [(head, "head"), *((one, "lora_head") for one in loras), (full, "full_head")]
+  return [one._replace(settings={**one.settings, "lr_head": rates.get(name, one.lr)}) for one, name in new_head]
 
 
 def check_adapts(method: Method, setup: Setup) -> None:
@@ -220,7 +215,7 @@ def batches(data: Batch, batch_size: int, steps: int, seed: int) -> Iterator[Bat
 
 
 def make_optimizer(lr: float, lr_head: float, steps: int) -> optax.GradientTransformation:
-  """Adam that warms up over a tenth of the steps and decays to zero; a new head has its own rate, for every method."""
+  """Adam that warms up over a tenth of the steps and decays to zero; a new head has a rate of its own."""
 
   def adam(lr: float) -> optax.GradientTransformation:
     return optax.adam(optax.warmup_cosine_decay_schedule(0.0, lr, steps // 10, steps))
@@ -234,7 +229,7 @@ def make_optimizer(lr: float, lr_head: float, steps: int) -> optax.GradientTrans
 def compile_step(method: Method, setup: Setup) -> Program:
   """A method's step, compiled once for all seeds."""
   loss = jaxlora.wrap(setup.task.loss, on_materialize="error")  # hands trees without adapters straight on
-  tx = make_optimizer(method.lr, setup.lr_head, setup.steps)
+  tx = make_optimizer(method.lr, method.settings["lr_head"], setup.steps)
   frozen, trainable = start(method, setup, seed=0)
   batch = next(batches(setup.task.train, setup.batch_size, setup.steps, seed=0))
   return methods.compile_program(method, tx, methods.make_step(loss, method, tx), frozen, trainable, batch)
@@ -289,6 +284,7 @@ def summarize(program: Program, runs: list[dict[str, Any]], ratio: dict[str, Any
     "method": program.method.name,
     "rank": program.method.rank,
     "learning_rate": program.method.lr,
+    "head_learning_rate": program.method.settings["lr_head"],
     **{field: harness.interval([run[field] for run in runs]) for field in scores},
     "trainable_parameters": program.trainable,
     "trainable_share": program.trainable / total,
@@ -409,11 +405,16 @@ def make_parser() -> argparse.ArgumentParser:
   helps += ("tokens of a summary", "tokens of a body, or of a docstring to classify")
   for (field, value), text in zip(sizes._asdict().items(), helps, strict=True):
     parser.add_argument(f"--{field.replace('_', '-')}", type=count, default=value, help=text)
-  for name in ("head", "lora", "full"):
-    best = ", ".join(f"{rates[name]:g} for {task}" for task, rates in learning_rates.SENTENCES.items())
-    parser.add_argument(
-      f"--lr-{name}", type=rate, help=f"peak learning rate; default: chosen on the validation split, {best}"
-    )
+  for name, what in (("head", "of the head alone"), ("lora", "of LoRA"), ("full", "of full fine-tuning")):
+    known = learning_rates.SENTENCES.items()
+    for field, text in ((name, what), (f"{name}_head", f"{what}, for the new head")):
+      best = ", ".join(f"{rates[field]:g} for {task}" for task, rates in known if field in rates)
+      if best:
+        parser.add_argument(
+          f"--lr-{field.replace('_', '-')}",
+          type=rate,
+          help=f"peak learning rate {text}; unless given the best on the validation split, {best}",
+        )
   parser.add_argument(
     "--evaluate-on", choices=("test", "validation"), default="test", help="use validation to choose settings"
   )
@@ -439,9 +440,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = Sizes(*(getattr(args, field) for field in Sizes._fields))
     tokenizer = bert.load_tokenizer(folder)
     tasks = [TASKS[name](model, tokenizer, pairs, args.evaluate_on, sizes) for name in args.tasks]
-    setups = [
-      Setup(task, encoder, args.steps, args.batch_size, task_rates(task.name, args)["head"], args.out) for task in tasks
-    ]
+    setups = [Setup(task, encoder, args.steps, args.batch_size, args.out) for task in tasks]
     for setup in setups:
       for method in make_methods(setup.task.name, args):
         check_adapts(method, setup)
@@ -455,7 +454,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def compare(setups: Sequence[Setup], pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
   """Trains and times every method of every task, and writes what came of it."""
-  begin = time.perf_counter()
   model_name = harness.digest([], jax.tree.leaves(setups[0].encoder))
   decisive = {name: value for name, value in harness.settings(args).items() if name in DECISIVE}
   decisive |= {"model": model_name, "text": package_text.digest(pairs), "versions": harness.versions()}
@@ -474,7 +472,6 @@ def compare(setups: Sequence[Setup], pairs: Sequence[Pair], args: argparse.Names
     "model": {"name": args.model or "all-MiniLM-L6-v2", "digest": model_name, "parameters": total},
     "text": {"pairs": len(pairs), "digest": decisive["text"], "packages": package_text.versions(args.packages)},
     "tasks": tasks,
-    "seconds": time.perf_counter() - begin,
   }
   harness.write(args.out / "sentence_encoder.json", results)
   plot(results, args.out / "sentence_encoder.png")
@@ -493,9 +490,7 @@ def compare_task(
     runs[method.name] = []
     for seed in range(args.seeds):
       bar.set_description(f"{setup.task.name}: {method.name}, seed {seed}")
-      key = harness.digest(
-        {**decisive, "task": setup.task.name, **method.settings, "lr_head": setup.lr_head, "seed": seed}
-      )
+      key = harness.digest({**decisive, "task": setup.task.name, **method.settings, "seed": seed})
       if key in kept.found:
         bar.update(args.steps)
       else:
@@ -506,7 +501,6 @@ def compare_task(
   rows = [summarize(program, runs[program.method.name], ratios[program.method.name], total) for program in programs]
   return {
     "texts": setup.task.texts,
-    "head_learning_rate": setup.lr_head,
     "untouched": None if setup.task.head_for_all else setup.task.score({"encoder": setup.encoder}),
     "control": ratios[FULL + harness.CONTROL],
     "methods": rows,
