@@ -453,9 +453,11 @@ def findings(results: Mapping[str, Any]) -> str:
     lines.append(f"Validation loss from the least rank to the largest: {ends}; it is lowest at rank {best}.")
   lora, full = (row["figures"]["pretraining_loss"]["mean"] for row in results["main"])
   base = results["base"]["pretraining_loss"]
+  removed = {run["pretraining_loss_removed"] for run in results["main"][0]["seeds"]}
+  off = "exactly the base's" if removed == {base} else f"{min(removed):.3f} to {max(removed):.3f}"
   lines.append(
     f"On the pretraining text the loss rises by {lora - base:.3f} with LoRA and by {full - base:.3f} with full"
-    " fine-tuning; with the adapter taken off it is the base's."
+    f" fine-tuning; with the adapter taken off it is {off}."
   )
   better = frugal_rates(results)
   if better:

@@ -271,6 +271,7 @@ def test_sentences_follow_the_numbers(bench, finished):
   text = bench.summarize.findings(results)
   assert "LoRA has 50 % of full fine-tuning's gain over the base in ROUGE-L" in text
   assert "ROUGE-L -2.0 ± 1.0 (apart)" in text
+  assert "with the adapter taken off it is exactly the base's" in text
   results["difference"]["rougeL"]["half"] = 2.5
   assert "ROUGE-L -2.0 ± 2.5 (the interval holds zero)" in bench.summarize.findings(results)
   for curve, rate in zip((*results["rates"]["lora"], results["rates"]["full"]), (0.02, 0.002), strict=True):
