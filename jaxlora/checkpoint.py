@@ -583,12 +583,15 @@ def _folder(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def _orbax_manager(folder: epath.Path, *, max_to_keep: int | None, asynchronous: bool, **options: Any) -> Any:
+  # What a process that died left behind goes first: orbax's own cleaning runs beside the first save, and the two meet
+  # where that save has the very step that was not finished.
+  if jax.process_index() == 0:
+    _clear_unfinished(folder)
   return ocp.CheckpointManager(
     folder,
     options=ocp.CheckpointManagerOptions(
       max_to_keep=max_to_keep,
       enable_async_checkpointing=asynchronous,
-      cleanup_tmp_directories=True,  # what a process that died left behind
       **options,
     ),
   )
