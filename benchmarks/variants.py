@@ -43,7 +43,7 @@ def compare_cost(settings: Settings, args: argparse.Namespace, tick: Callable[[s
   """Every variant's step over plain LoRA's."""
   base = contestants.make_base(settings)
   floor = next(one for one in contestants.contestants() if one.name == FLOOR)
-  entries = contestants.prepare(base, [floor, *contestants.variant_contestants(VARIANTS)], tick)
+  entries = contestants.prepare(base, [floor, *contestants.variant_contestants(args.variants)], tick)
   seconds = contestants.time_steps(base, entries, args.rounds, lambda _: tick("timing"))
   over_lora = harness.ratios(seconds, LORA)
   lora = entries[LORA].compiled
@@ -56,7 +56,7 @@ def compare_cost(settings: Settings, args: argparse.Namespace, tick: Callable[[s
       "flops_over_lora": lora.flops and entries[name].compiled.flops / lora.flops,
       "check": entries[name].check,
     }
-    for name in (FLOOR, *VARIANTS)
+    for name in (FLOOR, *args.variants)
   }
   control = harness.ratios(seconds, FLOOR)[FLOOR + harness.CONTROL]
   return {"title": settings.title(), "rows": rows, "control": control}
@@ -91,7 +91,9 @@ def lora_plus(rate: float, steps: int) -> optax.GradientTransformation:
   return jaxlora.lora_plus(schedule, PLUS_RATIO, optax.adam)
 
 
-WAYS = (*(Way(name, name, digits.adam) for name in VARIANTS), Way("lora, LoRA+", LORA, lora_plus))
+def ways(variants: Sequence[str]) -> list[Way]:
+  """Each variant, and LoRA with an optimizer of its own."""
+  return [*(Way(name, name, digits.adam) for name in variants), Way("lora, LoRA+", LORA, lora_plus)]
 
 
 def compare_quality(args: argparse.Namespace, steps_done: Callable[[int], Any]) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def compare_quality(args: argparse.Namespace, steps_done: Callable[[int], Any]) 
     return found
 
   rows = {}
-  for way in WAYS:
+  for way in ways(args.variants):
     # Seeds that the result does not use choose the rate.
     others = range(args.seeds, args.seeds + args.tuning_seeds)
     tried = {rate: runs(way, rate, "validation", others) for rate in args.rates}
@@ -231,6 +233,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
 # The command.
 
 
+def some(text: str) -> list[str]:
+  """A comma list of variants, LoRA the first."""
+  asked = text.split(",")
+  if unknown := sorted(set(asked) - set(VARIANTS)):
+    raise argparse.ArgumentTypeError(f"there is no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
+  return [name for name in VARIANTS if name == LORA or name in asked]
+
+
 def make_parser() -> argparse.ArgumentParser:
   """The options."""
   parser = harness.make_parser("variants", __doc__, "--rank 16 --seeds 10")
@@ -239,6 +249,7 @@ def make_parser() -> argparse.ArgumentParser:
   count = harness.positive(int)
   parser.add_argument("--seeds", type=count, default=5, help="seeds of the quality table")
   parser.add_argument("--tuning-seeds", type=count, default=2, help="further seeds, that choose each learning rate")
+  parser.add_argument("--variants", type=some, default=list(VARIANTS), help="which to compare with lora, by commas")
   rates = ",".join(map(str, RATES))
   parser.add_argument("--rates", type=harness.several(harness.positive(float)), default=rates, help="to choose from")
   parser.add_argument("--steps", type=count, default=150, help="steps of adaptation")
@@ -260,13 +271,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   settings = Settings.parse(parser, args)
   begin = time.perf_counter()
   try:
-    work = args.pretrain_steps + len(WAYS) * args.steps * (len(args.rates) * args.tuning_seeds + args.seeds)
+    runs = len(ways(args.variants)) * (len(args.rates) * args.tuning_seeds + args.seeds)
+    work = args.pretrain_steps + runs * args.steps
     with harness.progress(work, "step", args.quiet) as bar:
       bar.set_description("training")
       quality = compare_quality(args, bar.update)
   except KeyboardInterrupt:
     harness.say_interrupted(args.out)
-  with harness.progress(contestants.turns(1 + len(VARIANTS), args.rounds), "turn", args.quiet) as bar:
+  with harness.progress(contestants.turns(1 + len(args.variants), args.rounds), "turn", args.quiet) as bar:
     cost = compare_cost(settings, args, harness.ticker(bar))
   results = {**harness.provenance(args), "cost": cost, "quality": quality, "seconds": time.perf_counter() - begin}
   harness.write(args.out / "variants.json", results)

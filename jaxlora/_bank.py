@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import _banked, _compat, _lowrank, _paths, _transform
+from jaxlora._adapt import adapted_leaves
 from jaxlora._axes import factor_shape
+from jaxlora._fingerprint import prints
 from jaxlora._lowrank import Factored, Routing
 from jaxlora._targets import listed
 from jaxlora._transform import ON_MATERIALIZE, Record
@@ -72,10 +74,14 @@ Slots = LowRankSlots | WholeSlots
 
 
 class _Names:
-  """Which adapter is in which slot. Equal to any other: what a bank is called decides nothing about its compilation."""
+  """Which adapter is in which slot, and of which base they are, as far as they came with it: leaf path -> digest.
 
-  def __init__(self, slots: tuple[str | None, ...] | None):
+  Equal to any other: what a bank is called decides nothing about its compilation.
+  """
+
+  def __init__(self, slots: tuple[str | None, ...] | None, base: Mapping[str, str] | None = None):
     self.slots = slots
+    self.base = dict(base or {})
 
   def __eq__(self, other: Any) -> bool:
     return isinstance(other, _Names)
@@ -167,7 +173,7 @@ class Bank:
         f"named_as: the other bank has {len(slots)} slots, this one {self.capacity}. Take the names of the bank that"
         " this one was made from."
       )
-    return Bank(self.factors, self._treedef, _Names(slots))
+    return Bank(self.factors, self._treedef, _Names(slots, other._names.base))
 
   def _slots(self, what: str) -> tuple[str | None, ...]:
     if self._names.slots is None:
@@ -206,13 +212,14 @@ class Bank:
     slots = self._slots("put")
     _check_name(name)
     values = self._fitted(name, adapter)
+    base = _joint_base(self._names.base, adapter, f"bank.put: {name!r}")
     if name not in slots and None not in slots:
       raise ValueError(
         f"bank.put: the bank is full: {self.capacity} adapters. Remove one (bank.remove(name)), or stack them anew with"
         f" a larger capacity; {name!r} was not put in."
       )
     slot = slots.index(name if name in slots else None)
-    return self._written(slot, name, values, donate)
+    return self._written(slot, name, values, donate, base)
 
   def remove(self, name: str, *, donate: bool = False) -> "Bank":
     """The bank without one adapter: rows with its number then have the base alone.
@@ -224,7 +231,7 @@ class Bank:
     Raises:
       ValueError: if it is not there.
     """
-    return self._written(self._slot(name, "remove"), None, {}, donate)
+    return self._written(self._slot(name, "remove"), None, {}, donate, self._names.base)
 
   def take(self, name: str) -> Any:
     """One adapter, as the trainable half of a tree, for `jaxlora.join` with a frozen half.
@@ -256,13 +263,15 @@ class Bank:
       _check_finite(node, f"{what}: {path}")
     return {path: _values(nodes[path], self.factors[path]) for path in nodes}
 
-  def _written(self, slot: int, name: str | None, values: dict[str, dict[str, Any]], donate: bool) -> "Bank":
+  def _written(
+    self, slot: int, name: str | None, values: dict[str, dict[str, Any]], donate: bool, base: Mapping[str, str]
+  ) -> "Bank":
     """The bank with one slot written anew; leaves without values are emptied there."""
     full = {path: values.get(path) or _nothing(slots) for path, slots in self.factors.items()}
     write = _write_in_place if donate else _write
     factors = write(self.factors, full, jnp.asarray(slot, jnp.int32))
     slots = self._slots("put")
-    return Bank(factors, self._treedef, _Names((*slots[:slot], name, *slots[slot + 1 :])))
+    return Bank(factors, self._treedef, _Names((*slots[:slot], name, *slots[slot + 1 :]), base))
 
 
 def _write_slot(factors: dict[str, Slots], values: dict[str, dict[str, Any]], slot: jax.Array) -> dict[str, Slots]:
@@ -359,8 +368,11 @@ def stack(adapters: Mapping[str, Any], capacity: int | None = None, rank: int | 
     for path, node in own.items():
       by_path.setdefault(path, {})[name] = node
   empty = {path: _form(path, owners, capacity, rank) for path, owners in sorted(by_path.items())}
+  base: dict[str, str] = {}
+  for name, adapter in adapters.items():
+    base = _joint_base(base, adapter, f"stack: {name!r}")
   filled = {path: _filled(by_path[path], form, list(adapters)) for path, form in empty.items()}
-  return Bank(filled, treedef, _Names((*adapters, *[None] * (capacity - len(adapters)))))
+  return Bank(filled, treedef, _Names((*adapters, *[None] * (capacity - len(adapters))), base))
 
 
 def _form(path: str, owners: dict[str, Any], capacity: int, rank: int | None) -> Slots:
@@ -385,7 +397,6 @@ def _form(path: str, owners: dict[str, Any], capacity: int, rank: int | None) ->
   for name, node in owners.items():
     _check_fits(node, form, f"stack: {name!r}: {path}", f"those of {first!r}")
     _check_finite(node, f"stack: {name!r}: {path}")
-  _check_same_base(path, owners)
   return form
 
 
@@ -424,7 +435,8 @@ def _adapter_nodes(adapter: Any, what: str) -> tuple[dict[str, Any], Any]:
       f"{what} has no adapted leaf; expected the trainable half that jaxlora.split gives, or what jaxlora.adapt gave."
     )
   for path, node in own.items():
-    if node.base is None and getattr(node, "extra", None):
+    half = any(part is None for part in parts(node).values())
+    if half and isinstance(node, LoraWeight) and (node.variant != "lora" or node.extra):
       raise ValueError(
         f"{what}: {path}: an adapter of the variant {node.variant!r} has parts that are frozen, in the other half. Pass"
         " the whole tree, jaxlora.join(frozen, trainable)."
@@ -458,13 +470,19 @@ def _check_nesting(found: Any, expected: Any, what: str, of: str) -> None:
     )
 
 
-def _check_same_base(path: str, owners: Mapping[str, Any]) -> None:
-  """Raises if adapters that came with their bases have different ones."""
-  bases = [(name, node.base) for name, node in owners.items() if node.base is not None]
-  for name, base in bases[1:]:
-    first, other = bases[0]
-    if base is not other and not np.array_equal(np.asarray(base), np.asarray(other)):
-      raise ValueError(f"stack: {name!r}: {path}: the base is another one than that of {first!r}. {_OTHER}")
+def _joint_base(known: Mapping[str, str], adapter: Any, what: str) -> dict[str, str]:
+  """What is known of a bank's base with what an adapter brings; raises if that is another base."""
+  if all(node.base is None for _, node in adapted_leaves(adapter)):
+    return dict(known)  # a trainable half
+  return {**known, **_digests(known, adapter, what)}
+
+
+def _digests(known: Mapping[str, str], tree: Any, what: str) -> dict[str, str]:
+  """The digests of a base; raises if they are others than those that are known, naming the leaves."""
+  found = {path: str(leaf) for path, leaf in prints(tree).items() if leaf.digest}
+  if others := [path for path in found if known.get(path, found[path]) != found[path]]:
+    raise ValueError(f"{what}: the base is another one than the bank's, in {listed(others)}. {_OTHER}")
+  return found
 
 
 def _check_finite(node: Any, what: str) -> None:
@@ -623,8 +641,9 @@ def route(
     that no adapter has raises where its value is known; inside `jit`, where it is not, it is the base alone, too.
 
   Raises:
-    ValueError: on options that it does not know; when called, naming the leaf, if the bank is not of this base, or if
-      there is not one id for each row.
+    ValueError: on options that it does not know; when called, naming the leaf, if the bank is not of this base (by
+      shapes; outside of `jit` by values, too, where an adapter was put in with its base), or if there is not one id for
+      each row.
     TypeError: on a bank that is none, or ids that are no integers.
 
   Example:
@@ -752,6 +771,9 @@ def _checked_base(frozen: Any, bank: Bank) -> _Base:
     leaves[path] = node
   for path, slots in bank.factors.items():
     _check_of_base(path, slots, leaves[path])
+  known = all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
+  if bank._names.base and known:
+    _digests(bank._names.base, frozen, "route: frozen")
   return _Base(leaves, treedef)
 
 

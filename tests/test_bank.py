@@ -443,8 +443,42 @@ def test_base_products_are_flat():
   assert flops <= plain + 2.5 * factors
 
 
+@pytest.mark.parametrize("variant", ["lora_fa", "vera", "adalora", "loha", "lokr"])
+def test_variants_are_served_as_the_factors_that_they_come_to(variant):
+  trees, params = [adapter(10, variant=variant), adapter(20, 3)], params_of()
+  x = data()
+  want = one_by_one(mlp, params, trees, (0, 1, -1, 0, 1, -1), x)
+  close(jax.jit(jaxlora.route(mlp))(params, bank_of(trees), jnp.asarray([0, 1, -1, 0, 1, -1]), x), want, 3e-6)
+  with pytest.raises(ValueError, match="has parts that are frozen, in the other half"):
+    bank_of([jaxlora.split(trees[0])[1]])
+
+
+def test_an_initialiser_that_starts_away_from_zero_is_served():
+  trees, params, x = [adapter(10, init="pissa"), adapter(20, 3)], params_of(), data()
+  want = one_by_one(mlp, params, trees, (0, 1, -1, 0, 1, -1), x)
+  close(jax.jit(jaxlora.route(mlp))(params, bank_of(trees), jnp.asarray([0, 1, -1, 0, 1, -1]), x), want, 3e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input.
+
+
+def test_a_gain_over_outputs_has_no_place_in_a_bank():
+  with pytest.raises(ValueError, match="'adapter 0': down/kernel: the variant 'dora' scales the outputs"):
+    bank_of([adapter(10, variant="dora")])
+  with pytest.raises(ValueError, match="the variant 'dora' scales the outputs"):
+    bank_of(adapters()).put("x", adapter(10, variant="dora"))
+
+
+def test_a_bank_knows_its_base_by_its_values():
+  bank, other = bank_of(adapters(), capacity=5), jax.tree.map(jnp.sin, params_of())
+  with pytest.raises(ValueError, match=r"bank.put: 'x': the base is another one than the bank's, in .*up/kernel"):
+    bank.put("x", adapter(4, params=other))
+  with pytest.raises(ValueError, match=r"route: frozen: the base is another one than the bank's, in .*up/kernel"):
+    jaxlora.route(mlp)(other, bank, np.asarray(IDS), data())
+  assert bank.put("x", adapter(4)).names[-1] == "x"
+  half = bank_of([jaxlora.split(tree)[1] for tree in adapters()])  # came without a base: shapes are all there is
+  jaxlora.route(mlp)(other, half, np.asarray(IDS), data())
 
 
 def other_base():
@@ -468,7 +502,7 @@ BAD_STACKS = {
     lambda: {"x": adapter(0), "y": adapter(1, params=jax.tree.map(jnp.sin, params_of()))},
     {},
     ValueError,
-    "'y': (up|down)/kernel: the base is another one than that of 'x'",
+    "'y': the base is another one than the bank's, in .*up/kernel",
   ),
   "other nesting": (
     lambda: {"x": adapter(0), "y": adapter(1, params=params_of()["up"])}, {}, ValueError, "'y': the tree is nested"

@@ -17,8 +17,19 @@ for package in ("matplotlib", "tqdm"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPTS = ("train_step", "forward", "memory", "compile_time", "serving")
-MODULES = (*SCRIPTS, "harness", "contestants", "models", "models_nnx", "peft_torch", "peft_serving")
+SCRIPTS = ("train_step", "forward", "memory", "compile_time", "serving", "variants")
+MODULES = (
+  *SCRIPTS,
+  "harness",
+  "contestants",
+  "models",
+  "models_nnx",
+  "peft_torch",
+  "peft_serving",
+  "digits",
+  "finetune",
+  "methods",
+)
 TINY = ["--d=64", "--batch=2", "--seq=8", "--rank=2", "--vocabulary=32", "--rounds=2", "--quiet"]
 OURS = ["jaxlora", "jaxlora, TrainState"]
 HERE = ["frozen floor", "full fine-tuning", "textbook merge", "nnx.LoRA", *OURS]
@@ -125,6 +136,24 @@ def test_compile_time(bench, run, monkeypatch):
     assert sum(phase["median"] for phase in row["phases"].values()) <= row["seconds"]["median"] * (1 + 1e-6)
   assert list(finished.results["layers"]["jaxlora"]["seconds"]) == ["1", "2"]
   assert finished.results["calls"]["leaves"] > finished.results["calls"]["base_leaves"]
+
+
+def test_variants(run, tmp_path):
+  short = [
+    "--seeds=2",
+    "--tuning-seeds=1",
+    "--steps=2",
+    "--pretrain-steps=2",
+    "--rates=0.01",
+    f"--cache={tmp_path / 'c'}",
+  ]
+  finished = run("variants", "--layers=1", "--variants=dora", *short)
+  assert list(finished.results["cost"]["rows"]) == ["frozen floor", "lora", "dora"]
+  check_rows(finished, ["frozen floor", "lora", "dora", "lora, LoRA+"])
+  for row in finished.results["cost"]["rows"].values():
+    assert row["check"] is None or row["check"]["base_unchanged"] is True
+  assert finished.results["quality"]["lora"]["less_than_lora"]["mean"] == 0
+  assert len(finished.results["quality"]["dora"]["seeds"]) == 2
 
 
 def test_serving(run):

@@ -29,6 +29,7 @@ import pytest
 
 import jaxlora
 from jaxlora import checkpoint
+from jaxlora._variants import VARIANTS
 from jaxlora.checkpoint import CheckpointError, CheckpointWarning, Manager
 
 
@@ -111,6 +112,24 @@ def test_every_container_and_node_comes_back_bit_for_bit(tmp_path, params, tree)
   assert_same(restored, tree)
   assert restored["block"].kernel.base is params["block"].kernel
   assert restored["box"].value.dropout == 0.25
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "lora"])
+def test_every_variant_and_its_halves_come_back(tmp_path, variant):
+  params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8)).astype("float32"))}
+  config = jaxlora.LoraConfig(rank=2, variant=variant, axes={"kernel": "sio"})
+  tree = jaxlora.adapt(params, config, jax.random.key(0))
+  checkpoint.save(tmp_path / "a", tree)
+  back = checkpoint.restore(tmp_path / "a", params)
+  assert_same(back, tree)
+  assert_same(jaxlora.join(*jaxlora.split(back)), tree)
+
+
+def test_starting_factors_come_back(tmp_path):
+  params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)).astype("float32"))}
+  tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, init="pissa"), jax.random.key(0))
+  checkpoint.save(tmp_path / "a", tree)
+  assert_same(checkpoint.restore(tmp_path / "a", params), tree)
 
 
 def test_contents_need_no_base(tmp_path, params, tree):
