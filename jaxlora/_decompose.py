@@ -153,7 +153,7 @@ def rank_of_energy(s: jax.Array, energy: float | None, side: int) -> int:
       "energy picks the rank from values, which are not known under jit; pass rank=, or call it outside."
     )
   assert energy is not None
-  values = np.asarray(s, np.float64).reshape(-1, s.shape[-1])
+  values: np.ndarray = np.asarray(s, np.float64).reshape(-1, s.shape[-1])
   values = np.where(values > side * float(jnp.finfo(s.dtype).eps) * values[:, :1], values, 0)
   tails = np.cumsum((values**2)[:, ::-1], axis=1)[:, ::-1]  # what is lost if the terms from k on go
   lost = np.concatenate([tails, np.zeros((len(tails), 1))], axis=1)
