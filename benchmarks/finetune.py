@@ -302,7 +302,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Checks the arguments and runs the comparison; returns what finetune.json holds."""
   parser = make_parser()
-  args = parser.parse_args(argv)
+  args = harness.parse(parser, argv, seeds=1, steps=40, pretrain_steps=80, rounds=3)
   if args.model != "vit" and args.out == parser.get_default("out"):  # a result beside the other's, not over it
     args.out = args.out.with_name(f"{args.out.name}_{args.model}")
   model = MODELS[args.model]()
