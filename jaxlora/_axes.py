@@ -1,5 +1,6 @@
 """The roles of a weight's axes, and the shapes and products of factors that follow from them."""
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -23,15 +24,24 @@ def factor_shape(shape: tuple[int, ...], roles: str, own: str, rank: int) -> tup
   return tuple(rank if d == RANK else shape[d] for d in factor_axes(roles, own))
 
 
-def spread_gain(gain: jax.Array, roles: str, own: str = "o") -> jax.Array:
-  """A factor of rank 1 over the axes of role `own`, laid out so that it multiplies the whole weight."""
-  axes = factor_axes(roles, own)
-  rank = axes.index(RANK)
-  flat = jnp.squeeze(gain, rank)
-  held = [d for d in axes if d != RANK]
-  order = sorted(range(len(held)), key=lambda k: held[k])
-  missing = [d for d in range(len(roles)) if d not in held]
-  return jnp.expand_dims(jnp.transpose(flat, order), missing)
+def laid_along(gain: jax.Array, axes: Sequence[Hashable], labels: Sequence[Hashable]) -> jax.Array:
+  """A factor of rank 1 so that it multiplies an array along the axes that the two share.
+
+  Args:
+    gain: the factor.
+    axes: labels of its axes, `RANK` among them; all others are among `labels`.
+    labels: of the array's axes.
+  """
+  own = [label for label in axes if label != RANK]
+  ordered = jnp.transpose(jnp.squeeze(gain, axes.index(RANK)), [own.index(label) for label in labels if label in own])
+  return jnp.expand_dims(ordered, [k for k, label in enumerate(labels) if label not in own])
+
+
+def times_gain(weight: jax.Array, gain: jax.Array | None, roles: str, own: str = "o") -> jax.Array:
+  """A weight times the gain of its variant, over its axes of role `own`; `None` is a gain of one."""
+  if gain is None:
+    return weight
+  return weight * laid_along(gain, factor_axes(roles, own), range(len(roles))).astype(weight.dtype)
 
 
 def low_rank_delta(a: jax.Array, b: jax.Array, roles: str) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jaxlora import _compat, _recompute
-from jaxlora._axes import RANK, factor_axes, low_rank_delta, spread_gain
+from jaxlora._axes import RANK, factor_axes, low_rank_delta, times_gain
 from jaxlora._recompute import Recipe
 from jaxlora._weight import LoraWeight, wider_dtype
 
@@ -117,26 +117,10 @@ def of_slot(bank: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 def materialize(w: Factored) -> jax.Array:
-  """`base + a b` as one array: right everywhere, and what the transform exists to avoid."""
+  """`gain (base + a b)` as one array: right everywhere, and what the transform exists to avoid."""
   w = picked(w)
   delta = low_rank_delta(w.a, w.b, w.roles)
-  whole = w.base.astype(delta.dtype) + delta
-  if w.gain is not None:
-    whole = whole * spread_gain(w.gain, w.roles, w.gained).astype(whole.dtype)
-  return whole.astype(w.base.dtype)
-
-
-class Gain(NamedTuple):
-  """A gain beside an array of a product: which axis of the gain lies along which of the array's."""
-
-  gain: jax.Array
-  axes: tuple[Hashable, ...]  # of the gain, the rank's of size 1 among them
-  labels: tuple[Hashable, ...]  # of the array
-
-  def laid_out(self) -> jax.Array:
-    held = [label for label in self.labels if label in self.axes]
-    flat = Labelled(jnp.squeeze(self.gain, self.axes.index(RANK)), tuple(d for d in self.axes if d != RANK))
-    return jnp.expand_dims(flat.ordered(held), [k for k, label in enumerate(self.labels) if label not in held])
+  return times_gain(w.base.astype(delta.dtype) + delta, w.gain, w.roles, w.gained).astype(w.base.dtype)
 
 
 def gained(x: jax.Array, gain: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora import _banked, _lowrank, _recompute
-from jaxlora._axes import RANK, factor_axes
+from jaxlora._axes import RANK, factor_axes, laid_along
 from jaxlora._lowrank import Factored, Labelled, Pairing, Result, Shrink
 from jaxlora._recompute import Recipe
 from jaxlora._weight import wider_dtype
@@ -402,16 +402,21 @@ def gained_before(x: Any, w: Factored, labels: Sequence[Any]) -> Any:
   """The input of a product that contracts the axes over which the weight has a gain."""
   if not jnp.issubdtype(x.dtype, jnp.inexact):
     raise Unfactorable("integers meet a weight along the axes that its variant scales")
-  return _lowrank.gained(x, _lowrank.Gain(w.gain, factor_axes(w.roles, w.gained), tuple(labels)).laid_out())
+  return _lowrank.gained(x, gain_along(w, labels, "leaves one free"))
 
 
 def gained_after(result: Any, again: Recipe | None, w: Factored, labels: Sequence[Any]) -> tuple[Any, Recipe | None]:
   """The result of a product, and how to make it again, times the weight's gain along its outputs."""
+  gain = gain_along(w, labels, "sums over one")
+  return _lowrank.gained(result, gain), again and again.then(_lowrank.gained, gain)
+
+
+def gain_along(w: Factored, labels: Sequence[Any], otherwise: str) -> jax.Array:
+  """The weight's gain beside an array with these labels, which must have every axis of it."""
   axes = factor_axes(w.roles, w.gained)
   if set(axes) - {RANK} - set(labels):
-    raise Unfactorable("a product that sums over stacked axes along which its variant scales the weight")
-  gain = _lowrank.Gain(w.gain, axes, tuple(labels)).laid_out()
-  return _lowrank.gained(result, gain), again and again.then(_lowrank.gained, gain)
+    raise Unfactorable(f"of the axes along which its variant scales the weight, the product {otherwise}")
+  return laid_along(w.gain, axes, labels)
 
 
 def _base_product(op: Op, x: Any, base: Any, pairing: Pairing) -> Any:
@@ -628,7 +633,7 @@ def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
     if w.gain is None:
       return [result]
     gain = looked_up_in(w.gain, w.gained)  # along the index's own axes where those are stacked
-    return [_lowrank.gained(result, _lowrank.Gain(gain.array, gain.labels, tuple(result_labels)).laid_out())]
+    return [_lowrank.gained(result, laid_along(gain.array, gain.labels, result_labels))]
 
   # Along a stacked axis the result is again a weight: which expert, which layer.
   roles = "".join("s" if isinstance(label, tuple) else w.roles[label] for label in result_labels)

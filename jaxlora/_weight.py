@@ -10,7 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxlora._axes import low_rank_delta, spread_gain
+from jaxlora._axes import low_rank_delta, times_gain
 from jaxlora._variants import VARIANTS, Variant
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
@@ -138,10 +138,7 @@ class LoraWeight(_NotAnArray):
     wide = functools.reduce(wider_dtype, [part.dtype for part in parts(self).values()])
     a, b = with_parts(self, {name: part.astype(wide) for name, part in parts(self).items()}).factors()
     whole = self.base.astype(wide) + low_rank_delta(a, b, self.roles)
-    gain = self.gain(a, b)
-    if gain is not None:
-      whole = whole * spread_gain(gain, self.roles).astype(wide)
-    return whole.astype(self.base.dtype)
+    return times_gain(whole, self.gain(a, b), self.roles).astype(self.base.dtype)
 
 
 @jax.tree_util.register_dataclass

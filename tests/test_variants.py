@@ -36,6 +36,28 @@ def test_factored_equals_merged(variant, build, x64):
   helpers.check(case.fn, adapted(variant, build, jnp.float64), case.args, 1e-12, on_materialize=allowed)
 
 
+# Products in which neither the input nor the result has every axis that DoRA scales.
+BETWEEN = {
+  "one of two output axes": ("ihv,bhw->biwv", "ihv", "ioo"),
+  "output axes of every expert": ("sio,bo->sbi", "sio", "sio"),
+  "summed experts": ("sio,sbi->bo", "sio", "sio"),
+}
+SIZES = dict(zip("sihvobw", (2, 5, 3, 4, 7, 6, 2), strict=True))
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_a_gain_that_fits_neither_input_nor_result_materialises(name, x64):
+  spec, axes, roles = BETWEEN[name]
+  x_axes = spec.split("->")[0].split(",")[1]
+  params, x = (helpers.array(k, tuple(SIZES[a] for a in s), jnp.float64) for k, s in enumerate((axes, x_axes)))
+  fn = lambda p, x: jnp.einsum(spec, p["w"], x)
+  config = jaxlora.LoraConfig(rank=2, axes={"w": roles}, variant="dora")
+  tree = helpers.trained(jaxlora.adapt({"w": params}, config, jax.random.key(0)))
+  helpers.check(fn, tree, (x,), 1e-12, on_materialize="ignore")
+  (use,) = jaxlora.explain(fn, tree, x).materialized
+  assert use.reason.startswith("of the axes along which its variant scales the weight")
+
+
 @pytest.mark.parametrize("wrap", helpers.WRAPPERS)
 @pytest.mark.parametrize("variant", ["dora"])
 def test_in_every_control_flow(variant, wrap, x64):
