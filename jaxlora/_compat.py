@@ -91,7 +91,7 @@ def _once(fn: Callable[..., Any], *where: Any) -> Callable[..., Any]:
     return fn(*args)
 
   call.__name__ = call.__qualname__ = type(fn).__name__.strip("_").lower()  # in profiles
-  return jax.jit(call, inline=True)
+  return jax.jit(call)
 
 
 def traced_once(fn: Callable[..., Any], *args: Any) -> Any:
