@@ -298,14 +298,16 @@ def test_weights_that_share_an_input_meet_it_in_one_product():
 
 
 @pytest.mark.usefixtures("lenient")
-def test_layers_that_are_alike_are_traced_once():
-  misses = []
+def test_layers_that_are_alike_are_traced_and_lowered_once():
+  misses, functions = [], []
   for layers in (2, 5):
     fn, tree, x = stack(layers)
     _compat._once.cache_clear()
-    jax.make_jaxpr(gradient(fn, True))(tree, x)
+    lowered = jax.jit(gradient(fn, True)).lower(tree, x)
     misses.append(_compat._once.cache_info().misses)
+    functions.append(lowered.as_text().count("func.func"))
   assert misses[0] == misses[1] > 0
+  assert functions[0] == functions[1]
 
 
 @pytest.mark.usefixtures("lenient", "one_device")
