@@ -139,7 +139,6 @@ def _by_rule(seen: Seen, eqn: Any, values: Sequence[Any]) -> tuple[list[Any], ja
     recompute=False,
     looping=True,
     h=None,
-    keep_as=lambda value, recipe: None,
     took=lambda way: None,
   )
   out = RULES[op.name](op, values)

@@ -36,6 +36,11 @@ except ImportError:  # a JAX that moved them: `linear_call` gives way to a plain
   Primitive = None  # type: ignore[assignment,misc]
 
 try:
+  from jax.experimental.xla_metadata import set_xla_metadata
+except ImportError:  # a JAX that moved it: XLA's CPU backend keeps more for the backward pass
+  set_xla_metadata = None  # type: ignore[assignment]
+
+try:
   from jax.interpreters import partial_eval as pe
 except ImportError:  # a JAX that moved it: more is kept for the backward pass
   pe = None  # type: ignore[assignment]
@@ -103,6 +108,17 @@ def traced_once(fn: Callable[..., Any], *args: Any) -> Any:
   if all(staged(leaf) for leaf in jax.tree.leaves(args)):
     return _once(fn, jax.default_backend(), jax.device_count())(*args)
   return fn(*args)
+
+
+def apart(fn: Callable[..., Any], *args: Any) -> Any:
+  """`fn(*args)` as a function of its own in the compiled program: it is not computed inside of what reads its results.
+
+  XLA inlines every call but those that say otherwise; an `optimization_barrier` its CPU backend drops.
+  """
+  if set_xla_metadata is None:
+    return fn(*args)
+  with set_xla_metadata(inlineable="false"):
+    return jax.jit(fn)(*args)
 
 
 def source_line(eqn: Any) -> str:

@@ -320,15 +320,6 @@ def _(result: Result, primals: Any, tangents: Any) -> tuple[Labelled, Labelled]:
   return jax.jvp(lambda x, y: contract(x, y, [RANK], result), primals, tangents)
 
 
-def kept_twice(result: Result) -> bool:
-  """Whether XLA would keep both terms of `x W + h B` for the backward pass, instead of their sum.
-
-  Its CPU backend does: it adds them wherever it reads them. It is `h` that should be kept, then, and the product made
-  again. In a loop their sum is kept.
-  """
-  return not result.looping and jax.default_backend() == "cpu"
-
-
 def explicitly_sharded(x: Any) -> bool:
   """Whether the type of `x` says how it is sharded: merging its axes would then have to say it, too."""
   return any(axis is not None for axis in getattr(jax.typeof(x).sharding, "spec", ()))
@@ -461,19 +452,17 @@ class Grow:
     summed: the labels that are summed.
     wanted: the labels of the result.
     result: what the product is to be.
-    by: computes it.
   """
 
   weight_first: bool
   summed: tuple[Hashable, ...]
   wanted: tuple[Hashable, ...]
   result: Result
-  by: Callable[..., Labelled]
 
   def __call__(self, parts: Sequence[Any]) -> jax.Array:
     base, h, second = parts
-    y = self.by(*((second, h) if self.weight_first else (h, second)), list(self.summed), self.result)
-    return add(base, y.expanded().ordered(self.wanted))
+    y = second_product(*((second, h) if self.weight_first else (h, second)), list(self.summed), self.result)
+    return add(base, y.expanded().ordered(self.wanted), self.result.looping)
 
 
 def dot(
@@ -484,7 +473,7 @@ def dot(
   recipe: Recipe | None = None,
   looping: bool = False,
   h: Labelled | None = None,
-) -> tuple[jax.Array, Recipe | None]:
+) -> jax.Array:
   """A `dot_general` of `x` and `w`, laid out as that of `x` and the base lays out its result.
 
       h = x A^T,   y = x W + h B      (2-D: token axes are flattened to one, so is each group of the weight's axes)
@@ -502,7 +491,7 @@ def dot(
     h: the first product, where it was computed before, together with others'.
 
   Returns:
-    Array of the shape and dtype of the base product; and how to make it again from `h`, where it should be.
+    Array of the shape and dtype of the base product.
   """
   ndim = len(w.roles)
   stack = [d for d in pairing.contracted if w.roles[d] == "s"]
@@ -517,9 +506,7 @@ def dot(
   if not sharded:
     second = second.merged([d for d in pairing.free(ndim) if w.roles[d] == "o"])
   wide = Result(base.dtype, pairing.precision, sharding, looping)
-  summed, parts = (RANK, *stack), (base, h, second)
-  y = _compat.traced_once(Grow(pairing.weight_first, summed, wanted, wide, second_product), parts)
-  return y, Recipe(parts, Grow(pairing.weight_first, summed, wanted, wide, contract)) if kept_twice(wide) else None
+  return _compat.traced_once(Grow(pairing.weight_first, (RANK, *stack), wanted, wide), (base, h, second))
 
 
 def _sharding_by_label(result: Labelled) -> Callable[[Sequence[Hashable]], Any]:
@@ -533,6 +520,32 @@ def _sharding_by_label(result: Labelled) -> Callable[[Sequence[Hashable]], Any]:
   return of
 
 
-def add(base: jax.Array, delta: jax.Array) -> jax.Array:
-  """The base's product plus the low-rank part, in the base product's dtype."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def add(base: jax.Array, delta: jax.Array, looping: bool = False) -> jax.Array:
+  """The base's product plus the low-rank part, in the base product's dtype: one array where it is differentiated.
+
+  XLA's CPU backend would otherwise add the two wherever it reads them, and keep both for the backward pass. In the body
+  of a loop it keeps their sum.
+  """
+  del looping
+  return _plus(base, delta)
+
+
+@add.defjvp
+def _(looping: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  apart = not looping and jax.default_backend() == "cpu"
+  return jax.jvp(_one_array if apart else _plus, primals, tangents)
+
+
+def _plus(base: jax.Array, delta: jax.Array) -> jax.Array:
   return base + delta.astype(base.dtype)
+
+
+@jax.custom_jvp
+def _one_array(base: jax.Array, delta: jax.Array) -> jax.Array:
+  return _compat.apart(_plus, base, delta)
+
+
+@_one_array.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  return _one_array(*primals), jax.jvp(_plus, primals, tangents)[1]

@@ -66,10 +66,6 @@ def _picking(bind: Callable[[Sequence[Any]], list[Any]], k: int) -> Callable[[Se
   return lambda operands: bind(operands)[k]
 
 
-def _itself(leaves: Sequence[Any]) -> Any:
-  return leaves[0]
-
-
 class Origins:
   """What made the values of one walk, as far as it was cheap."""
 
@@ -77,7 +73,6 @@ class Origins:
     self.known: dict[int, Origin] = {}
     self.recipes: dict[int, Recipe | None] = {}
     self.halves: dict[int, Any] = {}  # by an equation's identity: what was computed of it ahead
-    self.kept: dict[int, tuple[Any, Recipe]] = {}  # by identity: values that something else is kept for
 
   def note(
     self, name: str, bind: Callable[[Sequence[Any]], list[Any]], operands: Sequence[Any], out: list[Any]
@@ -88,15 +83,6 @@ class Origins:
     for k, value in enumerate(out):
       if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
         self.known[id(value)] = Origin(name, _picking(bind, k), operands, value)
-
-  def keep_as(self, value: Any, recipe: Recipe | None) -> None:
-    """Says that a value is to be made again from a recipe's leaves, instead of being kept itself."""
-    if recipe is not None:
-      self.kept[id(value)] = value, recipe
-
-  def kept_as(self, value: Any) -> Recipe:
-    """What to keep for a value, by default the value."""
-    return self.kept[id(value)][1] if id(value) in self.kept else Recipe((value,), _itself)
 
   def recipe(self, value: Any) -> Recipe | None:
     """How to make `value` again from what is kept anyway; `None` where it is better kept itself."""

@@ -19,7 +19,6 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jaxlora import _compat, _recompute
-from jaxlora._recompute import Recipe
 
 # What may be inside of a region besides elementwise operations.
 _ALONG_ROWS = {"reduce_sum", "reduce_max", "reduce_min"}
@@ -225,7 +224,7 @@ def _inside(eqn: Any) -> Sequence[Any]:
 
 
 def light(
-  region: Region, values: Sequence[Any], root: Recipe, taps: Callable[[Any, Any], Any], factors: Sequence[Any]
+  region: Region, values: Sequence[Any], taps: Callable[[Any, Any], Any], factors: Sequence[Any]
 ) -> tuple[Any, Any, Any]:
   """A region, of which the backward pass keeps little, together with what is linear in its result.
 
@@ -234,7 +233,6 @@ def light(
   Args:
     region: what to evaluate.
     values: of its inputs.
-    root: what to keep for the region's root.
     taps: `taps(result, factors)`, bilinear.
     factors: arrays, perhaps none.
 
@@ -242,10 +240,7 @@ def light(
     The result; the small variables, as constants; `taps(result, factors)`.
   """
   with _compat.equation_context(region.equations[-1]):
-    result, small, tapped = _compat.traced_once(
-      _Light(_Comparable(region), root.again, taps), list(values), list(factors), root.leaves
-    )
-    return result, list(map(jax.lax.stop_gradient, small)), tapped
+    return _compat.traced_once(_Light(_Comparable(region), taps), list(values), list(factors))
 
 
 class _Comparable:
@@ -272,41 +267,34 @@ class _Light:
   """See `light`."""
 
   comparable: _Comparable
-  root_again: Callable[[Any], Any]
   taps: Callable[[Any, Any], Any]
 
-  def __call__(self, values: list[Any], factors: list[Any], leaves: Any) -> tuple[Any, Any, Any]:
+  def __call__(self, values: list[Any], factors: list[Any]) -> tuple[Any, Any, Any]:
     region, taps = self.comparable.region, self.taps
     place = region.inputs.index(region.root)
 
     @jax.custom_jvp
-    def call(values, factors, leaves):
-      del leaves  # what the root is made of; derivatives run through the root
+    def call(values, factors):
       env = region.evaluate(values)
       return env[region.result], [env[var] for var in region.small], taps(env[region.result], factors)
 
     def jvp(primals, tangents):
       result, small, tapped = call(*primals)
-      (values, factors, leaves), tangents = primals, tangents[:2]
+      values, factors = primals
       moving = [[k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)] for steps in tangents]
       steps = [[steps[k] for k in numbers] for steps, numbers in zip(tangents, moving, strict=True)]
       along = _along(region, taps, *moving, from_result=True)
       kept = (values, factors, small, result)
       if not region.softmax() or _recompute.uses(along, kept, steps)[place]:
         along = _along(region, taps, *moving, from_result=False)
-
-      def from_leaves(kept, steps):
-        values, *rest = kept
-        return along((_with(values, [place], [self.root_again(values[place])]), *rest), steps)
-
-      kept = (_with(values, [place], [leaves]), factors, small, result)
-      d_result, d_tapped = _recompute.late(from_leaves, kept, steps)
+      d_result, d_tapped = _recompute.late(along, kept, steps)
       if d_result is None:
         return (result, small, tapped), (*jax.tree.map(_standing_still, (result, small)), d_tapped)
       return (result, small, tapped), (d_result, _of_small(region, values, moving[0], steps[0]), d_tapped)
 
     call.defjvp(jvp, symbolic_zeros=True)
-    return call(values, factors, leaves)
+    result, small, tapped = call(values, factors)
+    return result, list(map(jax.lax.stop_gradient, small)), tapped
 
 
 def _standing_still(value: Any) -> SymbolicZero:

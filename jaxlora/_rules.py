@@ -36,7 +36,6 @@ class Op(NamedTuple):
   recompute: bool  # whether the backward pass makes again what is cheap to make
   looping: bool  # whether the equation is inside the body of a loop
   h: Labelled | None  # a product's first half, where it was computed ahead
-  keep_as: Callable[[Any, Recipe | None], None]  # says how a result is best kept for the backward pass
   took: Callable[[str], None]  # hears by which way a product of a mixed batch is computed
 
 
@@ -388,13 +387,12 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
     op.took(way := _banked.GATHERED if sharded else _banked.way(jnp.shape(x), w, pairing))
     if way != _banked.GATHERED:
       delta = _banked.delta(x, w, pairing, base.dtype, way, op.looping)
-      return [_lowrank.add(base, delta)]
+      return [_lowrank.add(base, delta, op.looping)]
     w = _lowrank.picked(w)
   u, recipe = _lowrank.dropped(x, w, op.use, recipe)
-  result, again = _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h)
+  result = _lowrank.dot(u, w, pairing, base, recipe, op.looping, op.h)
   if w.gain is not None and w.gained == "o":
-    result, again = gained_after(result, again, w, pairing.result_labels(x.ndim, len(w.roles)))
-  op.keep_as(result, again)
+    result = gained_after(result, w, pairing.result_labels(x.ndim, len(w.roles)))
   return [result]
 
 
@@ -405,10 +403,9 @@ def gained_before(x: Any, w: Factored, labels: Sequence[Any]) -> Any:
   return _lowrank.gained(x, gain_along(w, labels, "leaves one free"))
 
 
-def gained_after(result: Any, again: Recipe | None, w: Factored, labels: Sequence[Any]) -> tuple[Any, Recipe | None]:
-  """The result of a product, and how to make it again, times the weight's gain along its outputs."""
-  gain = gain_along(w, labels, "sums over one")
-  return _lowrank.gained(result, gain), again and again.then(_lowrank.gained, gain)
+def gained_after(result: Any, w: Factored, labels: Sequence[Any]) -> Any:
+  """The result of a product times the weight's gain along its outputs."""
+  return _lowrank.gained(result, gain_along(w, labels, "sums over one"))
 
 
 def gain_along(w: Factored, labels: Sequence[Any], otherwise: str) -> jax.Array:
@@ -495,16 +492,16 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
 
   if backwards:
     u = _along_features(u, Labelled(w.b, (RANK, "in")), numbers.lhs_spec[1], thin_result)
-    return [_lowrank.add(base, convolve(u, w.a))]
+    return [_lowrank.add(base, convolve(u, w.a), op.looping)]
   h = _lowrank.first_product(convolve, u, w.a, recipe)
   feature = numbers.out_spec[1]
   grow = functools.partial(_per_group, groups=groups) if groups > 1 else _rank_to_features
   delta = grow(h, w.b, feature, result=thin_result)
-  result = _lowrank.add(base, delta)
+  result = _lowrank.add(base, delta, op.looping)
   if w.gain is None:
     return [result]
   before, after = _around(result, feature)
-  return [gained_after(result, None, w, [*before, thin, *after])[0]]
+  return [gained_after(result, w, [*before, thin, *after])]
 
 
 def _around(array: Any, feature: int) -> tuple[list[Any], list[Any]]:
@@ -629,7 +626,7 @@ def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
   base = op.bind(*args_with(args, w.base))[0]
   a, b = looked_up_in(w.a, "i"), looked_up_in(w.b, "o")
   if w.roles[axis] != "s":
-    result = _lowrank.add(base, _lowrank.contract(a, b, [RANK], Result(base.dtype)).ordered(result_labels))
+    result = _lowrank.add(base, _lowrank.contract(a, b, [RANK], Result(base.dtype)).ordered(result_labels), op.looping)
     if w.gain is None:
       return [result]
     gain = looked_up_in(w.gain, w.gained)  # along the index's own axes where those are stacked

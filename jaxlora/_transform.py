@@ -171,9 +171,8 @@ def run(record: Record, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) 
         evaluate(jaxpr.eqns[k])
       return
     taps = tapped(region.result)
-    root = origins.kept_as(values[region.inputs.index(region.root)])
     shrinks = _lowrank.Shrinks(tuple(shrink for shrink, _ in taps.values()))
-    out, small, halves = _regions.light(region, values, root, shrinks, [a for _, a in taps.values()])
+    out, small, halves = _regions.light(region, values, shrinks, [a for _, a in taps.values()])
     origins.halves.update(zip(taps, halves, strict=True))
     make = _regions.again(region)
     origins.note(_recompute.REGION, lambda operands: [make(operands)], [*values, *small], [out])
@@ -295,7 +294,6 @@ def _by_rule(record: Record, eqn: Any, values: Sequence[Any], origins: Origins) 
     recompute=record.recompute,
     looping=record.looping,
     h=origins.halves.pop(id(eqn), None),
-    keep_as=origins.keep_as,
     took=ways.append,
   )
   out = RULES[name](op, values)

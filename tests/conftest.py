@@ -14,6 +14,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jaxlora import _compat  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -47,3 +49,11 @@ def devices(request, monkeypatch):
 @pytest.fixture
 def one_device(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def fresh_traces():
+  """Nothing traced before is used, and nothing traced here afterwards: for tests that take something of JAX away."""
+  _compat._once.cache_clear()
+  yield
+  _compat._once.cache_clear()

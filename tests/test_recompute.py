@@ -218,11 +218,12 @@ def test_elementwise_functions_of_a_weight_itself_are_left_to_the_rules():
     jaxlora.wrap(fn, on_materialize="error")(tree, helpers.array(2, (3, 5), jnp.float32))
 
 
-@pytest.mark.usefixtures("lenient")
-def test_without_the_primitives_of_this_version_it_is_a_plain_call(monkeypatch):
+@pytest.mark.usefixtures("lenient", "fresh_traces")
+@pytest.mark.parametrize("name", ["Primitive", "set_xla_metadata"])
+def test_without_what_this_version_has_it_is_a_plain_call(name, monkeypatch):
   from jaxlora import _compat
 
-  monkeypatch.setattr(_compat, "Primitive", None)
+  monkeypatch.setattr(_compat, name, None)
   fn, tree, x = case(dtype=jnp.float32)
   got, want = (jax.jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
   helpers.assert_close(got, want, 1e-5)

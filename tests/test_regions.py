@@ -228,6 +228,16 @@ def test_less_is_kept_than_by_the_frozen_models_own_step():
   assert temp[0] < 0.7 * temp[1]
 
 
+@pytest.mark.usefixtures("lenient", "one_device", "fresh_traces")
+def test_of_the_two_products_their_sum_is_kept(monkeypatch):
+  fn, tree, x = stack(3, tokens=32)
+  together = compiled(gradient(fn, True), tree, x).memory_analysis().temp_size_in_bytes
+  assert " call(" not in compiled(jaxlora.wrap(fn), tree, x).as_text()  # at inference it is part of what reads it
+  monkeypatch.setattr(_compat, "set_xla_metadata", None)
+  _compat._once.cache_clear()
+  assert together < 0.9 * compiled(gradient(fn, True), tree, x).memory_analysis().temp_size_in_bytes
+
+
 def product_flops(step, *args):
   """Of every matrix product of a step."""
   total = 0
