@@ -7,6 +7,11 @@ floor is no trainer: it is the forward pass and the gradient with respect to the
 import argparse
 from collections.abc import Callable, Sequence
 import functools
+import json
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -307,6 +312,19 @@ def variant_contestants(variants: Sequence[str]) -> list[Contestant]:
     )
     for variant in variants
   ]
+
+
+def run_peft(script: str, settings: Settings, rounds: int, *more: str) -> dict[str, Any]:
+  """What a script for PEFT measured on these settings: torch runs in a process of its own."""
+  sizes = {"d": settings.width, **{name: getattr(settings, name) for name in ("layers", "batch", "seq", "rank")}}
+  sizes |= {"alpha": settings.alpha, "vocabulary": settings.vocabulary, "rounds": rounds}
+  options = [f"--{name}={value}" for name, value in sizes.items()] + ["--bf16"] * settings.bf16
+  with tempfile.TemporaryDirectory() as out:
+    command = [sys.executable, Path(__file__).with_name(f"{script}.py"), *options, *more, f"--out={out}", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+      raise RuntimeError(f"{script}.py failed: {done.stderr}")
+    return json.loads((Path(out) / f"{script}.json").read_text())
 
 
 def present(everybody: Sequence[Contestant], settings: Settings) -> tuple[list[Contestant], list[str]]:

@@ -17,7 +17,6 @@ def make_adapted(args: Any) -> Any:
   """The model with as many different adapters as the largest mix needs."""
   import peft
   import torch
-  import torch.distributed.tensor  # which PEFT asks about, whoever has loaded it
 
   config = peft.LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=TARGETS, init_lora_weights=False)
   model = peft.get_peft_model(make_model(args), config, adapter_name="0")

@@ -19,6 +19,7 @@ def make_model(args: argparse.Namespace) -> Any:
   """The causal decoder of `models.py` in torch."""
   import torch
   from torch import nn
+  import torch.distributed.tensor  # which PEFT asks about, whoever has loaded it
   from torch.nn import functional
 
   class Block(nn.Module):

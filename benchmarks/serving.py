@@ -8,11 +8,7 @@ base. A second table times the ways to compute one product, whatever the library
 
 import argparse
 from collections.abc import Callable, Sequence
-import json
 from pathlib import Path
-import subprocess
-import sys
-import tempfile
 from typing import Any, NamedTuple
 
 import contestants
@@ -293,29 +289,15 @@ def ways_of(settings: Settings, tokens: int, adapters: int, rounds: int, tick: C
 # PEFT.
 
 
-def run_peft(settings: Settings, distinct: Sequence[int], rounds: int) -> dict[str, Any]:
-  """PEFT's own comparison, in a process of its own."""
-  sizes = {"d": settings.width, **{name: getattr(settings, name) for name in ("layers", "batch", "seq", "rank")}}
-  sizes |= {"alpha": settings.alpha, "vocabulary": settings.vocabulary, "rounds": rounds}
-  options = [f"--{name}={value}" for name, value in sizes.items()] + ["--bf16"] * settings.bf16
-  options.append(f"--distinct={','.join(map(str, distinct))}")
-  with tempfile.TemporaryDirectory() as out:
-    script = Path(__file__).with_name("peft_serving.py")
-    done = subprocess.run(
-      [sys.executable, script, *options, f"--out={out}", "--quiet"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-      raise RuntimeError(f"peft_serving.py failed: {done.stderr}")
-    return json.loads((Path(out) / "peft_serving.json").read_text())
-
-
 def add_peft(results: dict[str, Any], settings: Settings, rounds: int) -> str | None:
   """Puts PEFT's throughput over torch's own base beside the others'; returns why not, where it cannot."""
   if not (harness.installed("torch") and harness.installed("peft")):
     return f"{PEFT} is left out: torch and peft are not installed; the extra `peers` brings them."
   if jax.default_backend() != "cpu":
     return f"{PEFT} is left out: it runs on the CPU alone."
-  results["peft"] = run_peft(settings, results["comparisons"][0]["distinct"], rounds)
+  results["peft"] = contestants.run_peft(
+    "peft_serving", settings, rounds, f"--distinct={','.join(map(str, results['comparisons'][0]['distinct']))}"
+  )
   for comparison in results["comparisons"]:
     own = results["peft"]["works"][str(comparison["tokens"])]
     for count, ratio in own["throughput"].items():

@@ -6,11 +6,7 @@ with the frozen floor's (no trainer can do without it) and with full fine-tuning
 
 import argparse
 from collections.abc import Callable, Sequence
-import json
 from pathlib import Path
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
 import contestants
@@ -62,7 +58,7 @@ def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], 
     if reason:
       absent.append(f"{PEFT} is left out: {reason}")
     else:
-      comparison["peft"] = run_peft(settings, args.rounds)
+      comparison["peft"] = contestants.run_peft("peft_torch", settings, args.rounds)
       rows[PEFT] = peft_row(comparison["peft"])
   return comparison
 
@@ -87,21 +83,6 @@ def peft_misfit(settings: Settings) -> str | None:
   if jax.default_backend() != "cpu":
     return "it runs on the CPU alone"
   return None
-
-
-def run_peft(settings: Settings, rounds: int) -> dict[str, Any]:
-  """PEFT's own comparison, in a process of its own."""
-  sizes = {"d": settings.width, **{name: getattr(settings, name) for name in ("layers", "batch", "seq", "rank")}}
-  sizes |= {"alpha": settings.alpha, "vocabulary": settings.vocabulary, "rounds": rounds}
-  options = [f"--{name}={value}" for name, value in sizes.items()] + ["--bf16"] * settings.bf16
-  with tempfile.TemporaryDirectory() as out:
-    script = Path(__file__).with_name("peft_torch.py")
-    done = subprocess.run(
-      [sys.executable, script, *options, f"--out={out}", "--quiet"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-      raise RuntimeError(f"peft_torch.py failed: {done.stderr}")
-    return json.loads((Path(out) / "peft_torch.json").read_text())
 
 
 def peft_row(results: dict[str, Any]) -> dict[str, Any]:

@@ -95,31 +95,25 @@ class Region:
 def _evaluate(eqn: Any, operands: Sequence[Any], instead: Mapping[Any, Any]) -> list[Any]:
   """The results of one equation; those in `instead` have that value, but the derivative that they would have."""
   if eqn.primitive.name == "exp" and eqn.outvars[0] in instead:  # whose derivative is made of its value
-    return [_exp_with_value(*operands, instead[eqn.outvars[0]])]
+    return [_exp_with_value(operands[0], instead[eqn.outvars[0]])]
   made = zip(eqn.outvars, _compat.bind(eqn, operands), strict=True)
   return [_with_value(value, instead[var]) if var in instead else value for var, value in made]
 
 
-@jax.custom_jvp
-def _with_value(made: Any, value: Any) -> Any:
-  del made
-  return value
+def _valued(derivative: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+  """`f(made, value)`, which is `value`; its derivative is `derivative(the one of made, value)`."""
+
+  @jax.custom_jvp
+  def valued(made: Any, value: Any) -> Any:
+    del made
+    return value
+
+  valued.defjvp(lambda primals, tangents: (primals[1], derivative(tangents[0], primals[1])))
+  return valued
 
 
-@_with_value.defjvp
-def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-  return primals[1], tangents[0]
-
-
-@jax.custom_jvp
-def _exp_with_value(x: Any, value: Any) -> Any:
-  del x
-  return value
-
-
-@_exp_with_value.defjvp
-def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-  return primals[1], tangents[0] * primals[1]
+_with_value = _valued(lambda step, value: step)
+_exp_with_value = _valued(lambda step, value: step * value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

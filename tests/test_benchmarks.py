@@ -1,14 +1,9 @@
 """The benchmarks of speed from end to end on a tiny model: the same path through the code, and exact figures."""
 
-import contextlib
-import importlib
-import io
 import json
-from pathlib import Path
-import sys
-from types import SimpleNamespace
-from typing import Any, NamedTuple
 
+import bench_scripts
+from bench_scripts import Finished
 import jax
 import numpy as np
 import pytest
@@ -16,7 +11,6 @@ import pytest
 for package in ("matplotlib", "tqdm"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = ("train_step", "forward", "memory", "compile_time", "serving", "variants")
 MODULES = (
   *SCRIPTS,
@@ -37,21 +31,8 @@ HERE = ["frozen floor", "full fine-tuning", "textbook merge", "nnx.LoRA", *OURS]
 
 @pytest.fixture(scope="module")
 def bench():
-  # optax and the peers mix dtypes and ranks, which the strict promotion of these tests forbids
-  with (
-    pytest.MonkeyPatch.context() as patch,
-    jax.numpy_dtype_promotion("standard"),
-    jax.numpy_rank_promotion("allow"),
-  ):
-    patch.syspath_prepend(BENCHMARKS)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-      sys.modules.pop(name, None)
-
-
-class Finished(NamedTuple):
-  results: dict[str, Any]
-  printed: str
+  with bench_scripts.modules(*MODULES) as found:
+    yield found
 
 
 @pytest.fixture
@@ -59,13 +40,11 @@ def run(bench, tmp_path):
   """Runs a script, and holds what all of them owe: a table, a JSON that says what was returned, and a plot."""
 
   def of(name: str, *options: str) -> Finished:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-      results = getattr(bench, name).main([*TINY, *options, f"--out={tmp_path}"])
-    assert json.loads((tmp_path / f"{name}.json").read_text()) == results
+    finished = bench_scripts.finish(getattr(bench, name).main, [*TINY, *options], tmp_path)
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == finished.results
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert {"settings", "versions", "hardware"} <= set(results)
-    return Finished(results, printed.getvalue())
+    assert {"settings", "versions", "hardware"} <= set(finished.results)
+    return finished
 
   return of
 
@@ -195,7 +174,7 @@ def test_peft_in_a_process_of_its_own(bench):
     if not bench.harness.installed(peer):
       pytest.skip("the peers need jaxlora[peers]")
   settings = bench.contestants.Settings(64, 1, 2, 8, 2, vocabulary=32)
-  results = bench.train_step.run_peft(settings, rounds=1)
+  results = bench.contestants.run_peft("peft_torch", settings, rounds=1)
   row = bench.train_step.peft_row(results)
   assert row["check"]["base_unchanged"]
   assert row["check"]["trainable_parameters"] == bench.contestants.factor_parameters(

@@ -1,13 +1,10 @@
 """benchmarks/finetune.py from end to end: a smaller model and fewer steps, the same path through the code."""
 
-import contextlib
-import importlib
-import io
 import json
-from pathlib import Path
-import sys
-from typing import Any, NamedTuple
+from typing import Any
 
+import bench_scripts
+from bench_scripts import Finished
 from flax import serialization
 import jax
 import numpy as np
@@ -16,38 +13,21 @@ import pytest
 for package in ("sklearn", "matplotlib", "tqdm"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CHANCE = 0.2
 
 
 @pytest.fixture(scope="module")
 def finetune():
-  # optax's Adam mixes dtypes, which the strict promotion of these tests forbids
-  with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-    patch.syspath_prepend(BENCHMARKS)
-    module = importlib.import_module("finetune")
-    patch.setattr(module, "ViT", lambda: module.digits.ViT(width=32, depth=1, mlp=64))
-    yield module
-    for name in ("finetune", "digits", "learning_rates", "methods", "harness"):
-      sys.modules.pop(name, None)
-
-
-class Finished(NamedTuple):
-  args: list[str]
-  out: Path
-  results: dict[str, Any]
-  printed: str
+  with bench_scripts.modules("finetune") as bench, pytest.MonkeyPatch.context() as patch:
+    patch.setattr(bench.finetune, "ViT", lambda: bench.finetune.digits.ViT(width=32, depth=1, mlp=64))
+    yield bench.finetune
 
 
 @pytest.fixture(scope="module")
 def finished(finetune, tmp_path_factory) -> Finished:
   folder = tmp_path_factory.mktemp("finetune")
   args = ["--rank=4", "--seeds=2", "--steps=60", "--pretrain-steps=60", "--rounds=2", "--quiet"]
-  args += [f"--out={folder / 'out'}", f"--cache={folder / 'cache'}"]
-  printed = io.StringIO()
-  with contextlib.redirect_stdout(printed):
-    results = finetune.main(args)
-  return Finished(args, folder / "out", results, printed.getvalue())
+  return bench_scripts.finish(finetune.main, [*args, f"--cache={folder / 'cache'}"], folder / "out")
 
 
 METHODS = ["head alone", "LoRA r=4", "full fine-tuning"]

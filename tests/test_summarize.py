@@ -1,16 +1,13 @@
 """benchmarks/summarize.py from end to end on a tiny model, its decoding against a brute-force oracle, and its data."""
 
 from collections.abc import Callable
-import contextlib
-import importlib
-import io
 import itertools
 import json
 from pathlib import Path
-import sys
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import bench_scripts
+from bench_scripts import Finished
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +18,6 @@ import jaxlora
 for package in ("matplotlib", "rouge_score", "sklearn", "tokenizers", "tqdm"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MODULES = ("summarize", "tuning", "docstrings", "decoder", "digits", "harness")
 TINY = ["--packages=chex,flax,optax", "--vocabulary=300", "--width=16", "--depth=1", "--heads=2", "--quiet"]
 TINY += ["--validation=20", "--test=8", "--beam=2", "--pretrain-steps=30", "--pretrain-batch=4", "--rounds=1"]
@@ -31,16 +27,8 @@ TINY += ["--seeds=2", "--sweep-seeds=1", "--steps=12", "--batch-size=4"]
 
 @pytest.fixture(scope="module")
 def bench():
-  # optax's Adam mixes dtypes, which the strict promotion of these tests forbids
-  with (
-    pytest.MonkeyPatch.context() as patch,
-    jax.numpy_dtype_promotion("standard"),
-    jax.numpy_rank_promotion("allow"),
-  ):
-    patch.syspath_prepend(BENCHMARKS)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-      sys.modules.pop(name, None)
+  with bench_scripts.modules(*MODULES) as found:
+    yield found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,21 +223,10 @@ def test_the_best_rate_is_read_off_the_curve(bench):
 # The whole.
 
 
-class Finished(NamedTuple):
-  args: list[str]
-  out: Path
-  results: dict[str, Any]
-  printed: str
-
-
 @pytest.fixture(scope="module")
 def finished(bench, tmp_path_factory) -> Finished:
   folder = tmp_path_factory.mktemp("summarize")
-  args = [*TINY, f"--out={folder / 'out'}", f"--cache={folder / 'cache'}"]
-  printed = io.StringIO()
-  with contextlib.redirect_stdout(printed):
-    results = bench.summarize.main(args)
-  return Finished(args, folder / "out", results, printed.getvalue())
+  return bench_scripts.finish(bench.summarize.main, [*TINY, f"--cache={folder / 'cache'}"], folder / "out")
 
 
 def test_it_leaves_tables_json_and_plots(bench, finished):
@@ -322,7 +299,7 @@ def test_finished_runs_are_picked_up(bench, finished, monkeypatch):
 
 def test_an_interrupted_pretraining_goes_on(bench, finished, tmp_path, monkeypatch):
   args = bench.summarize.make_parser().parse_args(TINY)
-  data = bench.docstrings.load(args.packages, 300, 20, 8, Path(finished.args[-1].removeprefix("--cache=")))
+  data = bench.docstrings.load(args.packages, 300, 20, 8, finished.out.with_name("cache"))
   model = bench.summarize.make_model(args)
   monkeypatch.setattr(bench.tuning, "KEEP", 2)
   ticks: list[int] = []
