@@ -100,7 +100,7 @@ def _once(fn: Callable[..., Any], *where: Any) -> Callable[..., Any]:
 
 
 def traced_once(fn: Callable[..., Any], *args: Any) -> Any:
-  """`fn(*args)`, where functions that are equal are traced, and differentiated, once for operands of one type.
+  """`fn(*args)`, where functions that are equal are traced, differentiated and lowered once for operands of one type.
 
   Layers that are alike then cost a fraction of what each would alone. Where arrays are there to compute with, as it is
   outside of `jax.jit`, `fn` is called plainly.

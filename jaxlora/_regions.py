@@ -22,7 +22,8 @@ from jaxlora import _compat, _recompute
 
 # What may be inside of a region besides elementwise operations.
 _ALONG_ROWS = {"reduce_sum", "reduce_max", "reduce_min"}
-_INSIDE = _recompute.ELEMENTWISE | _ALONG_ROWS
+# Not names: a policy of `jax.checkpoint` is to find them.
+_INSIDE = (_recompute.ELEMENTWISE | _ALONG_ROWS) - {"name"}
 
 
 @dataclasses.dataclass(frozen=True)

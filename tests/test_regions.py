@@ -7,6 +7,7 @@ import flax.linen as nn
 import helpers
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name, print_saved_residuals
 import jax.numpy as jnp
 import pytest
 
@@ -331,6 +332,28 @@ def test_half_precision_weights_are_not_kept_in_a_wider_copy():
   loss = lambda recompute: lambda x: jnp.sum(jaxlora.wrap(fn, recompute=recompute)(tree, x).astype(jnp.float32))
   forward = [jax.jit(lambda x, r=r: jax.jvp(loss(r), (x,), (x,)))(x) for r in (True, False)]
   helpers.assert_close(*forward, 0.05)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_policy_of_checkpoint_finds_the_users_names(capsys):
+  """Around an activation, inside of a norm, and of a softmax."""
+
+  def fn(p, x):
+    named = checkpoint_name(nn.gelu(x @ p["w"]), "seen")
+    normed = checkpoint_name(named - named.mean(-1, keepdims=True), "seen")
+    normed = normed * lax.rsqrt(jnp.square(normed).mean(-1, keepdims=True) + 1e-3)
+    return checkpoint_name(nn.softmax(normed @ p["w"]), "seen")
+
+  weights = {"w": helpers.array(1, (WIDTH, WIDTH), jnp.float32)}
+  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=RANK), KEY))
+  x = helpers.array(2, (5, WIDTH), jnp.float32)
+  helpers.check(fn, tree, (x,), 1e-5)
+  policy = jax.checkpoint_policies.save_only_these_names("seen")
+  saved = []
+  for f, parameters in ((fn, jaxlora.merge(tree)), (jaxlora.wrap(fn), tree)):
+    print_saved_residuals(jax.checkpoint(lambda p, f=f: jnp.sum(jnp.sin(f(p, x))), policy=policy), parameters)
+    saved.append(capsys.readouterr().out.count("named 'seen'"))
+  assert saved[0] == saved[1] > 0
 
 
 @pytest.mark.usefixtures("lenient")
