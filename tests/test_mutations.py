@@ -11,16 +11,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-import test_adapt
-import test_arithmetic
-import test_decompose
-import test_initializers
-import test_oracle
-import test_variants
 
 from jaxlora import _adapt, _arithmetic, _config, _initializers, _lowrank, _matrix, _weight
 from jaxlora._axes import low_rank_delta
 from jaxlora._variants import VARIANTS
+from tests._adapt import test_adapt, test_initializers
+from tests._transform import test_oracle
+from tests._weight import test_variants
+from tests.arithmetic import test_arithmetic
+from tests.svd import test_decompose
 
 FACTORS, ENTER, MERGED, EXACT = _weight.LoraWeight.factors, _lowrank.enter, _adapt._merged, _arithmetic._exact
 

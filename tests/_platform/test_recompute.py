@@ -1,0 +1,260 @@
+"""What is made again for the backward pass: the same numbers, less memory, and no product twice."""
+
+import re
+
+import flax.linen as nn
+import jax
+from jax import export, lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlora
+from tests import helpers
+
+KEY = jax.random.key(0)
+WIDTH, HIDDEN, TOKENS = 16, 64, 96
+
+ACTIVATIONS = {
+  "gelu": nn.gelu,
+  "exact gelu": lambda x: nn.gelu(x, approximate=False),
+  "silu": nn.silu,
+  "relu": nn.relu,
+  "softplus": nn.softplus,
+  "tanh": jnp.tanh,
+  "squared relu": lambda x: jnp.square(nn.relu(x)),
+  "gated": lambda x: nn.sigmoid(x) * jnp.roll(x, 1, axis=-1),
+  "masked": lambda x: jnp.where(x > 0.1, nn.gelu(x), jnp.zeros((), x.dtype)),
+}
+
+
+class Mlp(nn.Module):
+  """Pre-norm blocks with a residual stream."""
+
+  activation: str = "gelu"
+  layers: int = 3
+
+  @nn.compact
+  def __call__(self, x):
+    for k in range(self.layers):
+      hidden = nn.Dense(HIDDEN, name=f"up_{k}", param_dtype=x.dtype)(nn.LayerNorm(param_dtype=x.dtype)(x))
+      x = x + nn.Dense(WIDTH, name=f"down_{k}", param_dtype=x.dtype)(ACTIVATIONS[self.activation](hidden))
+    return x
+
+
+def case(activation="gelu", dtype=jnp.float64, **fields):
+  model, x = Mlp(activation), helpers.array(2, (2, TOKENS // 2, WIDTH), dtype)
+  params = jax.tree.map(lambda leaf: leaf + 0.1, model.init(KEY, x)["params"])
+  fn = lambda p, x: model.apply({"params": p}, x)
+  config = jaxlora.LoraConfig(
+    **{"rank": 2, "alpha": 4, "targets": ["up_0", "up_1", "up_2", "down_0", "down_1", "down_2"]} | fields
+  )
+  return fn, helpers.trained(jaxlora.adapt(params, config, KEY)), x
+
+
+def gradient(fn, recompute, **options):
+  wrapped = jaxlora.wrap(fn, recompute=recompute, on_materialize="error", **options)
+  return jaxlora.value_and_grad(lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x))))
+
+
+@pytest.mark.usefixtures("x64", "lenient", "devices")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_the_same(activation):
+  fn, tree, x = case(activation)
+  got, want = (jax.jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
+  helpers.assert_close(got, want, 1e-12)
+  helpers.check(fn, tree, (x,), 1e-12)
+
+
+@pytest.mark.usefixtures("x64", "lenient", "devices")
+def test_forward_mode_second_derivatives_and_vmap():
+  fn, tree, x = case("gelu")
+  x = x[:, :3]
+  frozen, trainable = jaxlora.split(tree)
+  tangent = jax.tree.map(lambda leaf: helpers.array(5, leaf.shape, leaf.dtype), trainable)
+
+  def of(f):
+    loss = lambda t, x: jnp.sum(jnp.sin(f(jaxlora.join(frozen, t), x)))
+    return {
+      "jvp": lambda t, x: jax.jvp(lambda t: loss(t, x), (t,), (tangent,)),
+      "hessian times tangent": lambda t, x: jax.jvp(lambda t: jax.grad(loss)(t, x), (t,), (tangent,)),
+      "gradient of a gradient's norm": jax.grad(
+        lambda t, x: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(t, x)))
+      ),
+      "data": jax.grad(loss, argnums=1),
+      "both": jax.grad(loss, argnums=(0, 1)),
+      "per example": lambda t, x: jax.vmap(lambda x: jax.grad(loss)(t, x[None]))(x),
+      "of a vmap": jax.grad(lambda t, x: jnp.sum(jax.vmap(lambda x: loss(t, x[None]))(x))),
+      "two steps of vmap": lambda t, x: jax.vmap(jax.vmap(lambda x: jax.grad(loss)(t, x[None, None])))(x),
+    }
+
+  wanted = of(helpers.oracle(fn))
+  for name, derivative in of(jaxlora.wrap(fn, on_materialize="error")).items():
+    got, want = jax.jit(derivative)(trainable, x), jax.jit(wanted[name])(trainable, x)
+    helpers.assert_close(got, want, 1e-11)
+
+
+@pytest.mark.usefixtures("lenient", "one_device")
+def test_dropout_is_made_again_with_the_same_mask():
+  fn, tree, x = case(dtype=jnp.float32, dropout=0.5)
+  got, want = (jax.jit(gradient(fn, recompute, dropout_key=KEY))(tree, x) for recompute in (True, False))
+  helpers.assert_close(got, want, 1e-5)
+
+
+@pytest.mark.usefixtures("lenient", "devices")
+@pytest.mark.parametrize("control", ["jit", "scan", "remat", "cond", "vmap", "shard_map"])
+def test_inside_control_flow(control):
+  fn, tree, x = case(dtype=jnp.float32)
+  helpers.check(helpers.WRAPPERS[control](fn), tree, (x,), 1e-4)
+
+
+@pytest.mark.usefixtures("x64", "lenient")
+@pytest.mark.parametrize("spec", [(), ("data",), ("data", "time")])
+def test_meshes_whose_types_say_how_arrays_are_sharded(spec):
+  fn, tree, x = case()
+  axes = (jax.sharding.AxisType.Explicit,) * 2
+  mesh = jax.make_mesh((2, 2), ("data", "time"), axis_types=axes, devices=jax.devices()[:4])
+  want = jax.jit(gradient(fn, False))(tree, x)
+  with jax.set_mesh(mesh):
+    place = lambda leaf, *names: jax.device_put(
+      leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+    )
+    got = jax.jit(gradient(fn, True))(jax.tree.map(place, tree), place(x, *spec))
+  helpers.assert_close(jax.device_get(got), jax.device_get(want), 1e-12)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_no_more_collectives_than_without():
+  fn, tree, x = case(dtype=jnp.float32)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  place = lambda leaf, *names: jax.device_put(
+    leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+  )
+  args = jax.tree.map(place, tree), place(x, "data")
+  texts = [jax.jit(gradient(fn, recompute)).lower(*args).compile().as_text() for recompute in (True, False)]
+  found = [sorted(re.findall(r"(all-\w+|collective-permute)\(", text)) for text in texts]
+  assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("lenient", "one_device")
+def test_no_tokens_and_a_symbolic_number_of_them():
+  fn, tree, x = case(dtype=jnp.float32)
+  none = jax.jit(gradient(fn, True))(tree, x[:0])
+  assert not any(leaf.any() for leaf in jax.tree.leaves(none))
+  (batch,) = export.symbolic_shape("batch")
+  exported = export.export(jax.jit(gradient(fn, True)))(tree, jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype))
+  helpers.assert_close(exported.call(tree, x), jax.jit(gradient(fn, False))(tree, x), 1e-5)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_other_backends_wait_by_a_barrier(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  fn, tree, x = case(dtype=jnp.float32)
+  helpers.check(fn, tree, (x,), 1e-4)
+  text = jax.jit(gradient(fn, True)).lower(tree, x).as_text()
+  assert "optimization_barrier" in text
+  assert "shift_right_logical" not in text
+
+
+def kept_bytes(fn, recompute, tree, x):
+  """What XLA has to hold at once beside arguments and results, with optimisation on."""
+  step = jax.jit(gradient(fn, recompute), compiler_options={"xla_backend_optimization_level": 3})
+  return step.lower(tree, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def floor_bytes(fn, params, x):
+  """The same for the frozen model: forward, and the gradient of its input."""
+  step = jax.jit(
+    jax.grad(lambda x, p: jnp.sum(jnp.sin(fn(p, x)))), compiler_options={"xla_backend_optimization_level": 3}
+  )
+  return step.lower(x, params).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.usefixtures("lenient", "one_device")
+def test_memory_stays_at_the_frozen_models():
+  """The issue of it all: training the factors holds no more than running the frozen model backwards."""
+  fn, tree, _ = case(dtype=jnp.float32)
+  x = helpers.array(3, (8, 512, WIDTH), jnp.float32)
+  floor = floor_bytes(fn, jaxlora.merge(tree), x)
+  kept = kept_bytes(fn, True, tree, x)
+  assert kept <= floor
+  assert kept < 0.75 * kept_bytes(fn, False, tree, x)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_no_product_of_the_base_runs_twice():
+  """What is made again is elementwise, or thin: the base's products run as often as without."""
+  fn, tree, x = case(dtype=jnp.float32)
+
+  def of_bases(recompute):
+    equations = helpers.equations(jax.make_jaxpr(gradient(fn, recompute))(tree, x))
+    products = [eqn for eqn in equations if eqn.primitive.name == "dot_general"]
+    return sum(all(2 not in var.aval.shape[-2:] for var in (*eqn.invars, *eqn.outvars)) for eqn in products)
+
+  assert of_bases(True) == of_bases(False) == 2 * 6 - 1  # the first one's input has no gradient
+
+
+@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_pass_through_waiting_are_untouched_bit_for_bit(dtype):
+  """The wait computes with a one or a zero made of a cotangent's bits, whatever those bits are."""
+  from jaxlora import _recompute
+
+  leaf = jnp.asarray([1.5, -0.0, np.inf, np.nan, 6e4, -1.0], dtype)
+  bits = lambda value: np.asarray(value).view(f"uint{8 * leaf.dtype.itemsize}")
+  for cotangent in (0.0, -1.0, np.inf, -np.inf, np.nan, 3e38, -1e-45):
+    (out,) = _recompute._wait([leaf], [jnp.full((2, 3), cotangent, jnp.float32)])
+    np.testing.assert_array_equal(bits(out), bits(leaf))
+
+
+@pytest.mark.usefixtures("lenient")
+def test_elementwise_functions_of_a_weight_itself_are_left_to_the_rules():
+  weights = {"w": helpers.array(1, (5, 7), jnp.float32)}
+  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets="w"), KEY))
+  fn = lambda p, x: x @ (jnp.exp(-p["w"]) + 1.0)
+  helpers.check(fn, tree, (helpers.array(2, (3, 5), jnp.float32),), 1e-5, on_materialize="ignore")
+  with pytest.raises(jaxlora.MaterializeError, match="`exp`"):
+    jaxlora.wrap(fn, on_materialize="error")(tree, helpers.array(2, (3, 5), jnp.float32))
+
+
+@pytest.mark.usefixtures("lenient", "fresh_traces")
+@pytest.mark.parametrize("name", ["Primitive", "set_xla_metadata"])
+def test_without_what_this_version_has_it_is_a_plain_call(name, monkeypatch):
+  from jaxlora import _compat
+
+  monkeypatch.setattr(_compat, name, None)
+  fn, tree, x = case(dtype=jnp.float32)
+  got, want = (jax.jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
+  helpers.assert_close(got, want, 1e-5)
+
+
+@pytest.mark.usefixtures("lenient", "one_device")
+def test_a_scanned_model_keeps_one_array_a_layer_less():
+  class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      hidden = nn.Dense(HIDDEN, name="up")(nn.LayerNorm()(x))
+      return x + nn.Dense(WIDTH, name="down")(nn.gelu(hidden)), None
+
+  model = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)()
+  x = helpers.array(3, (8, 256, WIDTH), jnp.float32)
+  params = model.init(KEY, x, None)["params"]
+  fn = lambda p, x: model.apply({"params": p}, x, None)[0]
+  tree = helpers.trained(jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY, probe=lambda p: fn(p, x)))
+  helpers.check(fn, tree, (x[:1, :8],), 1e-4)
+  assert kept_bytes(fn, True, tree, x) < 0.8 * kept_bytes(fn, False, tree, x)
+
+
+def test_lax_is_enough():
+  """No Flax: a layer norm and a gate written out."""
+
+  def fn(p, x):
+    centred = x - x.mean(-1, keepdims=True)
+    normed = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-3)
+    gate, value = jnp.split(normed @ p["up"], 2, axis=-1)
+    return (lax.logistic(gate) * value) @ p["down"]
+
+  weights = {"up": helpers.array(1, (6, 16), jnp.float32), "down": helpers.array(2, (8, 6), jnp.float32)}
+  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets=".*"), KEY))
+  helpers.check(fn, tree, (helpers.array(3, (2, 5, 6), jnp.float32),), 1e-5)

@@ -1,0 +1,121 @@
+"""`wrap(f)(tree)` equals `f(merge(tree))`: every kind of weight in every control flow, values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlora
+from tests import helpers
+
+CROSS = [(b, w) for b in helpers.BUILDERS for w in helpers.WRAPPERS if helpers.legal(b, w)]
+# The gradient of a grouped convolution inside the function reshapes groups out of one axis into another.
+MATERIALISES = {(build, "grad") for build in ("conv_grouped", "conv_depthwise", "vmapped_convs")}
+
+
+@pytest.mark.parametrize(("build", "wrap"), CROSS)
+def test_factored_equals_merged(build, wrap, x64):
+  case = helpers.BUILDERS[build](jnp.float64)
+  fn = helpers.WRAPPERS[wrap](case.fn)
+  helpers.check(
+    fn,
+    case.adapted(),
+    case.args,
+    1e-12,
+    reverse=wrap not in helpers.FORWARD_ONLY,
+    on_materialize="ignore" if (build, wrap) in MATERIALISES else "error",
+  )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("build", helpers.BUILDERS)
+def test_other_dtypes(build, dtype):
+  case = helpers.BUILDERS[build](dtype)
+  helpers.check(case.fn, case.adapted(), case.args, helpers.TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("wrap", ["jit", "scan", "remat", "cond", "vmap", "grad"])
+@pytest.mark.parametrize("build", ["dense", "attention"])
+def test_control_flow_in_single_precision(build, wrap):
+  case = helpers.BUILDERS[build](jnp.float32)
+  helpers.check(helpers.WRAPPERS[wrap](case.fn), case.adapted(), case.args, helpers.TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("build", helpers.BUILDERS)
+def test_the_probe_finds_the_roles(build):
+  case = helpers.BUILDERS[build](jnp.float32)
+  tree = case.adapted()
+  found = {leaf.path: leaf.roles for leaf in jaxlora.summary(tree).leaves}
+  assert found == case.roles
+
+
+@pytest.mark.parametrize("build", helpers.BUILDERS)
+def test_at_init_the_function_is_the_base_bit_for_bit(build):
+  case = helpers.BUILDERS[build](jnp.float32)
+  tree = jaxlora.adapt(case.params, case.config, jax.random.key(0), probe=lambda p: case.fn(p, *case.args))
+  # As users compile it: without optimisation XLA rounds one function in two ways, alone and fused with an addition.
+  jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+  got = jit(jaxlora.wrap(case.fn))(tree, *case.args)
+  np.testing.assert_array_equal(got, jit(case.fn)(case.params, *case.args))
+
+
+@pytest.mark.parametrize("build", helpers.BUILDERS)
+def test_nothing_is_materialised(build):
+  case = helpers.BUILDERS[build](jnp.float32)
+  tree = case.adapted()
+  wrapped = jaxlora.wrap(case.fn, on_materialize="error")
+  assert not helpers.weight_shaped_products(wrapped, tree, case.args)
+  report = jaxlora.explain(case.fn, tree, *case.args)
+  assert not report.materialized
+  assert not report.unused
+  assert {use.path for use in report.uses} == set(case.roles)
+
+
+def test_the_search_for_products_finds_them():
+  case = helpers.BUILDERS["dense"](jnp.float32)
+  assert helpers.weight_shaped_products(helpers.oracle(case.fn), case.adapted(), case.args)
+
+
+@pytest.mark.parametrize("build", helpers.BUILDERS)
+def test_no_gradient_of_the_bases_shape(build):
+  """The backward pass forms nothing of a weight's shape: the factors' gradients come from thin products alone."""
+  case = helpers.BUILDERS[build](jnp.float32)
+  frozen, trainable = jaxlora.split(case.adapted())
+  loss = helpers.loss_of(jaxlora.wrap(case.fn), case.args)
+  traced = jax.make_jaxpr(jax.grad(lambda f, t: loss(jaxlora.join(f, t)), argnums=1))(frozen, trainable)
+  shapes = {leaf.shape for leaf in jax.tree.leaves(jaxlora.strip(case.adapted())) if len(leaf.shape) > 1}
+  products = ("dot_general", "conv_general_dilated", "scatter-add", "scatter_add")
+  made = [e for e in helpers.equations(traced) if e.primitive.name in products]
+  wrong = [e for e in made if any(_matches(var.aval.shape, shape) for var in e.outvars for shape in shapes)]
+  assert not wrong, wrong
+
+
+def _matches(shape, weight):
+  return shape == weight or shape == weight[::-1]
+
+
+@pytest.mark.parametrize("build", ["dense", "left", "dense_general", "autoencoder", "experts_dispatched", "embed"])
+def test_gradients_follow_from_the_dense_gradient(build, x64):
+  """With G the gradient of the merged weight: dA = s G B and dB = s A G, each over the axes of its role."""
+  case = helpers.BUILDERS[build](jnp.float64)
+  tree = case.adapted()
+  dense = jax.grad(helpers.loss_of(case.fn, case.args))(jaxlora.merge(tree))["w" if "w" in case.params else "kernel"]
+  (got,) = lora_weights(jaxlora.grad(helpers.loss_of(jaxlora.wrap(case.fn), case.args))(tree))
+  (weight,) = lora_weights(tree)
+  letters = "".join("zyx"[d] for d in range(weight.ndim))
+  order = lambda role: (
+    "".join(letter for letter, r in zip(letters, weight.roles, strict=True) if r == "s")
+    + "r"
+    + "".join(letter for letter, r in zip(letters, weight.roles, strict=True) if r == role)
+  )
+  d_a = weight.scale * jnp.einsum(f"{letters},{order('o')}->{order('i')}", dense, weight.b)
+  d_b = weight.scale * jnp.einsum(f"{letters},{order('i')}->{order('o')}", dense, weight.a)
+  helpers.assert_close(got.a, d_a, 1e-12)
+  helpers.assert_close(got.b, d_b, 1e-12)
+
+
+def lora_weights(tree):
+  nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, jaxlora.LoraWeight))
+  return [node for node in nodes if isinstance(node, jaxlora.LoraWeight)]

@@ -1,0 +1,70 @@
+"""The oracle: what a wrapped function gives on a combined tree, its original must give on the merged one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlora
+from tests.helpers.arrays import normal
+
+
+def loss_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[Any], jax.Array]:
+  """A scalar whose gradient reaches every element of the result with a weight of its own."""
+
+  def loss(tree):
+    out = jax.tree.leaves(fn(tree, *args))
+    terms = [jnp.sum(y * normal(100 + k, y.shape, y.dtype)) for k, y in enumerate(out)]
+    return jnp.sum(jnp.stack(terms).astype(terms[0].dtype))
+
+  return loss
+
+
+def oracle(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """What `wrap(fn)` must equal."""
+  return lambda tree, *args: fn(jaxlora.merge(tree), *args)
+
+
+def assert_close(got: Any, want: Any, tolerance: float) -> None:
+  """Every leaf, relative to the largest element of the expected one."""
+  got_leaves, got_def = jax.tree.flatten(got)
+  want_leaves, want_def = jax.tree.flatten(want)
+  assert got_def == want_def
+  for x, y in zip(got_leaves, want_leaves, strict=True):
+    assert x.dtype == y.dtype
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(float(np.abs(y).max(initial=0)), 1e-3))
+
+
+TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5, jnp.bfloat16: 6e-2}
+
+
+def check(
+  fn: Callable[..., Any],
+  tree: Any,
+  args: tuple[Any, ...],
+  tolerance: float,
+  *,
+  reverse: bool = True,
+  on_materialize: str = "error",
+) -> None:
+  """Values and the gradients of every factor, factored against merged, in one compilation."""
+  frozen, trainable = jaxlora.split(tree)
+  tangent = jax.tree.map(lambda leaf: normal(5, leaf.shape, leaf.dtype), trainable)
+
+  def values_and_gradients(f, frozen, trainable, args):
+    loss = loss_of(f, args)
+    of_factors = lambda trainable: loss(jaxlora.join(frozen, trainable))
+    out = f(jaxlora.join(frozen, trainable), *args)
+    if reverse:
+      return out, jax.grad(of_factors)(trainable)
+    return out, jax.jvp(of_factors, (trainable,), (tangent,))
+
+  def both(frozen, trainable, args):
+    wrapped = jaxlora.wrap(fn, on_materialize=on_materialize)
+    return [values_and_gradients(f, frozen, trainable, args) for f in (wrapped, oracle(fn))]
+
+  got, want = jax.jit(both)(frozen, trainable, args)
+  assert_close(got, want, tolerance)
