@@ -1,5 +1,6 @@
 """Silent degradation is fatal here: warnings are errors, promotion is strict, and there are eight CPU devices."""
 
+import contextlib
 import os
 
 # Thousands of small programs are compiled once and run once: the machine code need not be good.
@@ -14,7 +15,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from jaxlora import _compat  # noqa: E402
+from jaxlora._jax import trace_cache  # noqa: E402
+from tests.helpers.forks import Forks  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -54,6 +56,13 @@ def one_device(monkeypatch):
 @pytest.fixture
 def fresh_traces():
   """Nothing traced before is used, and nothing traced here afterwards: for tests that take something of JAX away."""
-  _compat._once.cache_clear()
+  trace_cache._once.cache_clear()
   yield
-  _compat._once.cache_clear()
+  trace_cache._once.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def forks():
+  """Processes that have imported everything."""
+  with contextlib.closing(Forks()) as started:
+    yield started

@@ -10,11 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxlora._axes import low_rank_delta
+from jaxlora._variants import VARIANTS
 import pytest
 
 from jaxlora import _adapt, _arithmetic, _config, _initializers, _lowrank, _matrix, _weight
-from jaxlora._axes import low_rank_delta
-from jaxlora._variants import VARIANTS
 from tests._adapt import test_adapt, test_initializers
 from tests._transform import test_oracle
 from tests._weight import test_variants

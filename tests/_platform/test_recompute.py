@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora._jax import called, linear_call
 from tests import helpers
 
 KEY = jax.random.key(0)
@@ -199,12 +200,12 @@ def test_no_product_of_the_base_runs_twice():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_values_that_pass_through_waiting_are_untouched_bit_for_bit(dtype):
   """The wait computes with a one or a zero made of a cotangent's bits, whatever those bits are."""
-  from jaxlora import _recompute
+  from jaxlora._platform import wait
 
   leaf = jnp.asarray([1.5, -0.0, np.inf, np.nan, 6e4, -1.0], dtype)
   bits = lambda value: np.asarray(value).view(f"uint{8 * leaf.dtype.itemsize}")
   for cotangent in (0.0, -1.0, np.inf, -np.inf, np.nan, 3e38, -1e-45):
-    (out,) = _recompute._wait([leaf], [jnp.full((2, 3), cotangent, jnp.float32)])
+    (out,) = wait._wait([leaf], [jnp.full((2, 3), cotangent, jnp.float32)])
     np.testing.assert_array_equal(bits(out), bits(leaf))
 
 
@@ -219,11 +220,9 @@ def test_elementwise_functions_of_a_weight_itself_are_left_to_the_rules():
 
 
 @pytest.mark.usefixtures("lenient", "fresh_traces")
-@pytest.mark.parametrize("name", ["Primitive", "set_xla_metadata"])
-def test_without_what_this_version_has_it_is_a_plain_call(name, monkeypatch):
-  from jaxlora import _compat
-
-  monkeypatch.setattr(_compat, name, None)
+@pytest.mark.parametrize(("module", "name"), [(linear_call, "Primitive"), (called, "set_xla_metadata")])
+def test_without_what_this_version_has_it_is_a_plain_call(module, name, monkeypatch):
+  monkeypatch.setattr(module, name, None)
   fn, tree, x = case(dtype=jnp.float32)
   got, want = (jax.jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
   helpers.assert_close(got, want, 1e-5)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxlora
-from jaxlora import _compat, _regions
+from jaxlora._jax import called, trace_cache
+from jaxlora._platform import regions
 from tests import helpers
 
 KEY = jax.random.key(0)
@@ -132,8 +133,8 @@ def test_what_is_found():
   found = {}
   for name in FUNCTIONS:
     jaxpr = jax.make_jaxpr(FUNCTIONS[name])(jnp.ones((4, 8, 64)), jnp.ones(64)).jaxpr
-    regions = {region.members: region for region in _regions.find(jaxpr).values()}
-    found[name] = [(len(region.members) > 3, region.softmax() is not None) for region in regions.values()]
+    found_here = {region.members: region for region in regions.find(jaxpr).values()}
+    found[name] = [(len(region.members) > 3, region.softmax() is not None) for region in found_here.values()]
   one, softmax = [(True, False)], [(True, True)]
   assert found["layer_norm"] == found["fast_layer_norm"] == found["rms_norm"] == one
   assert found["masked_softmax"] == found["softmax_by_hand"] == softmax
@@ -143,7 +144,7 @@ def test_what_is_found():
 def test_regions_that_differ_are_told_apart():
   def signature(fn):
     jaxpr = jax.make_jaxpr(fn)(jnp.ones((2, 3, 64))).jaxpr
-    return next(iter(_regions.find(jaxpr).values())).signature()
+    return next(iter(regions.find(jaxpr).values())).signature()
 
   assert signature(lambda x: jnp.exp(x * 2.0)) == signature(lambda y: jnp.exp(y * 2.0))
   different = (
@@ -234,8 +235,8 @@ def test_of_the_two_products_their_sum_is_kept(monkeypatch):
   fn, tree, x = stack(3, tokens=32)
   together = compiled(gradient(fn, True), tree, x).memory_analysis().temp_size_in_bytes
   assert " call(" not in compiled(jaxlora.wrap(fn), tree, x).as_text()  # at inference it is part of what reads it
-  monkeypatch.setattr(_compat, "set_xla_metadata", None)
-  _compat._once.cache_clear()
+  monkeypatch.setattr(called, "set_xla_metadata", None)
+  trace_cache._once.cache_clear()
   assert together < 0.9 * compiled(gradient(fn, True), tree, x).memory_analysis().temp_size_in_bytes
 
 
@@ -313,9 +314,9 @@ def test_layers_that_are_alike_are_traced_and_lowered_once():
   misses, functions = [], []
   for layers in (2, 5):
     fn, tree, x = stack(layers)
-    _compat._once.cache_clear()
+    trace_cache._once.cache_clear()
     lowered = jax.jit(gradient(fn, True)).lower(tree, x)
-    misses.append(_compat._once.cache_info().misses)
+    misses.append(trace_cache._once.cache_info().misses)
     functions.append(lowered.as_text().count("func.func"))
   assert misses[0] == misses[1] > 0
   assert functions[0] == functions[1]

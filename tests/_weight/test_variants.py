@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxlora
-from jaxlora._variants import VARIANTS
+from jaxlora._weight.variant import VARIANTS
 from tests import helpers
 
 OTHERS = [name for name in VARIANTS if name != "lora"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxlora
-from jaxlora._variants import VARIANTS
+from jaxlora._weight.variant import VARIANTS
 from tests.helpers import equations, normal
 
 KEY = jax.random.key(0)

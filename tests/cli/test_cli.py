@@ -1,6 +1,5 @@
 """The command line: either format in, either out, and models merged tensor by tensor."""
 
-import contextlib
 import json
 from pathlib import Path
 import struct
@@ -15,7 +14,6 @@ import pytest
 import jaxlora
 from jaxlora import _cli, checkpoint
 from tests.helpers import array, trained
-from tests.helpers.forks import Forks
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="the extra jaxlora[peft] is not installed")
 pytest.importorskip("tqdm", reason="the extra jaxlora[peft] is not installed")
@@ -238,12 +236,6 @@ def test_merge_checks_the_base(capsys, tmp_path, folders):
     assert "layers" in error
   error = run(capsys, "merge", folders / "flax.safetensors", folders / "peft", folders / "flax.safetensors", code=1)
   assert "is the base itself" in error["error"]
-
-
-@pytest.fixture(scope="module")
-def forks():
-  with contextlib.closing(Forks()) as started:
-    yield started
 
 
 def zeros_file(path, count, shape):

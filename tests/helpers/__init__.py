@@ -3,11 +3,20 @@
 Builders and wrappers register themselves; tests cross them and run the legal combinations.
 """
 
-from tests.helpers.adapters import trained
+from tests.helpers.adapters import adapted, adapted_paths, factored, lora_weights, one_weight, square_weights, trained
 from tests.helpers.arrays import array, normal
 from tests.helpers.builders import BUILDERS, FAMILIES, Case
-from tests.helpers.compiled import equations, weight_shaped_products
-from tests.helpers.oracle import TOLERANCE, assert_close, check, loss_of, oracle
+from tests.helpers.compiled import (
+  OPTIMISED,
+  equations,
+  optimised,
+  product_flops,
+  products,
+  temp_bytes,
+  traced,
+  weight_shaped_products,
+)
+from tests.helpers.oracle import TOLERANCE, assert_close, check, loss_of, oracle, sine_step
 from tests.helpers.wrappers import FORWARD_ONLY, NEEDS_FLOAT_DATA, WRAPPERS, legal
 
 __all__ = [
@@ -15,17 +24,30 @@ __all__ = [
   "FAMILIES",
   "FORWARD_ONLY",
   "NEEDS_FLOAT_DATA",
+  "OPTIMISED",
   "TOLERANCE",
   "WRAPPERS",
   "Case",
+  "adapted",
+  "adapted_paths",
   "array",
   "assert_close",
   "check",
   "equations",
+  "factored",
   "legal",
+  "lora_weights",
   "loss_of",
   "normal",
+  "one_weight",
+  "optimised",
   "oracle",
+  "product_flops",
+  "products",
+  "sine_step",
+  "square_weights",
+  "temp_bytes",
+  "traced",
   "trained",
   "weight_shaped_products",
 ]

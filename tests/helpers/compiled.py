@@ -1,11 +1,14 @@
 """What a function is traced and compiled to: jaxprs, products, FLOPs and bytes."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 
 import jaxlora
+
+OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 def equations(jaxpr: Any):
@@ -22,6 +25,35 @@ def inner_jaxprs(eqn: Any):
     for item in value if isinstance(value, (tuple, list)) else (value,):
       if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
         yield item
+
+
+def optimised(step: Callable[..., Any], *args: Any) -> Any:
+  """Compiled as users compile: the suite itself compiles without optimisation."""
+  return jax.jit(step, compiler_options=OPTIMISED).lower(*args).compile()
+
+
+def temp_bytes(step: Callable[..., Any], *args: Any) -> int:
+  """What XLA has to hold at once beside arguments and results."""
+  return optimised(step, *args).memory_analysis().temp_size_in_bytes
+
+
+def product_flops(step: Callable[..., Any], *args: Any) -> int:
+  """Of every matrix product of a step."""
+  total = 0
+  for eqn in products(step, *args):
+    (summed, _), _ = eqn.params["dimension_numbers"]
+    total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in summed)
+  return total
+
+
+def products(step: Callable[..., Any], *args: Any) -> list[Any]:
+  """The equations of the matrix products of a step."""
+  return [eqn for eqn in traced(step, *args) if eqn.primitive.name == "dot_general"]
+
+
+def traced(step: Callable[..., Any], *args: Any) -> list[Any]:
+  """Every equation of a step."""
+  return list(equations(jax.make_jaxpr(step)(*args)))
 
 
 def weight_shaped_products(fn: Callable[..., Any], tree: Any, args: tuple[Any, ...]) -> list[str]:

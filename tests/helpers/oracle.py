@@ -22,6 +22,12 @@ def loss_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[Any], ja
   return loss
 
 
+def sine_step(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+  """A training step's value and gradients: of the sum of sines of what `wrap(fn)` gives, by the factors."""
+  wrapped = jaxlora.wrap(fn, **{"on_materialize": "error"} | options)
+  return jaxlora.value_and_grad(lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x))))
+
+
 def oracle(fn: Callable[..., Any]) -> Callable[..., Any]:
   """What `wrap(fn)` must equal."""
   return lambda tree, *args: fn(jaxlora.merge(tree), *args)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxlora
-from jaxlora._capture import Seen, sketcher
-from jaxlora._from_data import loss_of_factors
+from jaxlora.init._lora_ga import loss_of_factors
+from jaxlora.init._sketch import Seen, sketcher
 from tests.helpers import BUILDERS, WRAPPERS, equations, normal
 
 KEY = jax.random.key(0)

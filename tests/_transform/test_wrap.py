@@ -1,0 +1,110 @@
+"""`wrap` under other transformations, and what of a function it leaves alone."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlora
+from tests import helpers
+from tests.helpers import one_weight
+
+KEY = jax.random.key(0)
+X = helpers.array(2, (3, 5), jnp.float32)
+
+
+def test_eager_calls_equal_jitted_ones():
+  case = helpers.BUILDERS["attention"](jnp.float32)
+  tree, wrapped = case.adapted(), jaxlora.wrap(case.fn)
+  helpers.assert_close(wrapped(tree, *case.args), jax.jit(wrapped)(tree, *case.args), 1e-5)
+
+
+def test_vmap_over_data_and_over_trees():
+  trees = [one_weight(seed=seed) for seed in (1, 5)]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  wrapped = jaxlora.wrap(lambda p, x: jnp.tanh(x @ p["w"]), on_materialize="error")
+  got = jax.vmap(wrapped, in_axes=(0, None))(stacked, X)
+  helpers.assert_close(got, jnp.stack([wrapped(tree, X) for tree in trees]), 1e-5)
+  got = jax.vmap(wrapped, in_axes=(None, 0))(trees[0], X)
+  helpers.assert_close(got, wrapped(trees[0], X), 1e-5)
+
+
+def test_second_derivatives_and_forward_mode(x64):
+  case = helpers.BUILDERS["dense"](jnp.float64)
+  frozen, trainable = jaxlora.split(case.adapted())
+  nonlinear = lambda p, x: jnp.sum(jnp.tanh(case.fn(p, x)))
+  of = lambda f: lambda t: f(jaxlora.join(frozen, t), *case.args)
+  got, want = (jax.jit(jax.hessian(of(f)))(trainable) for f in (jaxlora.wrap(nonlinear), helpers.oracle(nonlinear)))
+  helpers.assert_close(got, want, 1e-11)
+  got, want = (jax.jit(jax.jacfwd(of(f)))(trainable) for f in (jaxlora.wrap(nonlinear), helpers.oracle(nonlinear)))
+  helpers.assert_close(got, want, 1e-12)
+
+
+def test_the_base_gets_no_gradient():
+  tree = one_weight()
+  grads = jax.grad(lambda t: jnp.sum(jaxlora.wrap(lambda p, x: jnp.tanh(x @ p["w"]))(t, X)))(tree)
+  assert not grads["w"].base.any()
+  assert grads["w"].a.any()
+
+
+def test_wrapping_twice_and_plain_trees():
+  tree = one_weight()
+  fn = lambda p, x: x @ p["w"]
+  twice = jaxlora.wrap(jaxlora.wrap(fn))
+  helpers.assert_close(twice(tree, X), fn(jaxlora.merge(tree), X), 1e-5)
+  np.testing.assert_array_equal(jaxlora.wrap(fn)(jaxlora.strip(tree), X), fn(jaxlora.strip(tree), X))
+
+
+def test_only_arrays_are_traced():
+  """Strings, bools, numbers and callables reach the function as they are, and come back so."""
+  tree = one_weight()
+
+  def fn(p, x, mode, *, flip, times, activation):
+    assert mode == "train"
+    assert flip is True
+    return {"y": activation(x @ p["w"]) * times, "mode": mode, "times": times, "none": None}
+
+  out = jaxlora.wrap(fn)(tree, np.asarray(X), "train", flip=True, times=2, activation=jnp.tanh)
+  assert (out["mode"], out["times"], out["none"]) == ("train", 2, None)
+  helpers.assert_close(out["y"], jnp.tanh(X @ jaxlora.merge(tree)["w"]) * 2, 1e-5)
+
+
+def test_the_signature_is_kept():
+  def documented(p, x):
+    """What it does."""
+
+  assert jaxlora.wrap(documented).__name__ == "documented"
+  assert jaxlora.wrap(documented).__doc__ == "What it does."
+
+
+def test_donation_inside_and_outside():
+  tree = one_weight()
+  inner = jax.jit(lambda p, x: jnp.tanh(x @ p["w"]), donate_argnums=(0, 1))
+  fn = lambda p, x: inner(p, x * 1)
+  want = jnp.tanh(X @ jaxlora.merge(tree)["w"])
+  helpers.assert_close(jaxlora.wrap(fn, on_materialize="error")(tree, X), want, 1e-5)
+  frozen, trainable = jaxlora.split(tree)
+
+  def step(trainable, frozen, x):
+    grads = jax.grad(lambda t: jnp.sum(jaxlora.wrap(fn)(jaxlora.join(frozen, t), x)))(trainable)
+    return jax.tree.map(jnp.subtract, trainable, grads)
+
+  moved = jax.jit(step, donate_argnums=0)(trainable, frozen, X)
+  assert trainable["w"].a.is_deleted()
+  assert not frozen["w"].base.is_deleted()
+  assert moved["w"].a.shape == (2, 5)
+
+
+def test_effects_keep_happening(capsys):
+  def fn(p, x):
+    def body(x, _):
+      jax.debug.print("norm {}", jnp.sum(x * 0))
+      return jnp.tanh(x @ p["w"]), None
+
+    return lax.scan(body, x, length=2)[0]
+
+  tree = one_weight((5, 5))
+  out = jax.jit(jaxlora.wrap(fn, on_materialize="error"))(tree, X)
+  jax.effects_barrier()
+  assert capsys.readouterr().out.count("norm 0.0") == 2
+  assert out.shape == (3, 5)

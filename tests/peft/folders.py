@@ -1,0 +1,87 @@
+"""Trees for PEFT's folders, and folders written and edited by hand."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+import jaxlora
+from jaxlora._base.paths import flatten
+from jaxlora.peft import _records, _write
+
+KEY = jax.random.key(0)
+PREFIX = "base_model.model."
+RANDOM = np.random.default_rng(0)
+
+
+def normal(*shape, dtype="float32"):
+  return jnp.asarray(RANDOM.normal(size=shape).astype(dtype))
+
+
+def layer():
+  return {
+    "attn": {
+      "query": {"kernel": normal(8, 2, 3), "bias": normal(2, 3)},
+      "out": {"kernel": normal(2, 3, 8), "bias": normal(8)},
+    },
+    "norm": {"scale": normal(8)},
+  }
+
+
+def params():
+  return {
+    "embed": {"embedding": normal(11, 8)},
+    "layers_0": layer(),
+    "layers_1": layer(),
+    "conv": {"kernel": normal(3, 2, 4, 5)},
+    "head": {"kernel": normal(8, 7), "bias": normal(7)},
+  }
+
+
+AXES = {".*query/kernel": "ioo", ".*out/kernel": "iio", "conv/kernel": "iiio"}
+
+
+def adapted(tree=None, targets=r".*(kernel|embedding)", axes=AXES, **fields):
+  """An adapted tree with random factors and trained leaves."""
+  paths = [path for path, _ in flatten(tree or params())[0] if re.fullmatch(targets, path)]
+  axes = {pattern: roles for pattern, roles in axes.items() if any(re.fullmatch(pattern, path) for path in paths)}
+  config = jaxlora.LoraConfig(**{"rank": 2, "targets": targets, "axes": axes, **fields})
+  frozen, trainable = jaxlora.split(jaxlora.adapt(tree or params(), config, KEY))
+  return jaxlora.join(frozen, jax.tree.map(lambda x: x + normal(*x.shape).astype(x.dtype), trainable))
+
+
+def assert_equal(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def write(folder, modules, whole=None, **config):
+  """A folder with random factors: name -> (rank, in, out)."""
+  records = [
+    _records.Module(
+      name,
+      "linear",
+      RANDOM.normal(size=(r, i)).astype("float32"),
+      RANDOM.normal(size=(o, r)).astype("float32"),
+      float(r),
+    )
+    for name, (r, i, o) in modules.items()
+  ]
+  _write.write(folder, records, whole or {})
+  edit(folder, **config)
+
+
+def edit(folder, tensors=None, **config):
+  """Changes a folder: tensors (`None` takes one out) and fields of the configuration."""
+  path = folder / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | config))
+  if tensors:
+    path = folder / "adapter_model.safetensors"
+    save_file({k: v for k, v in (load_file(path) | tensors).items() if v is not None}, path)
+
+
+def tensors_of(folder):
+  return load_file(folder / "adapter_model.safetensors")

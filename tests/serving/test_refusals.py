@@ -1,0 +1,127 @@
+"""Adapters, bases and calls that do not fit a bank."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlora
+from tests.serving.banks import IDS, adapter, adapters, bank_of, data, mlp, other_base, params_of
+
+
+def test_a_gain_over_outputs_has_no_place_in_a_bank():
+  with pytest.raises(ValueError, match="'adapter 0': down/kernel: the variant 'dora' scales the outputs"):
+    bank_of([adapter(10, variant="dora")])
+  with pytest.raises(ValueError, match="the variant 'dora' scales the outputs"):
+    bank_of(adapters()).put("x", adapter(10, variant="dora"))
+
+
+def test_a_bank_knows_its_base_by_its_values():
+  bank, other = bank_of(adapters(), capacity=5), jax.tree.map(jnp.sin, params_of())
+  with pytest.raises(ValueError, match=r"bank.put: 'x': the base is another one than the bank's, in .*up/kernel"):
+    bank.put("x", adapter(4, params=other))
+  with pytest.raises(ValueError, match=r"route: frozen: the base is another one than the bank's, in .*up/kernel"):
+    jaxlora.route(mlp)(other, bank, np.asarray(IDS), data())
+  assert bank.put("x", adapter(4)).names[-1] == "x"
+  half = bank_of([jaxlora.split(tree)[1] for tree in adapters()])  # came without a base: shapes are all there is
+  jaxlora.route(mlp)(other, half, np.asarray(IDS), data())
+
+
+BAD_STACKS = {
+  "no adapters": (lambda: {}, {}, ValueError, "no adapters"),
+  "name": (lambda: {3: adapter(0)}, {}, TypeError, "name is a string"),
+  "capacity": (lambda: {"x": adapter(0), "y": adapter(1)}, {"capacity": 1}, ValueError, "2 adapters, .* capacity of 1"),
+  "rank": (lambda: {"x": adapter(0, 3)}, {"rank": 2}, ValueError, "'x': (up|down)/kernel: rank 3 is above .* 2"),
+  "not a rank": (lambda: {"x": adapter(0)}, {"rank": 0}, ValueError, "rank is 0"),
+  "frozen half": (lambda: {"x": jaxlora.split(adapter(0))[0]}, {}, ValueError, "frozen half"),
+  "plain": (lambda: {"x": params_of()}, {}, ValueError, "no adapted leaf"),
+  "other shapes": (
+    lambda: {"x": adapter(0), "y": adapter(1, params=other_base())}, {}, ValueError, "'y': up/kernel: factor a "
+  ),
+  "other values": (
+    lambda: {"x": adapter(0), "y": adapter(1, params=jax.tree.map(jnp.sin, params_of()))},
+    {},
+    ValueError,
+    "'y': the base is another one than the bank's, in .*up/kernel",
+  ),
+  "other nesting": (
+    lambda: {"x": adapter(0), "y": adapter(1, params=params_of()["up"])}, {}, ValueError, "'y': the tree is nested"
+  ),
+  "other roles": (
+    lambda: {"x": adapter(0), "y": adapter(1, axes={"up/kernel": "oi"})}, {}, ValueError, "'y': up/kernel: roles 'oi'"
+  ),
+  "whole and not": (
+    lambda: {"x": adapter(0), "y": adapter(1, targets="up/kernel", train=["down/kernel"])},
+    {},
+    ValueError,
+    "'y': down/kernel is trained whole",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_STACKS)
+def test_bad_stacks(case):
+  make, options, error, message = BAD_STACKS[case]
+  with pytest.raises(error, match=message):
+    jaxlora.stack(make(), **options)
+
+
+BAD_PUTS = {
+  "full": (lambda: ("new", adapter(1)), {"capacity": 1}, "the bank is full: 1 adapters"),
+  "rank": (lambda: ("new", adapter(1, 3)), {"capacity": 2}, "rank 3 is above the bank's, 2"),
+  "leaf": (lambda: ("new", adapter(1, train=["up/bias"])), {"capacity": 2}, "up/bias, for which the bank has no room"),
+  "base": (lambda: ("new", adapter(1, params=other_base())), {"capacity": 2}, "up/kernel: factor a has shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PUTS)
+def test_bad_puts_leave_the_bank_as_it_was(case):
+  make, options, message = BAD_PUTS[case]
+  bank = bank_of([adapter(0)], **options)
+  before = jax.tree.map(np.array, bank.factors)
+  with pytest.raises(ValueError, match=message):
+    bank.put(*make(), donate=True)
+  assert bank.names == ("adapter 0",)
+  jax.tree.map(np.testing.assert_array_equal, bank.factors, before)
+
+
+def test_unknown_names():
+  bank = bank_of([adapter(0)])
+  for call in (bank.take, bank.remove, lambda name: bank.ids([name])):
+    with pytest.raises(ValueError, match=r"no adapter 'else'; the bank holds 'adapter 0'"):
+      call("else")
+
+
+BAD_ROUTES = {
+  "via": (lambda: jaxlora.route(mlp, via="magic"), ValueError, "via is 'magic'"),
+  "on_materialize": (lambda: jaxlora.route(mlp, on_materialize="no"), ValueError, "on_materialize is 'no'"),
+  "id above": (lambda: routed(ids=[0, 7]), ValueError, r"ids\[1\] is 7, expected -1 .* 0 to 2"),
+  "id below": (lambda: routed(ids=[-2, 0]), ValueError, r"ids\[0\] is -2"),
+  "empty slot": (lambda: routed(ids=[0, 2]), ValueError, r"ids\[1\] is 2, a slot of the bank that no adapter is in"),
+  "id kind": (lambda: routed(ids=[0.0, 1.0]), TypeError, "expected integers"),
+  "names": (lambda: routed(ids=["adapter 0", "adapter 1"]), TypeError, r"bank.ids\(names\)"),
+  "id axes": (lambda: routed(ids=[[0, 1]]), ValueError, r"ids have shape \(1, 2\)"),
+  "rows": (lambda: routed(ids=[0, 1, 1]), ValueError, "expected 3 rows along axis 0"),
+  "no bank": (lambda: routed(bank={}), TypeError, "found dict for the bank"),
+  "whole tree": (lambda: routed(frozen=adapter(0)), ValueError, "expected the base alone"),
+  "trainable half": (lambda: routed(frozen=jaxlora.split(adapter(0))[1]), ValueError, "found a trainable half"),
+  "other base": (lambda: routed(frozen=other_base()), ValueError, "up/kernel: the base has shape"),
+  "other nesting": (lambda: routed(frozen={"up": params_of()["up"]}), ValueError, "nested otherwise"),
+  "axes": (lambda: routed(in_axes=(0, 0)), ValueError, "in_axes"),
+  "axis": (lambda: routed(in_axes="rows"), ValueError, "in_axes"),
+  "no rows in the result": (lambda: routed(fn=lambda p, x: mlp(p, x)[0]), ValueError, "the result root .* size 1"),
+  "differs": (lambda: routed(out_axes=None), ValueError, "differs from row to row"),
+}
+
+
+def routed(fn=mlp, frozen=None, bank=None, ids=(0, 1), **options):
+  frozen = params_of() if frozen is None else frozen
+  bank = bank_of([adapter(0), adapter(1)], capacity=3) if bank is None else bank
+  return jaxlora.route(fn, **options)(frozen, bank, np.asarray(ids), data(2))
+
+
+@pytest.mark.parametrize("case", BAD_ROUTES)
+def test_bad_routes(case):
+  call, error, message = BAD_ROUTES[case]
+  with pytest.raises(error, match=message):
+    call()
