@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxlora
-from tests.helpers import normal
+from tests.helpers import adapted, normal
 
 KEY = jax.random.key(0)
 BOTH = ["orthogonal", "pissa", "pissa_niter_4", "olora"]
@@ -17,10 +17,10 @@ def params(dtype=np.float64):
   return {"w": jnp.asarray(normal(0, (40, 30), dtype)), "heads": jnp.asarray(normal(1, (3, 20, 2, 6), dtype))}
 
 
-def adapted(init, rank=4, dtype=np.float64, targets=".*", **fields):
+def started(init, rank=4, dtype=np.float64, targets=".*", **fields):
   axes = {"heads": "sioo"} if targets == ".*" else None
-  config = jaxlora.LoraConfig(rank=rank, alpha=6.0, targets=targets, axes=axes, init=init, **fields)
-  return jaxlora.adapt(params(dtype), config, KEY)
+  fields = {"targets": targets, "axes": axes, "init": init} | fields
+  return adapted(params(dtype), seed=None, rank=rank, alpha=6.0, **fields)
 
 
 def apply(p, x):
@@ -38,7 +38,7 @@ def data(dtype):
 @pytest.mark.parametrize(("init", "scaling"), [*((init, "standard") for init in BOTH), ("pissa", "rslora")])
 def test_the_adapted_model_is_the_base(x64, init, scaling):
   """Relative to the base's output: 1e-12 in double precision; strip is the base, bit for bit."""
-  tree = adapted(init, scaling=scaling)
+  tree = started(init, scaling=scaling)
   assert all(leaf.b.any() for leaf in tree.values())
   for got, want in zip(jaxlora.wrap(apply)(tree, data(np.float64)), apply(params(), data(np.float64)), strict=True):
     np.testing.assert_allclose(got, want, atol=1e-12 * float(jnp.abs(want).max()))
@@ -61,13 +61,13 @@ def test_in_other_precisions(init, dtype, tolerance):
 
 @pytest.mark.parametrize("variant", ["lora_fa", "dora"])
 def test_variants_of_a_product_start_so_too(x64, variant):
-  tree = adapted("pissa", targets="w", variant=variant)
+  tree = started("pissa", targets="w", variant=variant)
   chex.assert_trees_all_close(jaxlora.merge(tree), params(), rtol=1e-11)
 
 
 def test_the_start_is_no_alias_and_stays():
   """Training may donate the factors; what is taken off is frozen, and the update is a plain product of rank 2 r."""
-  tree = adapted("pissa", targets="w", dtype=np.float32)
+  tree = started("pissa", targets="w", dtype=np.float32)
   w = tree["w"]
   assert w.extra["a0"] is not w.a
   np.testing.assert_array_equal(w.extra["a0"], w.a)
@@ -82,7 +82,7 @@ def test_the_start_is_no_alias_and_stays():
 
 
 def test_pissa_is_the_principal_part(x64):
-  w = adapted("pissa", targets="w")["w"]
+  w = started("pissa", targets="w")["w"]
   u, s, vt = np.linalg.svd(np.asarray(w.base))
   np.testing.assert_allclose(w.scale * w.a.T @ w.b, (u[:, :4] * s[:4]) @ vt[:4], atol=1e-12)
   np.testing.assert_allclose(w.a @ w.a.T, np.diag(s[:4]) / w.scale, atol=1e-12)
@@ -90,13 +90,13 @@ def test_pissa_is_the_principal_part(x64):
 
 
 def test_pissa_by_a_randomised_svd(x64):
-  exact, fast = adapted("pissa")["heads"], adapted("pissa_niter_16")["heads"]
+  exact, fast = started("pissa")["heads"], started("pissa_niter_16")["heads"]
   products = [jnp.einsum("sri,srhd->sihd", w.a, w.b) for w in (exact, fast)]
   np.testing.assert_allclose(products[1], products[0], atol=1e-6)
 
 
 def test_olora_is_a_qr_decomposition(x64):
-  w = adapted("olora", targets="w")["w"]
+  w = started("olora", targets="w")["w"]
   np.testing.assert_allclose(w.b @ w.b.T, np.eye(4), atol=1e-12)
   q, r = np.linalg.qr(np.asarray(w.base).T)
   np.testing.assert_allclose(w.a.T @ w.b, r[:4].T @ q[:, :4].T, atol=1e-12)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxlora
+from tests.helpers import adapted, adapted_paths
 
 KEY = jax.random.key(0)
 Projections = collections.namedtuple("Projections", "query key value")
@@ -20,11 +21,7 @@ def weight():
 
 
 def adapt(params, targets=".*", **fields):
-  return jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets=targets, **fields), KEY)
-
-
-def adapted_paths(tree):
-  return [leaf.path for leaf in jaxlora.summary(tree).leaves]
+  return adapted(params, seed=None, targets=targets, **fields)
 
 
 @pytest.mark.parametrize("targets", ["attention", ["query", "key", "value"], "layer/.*"])

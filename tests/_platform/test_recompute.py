@@ -1,5 +1,6 @@
 """What is made again for the backward pass: the same numbers, less memory, and no product twice."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -47,22 +48,15 @@ def case(activation="gelu", dtype=jnp.float64, **fields):
   model, x = Mlp(activation), helpers.array(2, (2, TOKENS // 2, WIDTH), dtype)
   params = jax.tree.map(lambda leaf: leaf + 0.1, model.init(KEY, x)["params"])
   fn = lambda p, x: model.apply({"params": p}, x)
-  config = jaxlora.LoraConfig(
-    **{"rank": 2, "alpha": 4, "targets": ["up_0", "up_1", "up_2", "down_0", "down_1", "down_2"]} | fields
-  )
-  return fn, helpers.trained(jaxlora.adapt(params, config, KEY)), x
-
-
-def gradient(fn, recompute, **options):
-  wrapped = jaxlora.wrap(fn, recompute=recompute, on_materialize="error", **options)
-  return jaxlora.value_and_grad(lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x))))
+  targets = ["up_0", "up_1", "up_2", "down_0", "down_1", "down_2"]
+  return fn, helpers.adapted(params, alpha=4, targets=targets, **fields), x
 
 
 @pytest.mark.usefixtures("x64", "lenient", "devices")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_the_same(activation):
   fn, tree, x = case(activation)
-  got, want = (jax.jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
+  got, want = (jax.jit(helpers.sine_step(fn, recompute))(tree, x) for recompute in (True, False))
   helpers.assert_close(got, want, 1e-12)
   helpers.check(fn, tree, (x,), 1e-12)
 
@@ -98,7 +92,7 @@ def test_forward_mode_second_derivatives_and_vmap():
 @pytest.mark.usefixtures("lenient", "one_device")
 def test_dropout_is_made_again_with_the_same_mask():
   fn, tree, x = case(dtype=jnp.float32, dropout=0.5)
-  got, want = (jax.jit(gradient(fn, recompute, dropout_key=KEY))(tree, x) for recompute in (True, False))
+  got, want = (jax.jit(helpers.sine_step(fn, recompute, dropout_key=KEY))(tree, x) for recompute in (True, False))
   helpers.assert_close(got, want, 1e-5)
 
 
@@ -113,26 +107,20 @@ def test_inside_control_flow(control):
 @pytest.mark.parametrize("spec", [(), ("data",), ("data", "time")])
 def test_meshes_whose_types_say_how_arrays_are_sharded(spec):
   fn, tree, x = case()
-  axes = (jax.sharding.AxisType.Explicit,) * 2
-  mesh = jax.make_mesh((2, 2), ("data", "time"), axis_types=axes, devices=jax.devices()[:4])
-  want = jax.jit(gradient(fn, False))(tree, x)
+  mesh = helpers.mesh_of(jax.sharding.AxisType.Explicit, data=2, time=2)
+  want = jax.jit(helpers.sine_step(fn, False))(tree, x)
   with jax.set_mesh(mesh):
-    place = lambda leaf, *names: jax.device_put(
-      leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
-    )
-    got = jax.jit(gradient(fn, True))(jax.tree.map(place, tree), place(x, *spec))
+    place = functools.partial(helpers.place, mesh)
+    got = jax.jit(helpers.sine_step(fn, True))(jax.tree.map(place, tree), place(x, *spec))
   helpers.assert_close(jax.device_get(got), jax.device_get(want), 1e-12)
 
 
 @pytest.mark.usefixtures("lenient")
 def test_no_more_collectives_than_without():
   fn, tree, x = case(dtype=jnp.float32)
-  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-  place = lambda leaf, *names: jax.device_put(
-    leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
-  )
+  place = functools.partial(helpers.place, helpers.mesh_of(data=2))
   args = jax.tree.map(place, tree), place(x, "data")
-  texts = [jax.jit(gradient(fn, recompute)).lower(*args).compile().as_text() for recompute in (True, False)]
+  texts = [jax.jit(helpers.sine_step(fn, recompute)).lower(*args).compile().as_text() for recompute in (True, False)]
   found = [sorted(re.findall(r"(all-\w+|collective-permute)\(", text)) for text in texts]
   assert found[0] == found[1]
 
@@ -140,11 +128,12 @@ def test_no_more_collectives_than_without():
 @pytest.mark.usefixtures("lenient", "one_device")
 def test_no_tokens_and_a_symbolic_number_of_them():
   fn, tree, x = case(dtype=jnp.float32)
-  none = jax.jit(gradient(fn, True))(tree, x[:0])
+  none = jax.jit(helpers.sine_step(fn, True))(tree, x[:0])
   assert not any(leaf.any() for leaf in jax.tree.leaves(none))
   (batch,) = export.symbolic_shape("batch")
-  exported = export.export(jax.jit(gradient(fn, True)))(tree, jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype))
-  helpers.assert_close(exported.call(tree, x), jax.jit(gradient(fn, False))(tree, x), 1e-5)
+  rows = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+  exported = export.export(jax.jit(helpers.sine_step(fn, True)))(tree, rows)
+  helpers.assert_close(exported.call(tree, x), jax.jit(helpers.sine_step(fn, False))(tree, x), 1e-5)
 
 
 @pytest.mark.usefixtures("lenient")
@@ -153,23 +142,13 @@ def test_other_backends_wait_by_a_barrier(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   fn, tree, x = case(dtype=jnp.float32)
   helpers.check(fn, tree, (x,), 1e-4)
-  text = jax.jit(gradient(fn, True)).lower(tree, x).as_text()
+  text = jax.jit(helpers.sine_step(fn, True)).lower(tree, x).as_text()
   assert "optimization_barrier" in text
   assert "shift_right_logical" not in text
 
 
 def kept_bytes(fn, recompute, tree, x):
-  """What XLA has to hold at once beside arguments and results, with optimisation on."""
-  step = jax.jit(gradient(fn, recompute), compiler_options={"xla_backend_optimization_level": 3})
-  return step.lower(tree, x).compile().memory_analysis().temp_size_in_bytes
-
-
-def floor_bytes(fn, params, x):
-  """The same for the frozen model: forward, and the gradient of its input."""
-  step = jax.jit(
-    jax.grad(lambda x, p: jnp.sum(jnp.sin(fn(p, x)))), compiler_options={"xla_backend_optimization_level": 3}
-  )
-  return step.lower(x, params).compile().memory_analysis().temp_size_in_bytes
+  return helpers.temp_bytes(helpers.sine_step(fn, recompute), tree, x)
 
 
 @pytest.mark.usefixtures("lenient", "one_device")
@@ -177,7 +156,7 @@ def test_memory_stays_at_the_frozen_models():
   """The issue of it all: training the factors holds no more than running the frozen model backwards."""
   fn, tree, _ = case(dtype=jnp.float32)
   x = helpers.array(3, (8, 512, WIDTH), jnp.float32)
-  floor = floor_bytes(fn, jaxlora.merge(tree), x)
+  floor = helpers.temp_bytes(helpers.frozen_step(fn), x, jaxlora.merge(tree))
   kept = kept_bytes(fn, True, tree, x)
   assert kept <= floor
   assert kept < 0.75 * kept_bytes(fn, False, tree, x)
@@ -189,8 +168,7 @@ def test_no_product_of_the_base_runs_twice():
   fn, tree, x = case(dtype=jnp.float32)
 
   def of_bases(recompute):
-    equations = helpers.equations(jax.make_jaxpr(gradient(fn, recompute))(tree, x))
-    products = [eqn for eqn in equations if eqn.primitive.name == "dot_general"]
+    products = helpers.products(helpers.sine_step(fn, recompute), tree, x)
     return sum(all(2 not in var.aval.shape[-2:] for var in (*eqn.invars, *eqn.outvars)) for eqn in products)
 
   assert of_bases(True) == of_bases(False) == 2 * 6 - 1  # the first one's input has no gradient
@@ -212,7 +190,7 @@ def test_values_that_pass_through_waiting_are_untouched_bit_for_bit(dtype):
 @pytest.mark.usefixtures("lenient")
 def test_elementwise_functions_of_a_weight_itself_are_left_to_the_rules():
   weights = {"w": helpers.array(1, (5, 7), jnp.float32)}
-  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets="w"), KEY))
+  tree = helpers.adapted(weights, rank=2, targets="w")
   fn = lambda p, x: x @ (jnp.exp(-p["w"]) + 1.0)
   helpers.check(fn, tree, (helpers.array(2, (3, 5), jnp.float32),), 1e-5, on_materialize="ignore")
   with pytest.raises(jaxlora.MaterializeError, match="`exp`"):
@@ -224,7 +202,7 @@ def test_elementwise_functions_of_a_weight_itself_are_left_to_the_rules():
 def test_without_what_this_version_has_it_is_a_plain_call(module, name, monkeypatch):
   monkeypatch.setattr(module, name, None)
   fn, tree, x = case(dtype=jnp.float32)
-  got, want = (jax.jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
+  got, want = (jax.jit(helpers.sine_step(fn, recompute))(tree, x) for recompute in (True, False))
   helpers.assert_close(got, want, 1e-5)
 
 
@@ -240,7 +218,7 @@ def test_a_scanned_model_keeps_one_array_a_layer_less():
   x = helpers.array(3, (8, 256, WIDTH), jnp.float32)
   params = model.init(KEY, x, None)["params"]
   fn = lambda p, x: model.apply({"params": p}, x, None)[0]
-  tree = helpers.trained(jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY, probe=lambda p: fn(p, x)))
+  tree = helpers.adapted(params, rank=2, probe=lambda p: fn(p, x))
   helpers.check(fn, tree, (x[:1, :8],), 1e-4)
   assert kept_bytes(fn, True, tree, x) < 0.8 * kept_bytes(fn, False, tree, x)
 
@@ -255,5 +233,5 @@ def test_lax_is_enough():
     return (lax.logistic(gate) * value) @ p["down"]
 
   weights = {"up": helpers.array(1, (6, 16), jnp.float32), "down": helpers.array(2, (8, 6), jnp.float32)}
-  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets=".*"), KEY))
+  tree = helpers.adapted(weights, rank=2, targets=".*")
   helpers.check(fn, tree, (helpers.array(3, (2, 5, 6), jnp.float32),), 1e-5)

@@ -1,6 +1,5 @@
 """Norms, softmaxes and activations as one: the same numbers, and of each at most one array is kept."""
 
-import math
 import re
 
 import flax.linen as nn
@@ -86,13 +85,8 @@ def case(name, dtype=jnp.float64):
   shapes = {"up": (WIDTH, HIDDEN), "left": (HIDDEN, WIDTH), "right": (HIDDEN, WIDTH), "out": (WIDTH, 5)}
   weights = {name: helpers.array(k, shape, dtype) for k, (name, shape) in enumerate(shapes.items())}
   weights["scale"] = 1 + helpers.array(9, (HIDDEN,), dtype)
-  config = jaxlora.LoraConfig(rank=2, alpha=4, targets=list(shapes), train=["scale"])
-  return fn, helpers.trained(jaxlora.adapt(weights, config, KEY)), helpers.array(10, (2, 12, WIDTH), dtype)
-
-
-def gradient(fn, recompute):
-  wrapped = jaxlora.wrap(fn, recompute=recompute, on_materialize="error")
-  return jaxlora.value_and_grad(lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x))))
+  tree = helpers.adapted(weights, alpha=4, targets=list(shapes), train=["scale"])
+  return fn, tree, helpers.array(10, (2, 12, WIDTH), dtype)
 
 
 @pytest.mark.usefixtures("x64", "lenient", "devices")
@@ -100,7 +94,7 @@ def gradient(fn, recompute):
 def test_gradients_are_the_same(name):
   fn, tree, x = case(name)
   for jit in (jax.jit, lambda step: step):  # outside of jit nothing is traced ahead
-    got, want = (jit(gradient(fn, recompute))(tree, x) for recompute in (True, False))
+    got, want = (jit(helpers.sine_step(fn, recompute))(tree, x) for recompute in (True, False))
     helpers.assert_close(got, want, 1e-12)
   helpers.check(fn, tree, (x,), 1e-12)
 
@@ -171,7 +165,7 @@ def test_regions_whose_operands_trade_places_are_told_apart():
 
   shapes = {"a": (6, 16), "b": (6, 16), "c": (16, 4), "d": (16, 4)}
   weights = {name: helpers.array(k, shape, jnp.float64) for k, (name, shape) in enumerate(shapes.items())}
-  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets=list(shapes)), KEY))
+  tree = helpers.adapted(weights, targets=list(shapes))
   args = helpers.array(5, (3, 8, 6), jnp.float64), helpers.array(6, (1, 1, 16), jnp.float64)
   helpers.check(fn, tree, args, 1e-12)
 
@@ -211,43 +205,27 @@ def stack(layers, tokens=64, dtype=jnp.float32, width=32, rank=RANK):
   model, x = Stack(layers, dtype), helpers.array(3, (4, tokens, width), dtype)
   params = jax.jit(model.init)(KEY, x)["params"]
   fn = lambda p, x: model.apply({"params": p}, x)
-  config = jaxlora.LoraConfig(rank=rank, targets="all-linear")
-  return fn, helpers.trained(jaxlora.adapt(params, config, KEY, probe=lambda p: fn(p, x))), x
-
-
-def compiled(step, *args):
-  return jax.jit(step, compiler_options={"xla_backend_optimization_level": 3}).lower(*args).compile()
+  return fn, helpers.adapted(params, probe=lambda p: fn(p, x), rank=rank, targets="all-linear"), x
 
 
 @pytest.mark.usefixtures("lenient", "one_device")
 def test_less_is_kept_than_by_the_frozen_models_own_step():
   fn, tree, x = stack(3, tokens=32)
-  floor = compiled(jax.grad(lambda x, p: jnp.sum(jnp.sin(fn(p, x)))), x, jaxlora.merge(tree))
-  temp = [
-    compiled(gradient(fn, recompute), tree, x).memory_analysis().temp_size_in_bytes for recompute in (True, False)
-  ]
-  assert temp[0] < 0.95 * floor.memory_analysis().temp_size_in_bytes
+  floor = helpers.temp_bytes(helpers.frozen_step(fn), x, jaxlora.merge(tree))
+  temp = [helpers.temp_bytes(helpers.sine_step(fn, recompute), tree, x) for recompute in (True, False)]
+  assert temp[0] < 0.95 * floor
   assert temp[0] < 0.7 * temp[1]
 
 
 @pytest.mark.usefixtures("lenient", "one_device", "fresh_traces")
 def test_of_the_two_products_their_sum_is_kept(monkeypatch):
   fn, tree, x = stack(3, tokens=32)
-  together = compiled(gradient(fn, True), tree, x).memory_analysis().temp_size_in_bytes
-  assert " call(" not in compiled(jaxlora.wrap(fn), tree, x).as_text()  # at inference it is part of what reads it
+  together = helpers.temp_bytes(helpers.sine_step(fn, True), tree, x)
+  at_inference = helpers.optimised(jaxlora.wrap(fn), tree, x).as_text()
+  assert " call(" not in at_inference  # it is part of what reads it
   monkeypatch.setattr(called, "set_xla_metadata", None)
   trace_cache._once.cache_clear()
-  assert together < 0.9 * compiled(gradient(fn, True), tree, x).memory_analysis().temp_size_in_bytes
-
-
-def product_flops(step, *args):
-  """Of every matrix product of a step."""
-  total = 0
-  for eqn in helpers.equations(jax.make_jaxpr(step)(*args)):
-    if eqn.primitive.name == "dot_general":
-      (summed, _), _ = eqn.params["dimension_numbers"]
-      total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in summed)
-  return total
+  assert together < 0.9 * helpers.temp_bytes(helpers.sine_step(fn, True), tree, x)
 
 
 @pytest.mark.usefixtures("lenient")
@@ -255,9 +233,9 @@ def test_a_step_computes_the_floor_and_the_factors_own():
   """At real sizes: forward and input gradient of the frozen model, and three thin products for each factor."""
   width, tokens, rank = 512, 64, 8
   fn, tree, x = stack(1, tokens, width=width, rank=rank)
-  floor = product_flops(jax.grad(lambda x, p: jnp.sum(fn(p, x))), x, jaxlora.merge(tree))
+  floor = helpers.product_flops(jax.grad(lambda x, p: jnp.sum(fn(p, x))), x, jaxlora.merge(tree))
   factors = 3 * 2 * 4 * tokens * rank * (4 * (width + width) + 2 * (width + 4 * width))
-  assert product_flops(gradient(fn, True), tree, x) <= 1.005 * (floor + factors)
+  assert helpers.product_flops(helpers.sine_step(fn, True), tree, x) <= 1.005 * (floor + factors)
 
 
 @pytest.mark.usefixtures("lenient")
@@ -270,7 +248,7 @@ def test_one_trace_for_all_steps_and_all_adapters_of_one_shape():
     traces += 1
     return fn(p, x)
 
-  step = jax.jit(gradient(counted, True))
+  step = jax.jit(helpers.sine_step(counted, True))
   for other in (tree, jax.tree.map(lambda leaf: leaf + 1, tree), helpers.trained(tree, seed=5)):
     step(other, x)
     step(other, x + 1)
@@ -281,7 +259,7 @@ def test_one_trace_for_all_steps_and_all_adapters_of_one_shape():
 def test_no_array_shaped_like_a_base_is_transposed_or_made():
   """In the optimised program: no transposed copy, gradient or delta of a weight."""
   fn, tree, x = stack(2)
-  text = compiled(gradient(fn, True), tree, x).as_text()
+  text = helpers.optimised(helpers.sine_step(fn, True), tree, x).as_text()
   made = (
     r"= f32\[(?:32,128|128,32|32,32|32,2,16|2,16,32)\]\S* (?!parameter|bitcast|get-tuple-element|reshape)([\w-]+)\("
   )
@@ -292,18 +270,15 @@ def test_no_array_shaped_like_a_base_is_transposed_or_made():
 def test_an_activation_is_made_again_once():
   """The gradient of the next A and that of the activation itself share it."""
   fn, tree, x = stack(2)
-  assert len(re.findall(r" tanh\(", compiled(gradient(fn, True), tree, x).as_text())) == 2 * 2
+  text = helpers.optimised(helpers.sine_step(fn, True), tree, x).as_text()
+  assert len(re.findall(r" tanh\(", text)) == 2 * 2
 
 
 @pytest.mark.usefixtures("lenient")
 def test_weights_that_share_an_input_meet_it_in_one_product():
   """Query, key and value: forward, and for the gradients of their A's and of the input."""
   fn, tree, x = stack(1)
-  shapes = [
-    eqn.outvars[0].aval.shape
-    for eqn in helpers.equations(jax.make_jaxpr(gradient(fn, True))(tree, x))
-    if eqn.primitive.name == "dot_general"
-  ]
+  shapes = [eqn.outvars[0].aval.shape for eqn in helpers.products(helpers.sine_step(fn, True), tree, x)]
   assert shapes.count((256, 3 * RANK)) == 1
   assert shapes.count((3 * RANK, 32)) == 1
   assert shapes.count((256, RANK)) == 3 + 6  # h of the other three weights, and the cotangents of all six
@@ -315,7 +290,7 @@ def test_layers_that_are_alike_are_traced_and_lowered_once():
   for layers in (2, 5):
     fn, tree, x = stack(layers)
     trace_cache._once.cache_clear()
-    lowered = jax.jit(gradient(fn, True)).lower(tree, x)
+    lowered = jax.jit(helpers.sine_step(fn, True)).lower(tree, x)
     misses.append(trace_cache._once.cache_info().misses)
     functions.append(lowered.as_text().count("func.func"))
   assert misses[0] == misses[1] > 0
@@ -326,9 +301,7 @@ def test_layers_that_are_alike_are_traced_and_lowered_once():
 def test_half_precision_weights_are_not_kept_in_a_wider_copy():
   fn, tree, x = stack(4, dtype=jnp.bfloat16)
   copies = 4 * sum(leaf.size for leaf in jax.tree.leaves(jaxlora.strip(tree)))
-  got, want = (
-    compiled(gradient(fn, recompute), tree, x).memory_analysis().temp_size_in_bytes for recompute in (True, False)
-  )
+  got, want = (helpers.temp_bytes(helpers.sine_step(fn, recompute), tree, x) for recompute in (True, False))
   assert got < want - copies / 2
   loss = lambda recompute: lambda x: jnp.sum(jaxlora.wrap(fn, recompute=recompute)(tree, x).astype(jnp.float32))
   forward = [jax.jit(lambda x, r=r: jax.jvp(loss(r), (x,), (x,)))(x) for r in (True, False)]
@@ -346,7 +319,7 @@ def test_a_policy_of_checkpoint_finds_the_users_names(capsys):
     return checkpoint_name(nn.softmax(normed @ p["w"]), "seen")
 
   weights = {"w": helpers.array(1, (WIDTH, WIDTH), jnp.float32)}
-  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=RANK), KEY))
+  tree = helpers.adapted(weights, rank=RANK)
   x = helpers.array(2, (5, WIDTH), jnp.float32)
   helpers.check(fn, tree, (x,), 1e-5)
   policy = jax.checkpoint_policies.save_only_these_names("seen")
@@ -360,6 +333,6 @@ def test_a_policy_of_checkpoint_finds_the_users_names(capsys):
 @pytest.mark.usefixtures("lenient")
 def test_names_in_profiles_are_the_layers_own():
   fn, tree, x = stack(2)
-  text = compiled(gradient(fn, True), tree, x).as_text()
+  text = helpers.optimised(helpers.sine_step(fn, True), tree, x).as_text()
   for layer in ("block_0", "block_1"):
     assert re.search(rf'op_name="[^"]*{layer}/(?:[\w()]+/)*rsqrt"', text), layer

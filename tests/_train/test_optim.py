@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jaxlora
+from tests import helpers
 
 KEY = jax.random.key(0)
 # optax promotes dtypes as JAX does by default.
@@ -35,7 +36,7 @@ def params():
 
 
 def adapted(**fields):
-  return jaxlora.adapt(params(), jaxlora.LoraConfig(**{"rank": 3, "targets": "up|down"} | fields), KEY)
+  return helpers.adapted(params(), seed=None, **{"rank": 3, "targets": "up|down"} | fields)
 
 
 apply = jaxlora.wrap(network, on_materialize="error")

@@ -31,7 +31,7 @@ def test_linen_apply_with_mutable_rngs_and_method():
   model = Net()
   x = helpers.array(2, (64, 5), jnp.float32)  # enough for the batch's statistics to be well conditioned
   variables = jax.jit(lambda key: model.init(key, x, train=False))(KEY)
-  tree = helpers.trained(jaxlora.adapt(variables, jaxlora.LoraConfig(rank=2, targets=["first", "last"]), KEY))
+  tree = helpers.adapted(variables, rank=2, targets=["first", "last"])
   plain, wrapped = jaxlora.merge(tree), jaxlora.wrap(model.apply, on_materialize="error")
   options = {"train": True, "rngs": {"dropout": jax.random.key(5)}, "mutable": ["batch_stats"]}
   got, want = wrapped(tree, x, **options), model.apply(plain, x, **options)
@@ -96,8 +96,7 @@ def test_nnx_modules_are_trees_themselves():
 def test_flax_serialization_and_orbax_round_trips(tmp_path):
   model = Net()
   variables = model.init(KEY, X, train=False)
-  config = jaxlora.LoraConfig(rank=2, targets=["first"], train=["last"])
-  tree = helpers.trained(jaxlora.adapt(variables, config, KEY))
+  tree = helpers.adapted(variables, targets=["first"], train=["last"])
   blank = jax.tree.map(jnp.zeros_like, tree)
   back = serialization.from_bytes(blank, serialization.to_bytes(tree))
   assert jax.tree.structure(back) == jax.tree.structure(tree)

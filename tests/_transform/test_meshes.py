@@ -1,5 +1,8 @@
 """Sharded weights and data: meshes of every kind of axis, `shard_map`, and shardings that the user wrote down."""
 
+import dataclasses
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ X = helpers.array(2, (3, 5), jnp.float32)
 
 
 def test_name_stacks_and_shardings_of_inner_jits_survive():
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  mesh = helpers.mesh_of(data=8)
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   inner = jax.jit(lambda p, x: jnp.tanh(x @ p["w"]), in_shardings=(None, sharding), out_shardings=sharding)
 
@@ -34,19 +37,12 @@ def test_name_stacks_and_shardings_of_inner_jits_survive():
 @pytest.mark.parametrize("spec", [("model", None), (None, "model"), (None, None)])
 @pytest.mark.parametrize("build", ["dense", "attention"])
 def test_sharded_bases_and_batches(spec, build):
-  mesh = jax.make_mesh(
-    (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4]
-  )
-  place = lambda leaf, *names: jax.device_put(
-    leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
-  )
-  weights = {"w": helpers.array(1, (6, 8), jnp.float32)}
-  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets="w"), KEY))
+  mesh = helpers.mesh_of(data=2, model=2)
+  place = functools.partial(helpers.place, mesh)
+  tree = one_weight((6, 8))
   x = helpers.array(2, (4, 3, 6), jnp.float32)
   fn = lambda p, x: jnp.tanh(x @ p["w"])
   expected = fn(jaxlora.merge(tree), x)
-  import dataclasses
-
   placed = {"w": dataclasses.replace(tree["w"], base=place(tree["w"].base, *spec))}
   got = jax.jit(jaxlora.wrap(fn, on_materialize="error"))(placed, place(x, "data"))
   helpers.assert_close(np.asarray(got), np.asarray(expected), 1e-5)
@@ -55,7 +51,7 @@ def test_sharded_bases_and_batches(spec, build):
 @pytest.mark.parametrize("spec", [("model", None), (None, "model")])
 def test_shard_map_over_the_weights_own_axes(spec):
   """Tensor parallelism by hand: the base split along inputs or outputs, the factors along what they hold of it."""
-  mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  mesh = helpers.mesh_of(model=2)
   partition = jax.sharding.PartitionSpec
   over_inputs = spec[0] == "model"
 
@@ -67,15 +63,12 @@ def test_shard_map_over_the_weights_own_axes(spec):
     data, out = (partition(None, "model"), partition()) if over_inputs else (partition(), partition(None, "model"))
     return jax.shard_map(local, mesh=mesh, in_specs=({"w": partition(*spec)}, data), out_specs=out)(p, x)
 
-  weights = {"w": helpers.array(1, (6, 8), jnp.float32)}
-  tree = helpers.trained(jaxlora.adapt(weights, jaxlora.LoraConfig(rank=2, targets="w"), KEY))
+  tree = one_weight((6, 8))
   helpers.check(fn, tree, (helpers.array(2, (4, 6), jnp.float32),), 1e-5)
 
 
 def test_explicit_sharding():
-  mesh = jax.make_mesh(
-    (2, 2), ("data", "time"), axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=jax.devices()[:4]
-  )
+  mesh = helpers.mesh_of(jax.sharding.AxisType.Explicit, data=2, time=2)
   with jax.set_mesh(mesh):
     tree = one_weight()
     x = jax.device_put(helpers.array(2, (4, 6, 5), jnp.float32), jax.sharding.PartitionSpec("data", "time", None))
@@ -85,7 +78,7 @@ def test_explicit_sharding():
 
 
 def test_jits_of_one_function_keep_their_own_shardings():
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  mesh = helpers.mesh_of(data=8)
   place = lambda *names: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
   layer = lambda w, x: jnp.tanh(x @ w)
   apart, together = (jax.jit(layer, out_shardings=sharding) for sharding in (place("data"), place()))
@@ -100,7 +93,7 @@ def test_jits_of_one_function_keep_their_own_shardings():
 
 
 def test_shards_of_data_have_dropout_masks_of_their_own():
-  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  mesh = helpers.mesh_of(data=2)
   spec = jax.sharding.PartitionSpec
   local = lambda p, x: x @ p["w"]
   fn = lambda p, x: jax.shard_map(local, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"))(p, x)
@@ -110,15 +103,11 @@ def test_shards_of_data_have_dropout_masks_of_their_own():
 
 def test_explicit_sharding_of_results():
   """A lookup and a row-parallel product that say how their results are sharded."""
-  mesh = jax.make_mesh(
-    (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=jax.devices()[:4]
-  )
+  mesh = helpers.mesh_of(jax.sharding.AxisType.Explicit, data=2, model=2)
   spec = jax.sharding.PartitionSpec
   with jax.set_mesh(mesh):
-    put = lambda leaf, *names: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec(*names)))
-    w = helpers.trained(jaxlora.adapt({"w": helpers.array(1, (6, 8), jnp.float32)}, jaxlora.LoraConfig(rank=2), KEY))[
-      "w"
-    ]
+    put = functools.partial(helpers.place, mesh)
+    w = one_weight((6, 8), alpha=None)["w"]
     rows = jaxlora.LoraWeight(put(w.base, "model"), put(w.a, None, "model"), put(w.b), rank=2, alpha=w.alpha)
     whole = jaxlora.LoraWeight(put(w.base), put(w.a), put(w.b), rank=2, alpha=w.alpha)
     take = lambda p, ids: p["w"].at[ids].get(out_sharding=spec("data", None))

@@ -25,7 +25,7 @@ def check_model(fn, params, args, config, expected_leaves):
   forward = jax.jit(jaxlora.wrap(fn, on_materialize="error"))
   base = jax.jit(fn)(params, *args)
   assert not np.any(np.asarray(forward(tree, *args)) - np.asarray(base))
-  tree = small_steps(tree)
+  tree = helpers.trained(tree, 0, width=0.02)
   merged = jax.jit(fn)(jaxlora.merge(tree), *args)
   assert float(jnp.abs(merged - base).max()) > 1e-3
   helpers.assert_close(forward(tree, *args), merged, 1e-4)
@@ -38,12 +38,6 @@ def check_model(fn, params, args, config, expected_leaves):
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
   assert all(bool(leaf.any()) for leaf in jax.tree.leaves(grads))
   return paths
-
-
-def small_steps(tree):
-  frozen, trainable = jaxlora.split(tree)
-  moved = [leaf + helpers.array(k, leaf.shape, leaf.dtype) * 0.02 for k, leaf in enumerate(jax.tree.leaves(trainable))]
-  return jaxlora.join(frozen, jax.tree.unflatten(jax.tree.structure(trainable), moved))
 
 
 @pytest.fixture(scope="module")

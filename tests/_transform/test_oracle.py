@@ -84,10 +84,10 @@ def test_no_gradient_of_the_bases_shape(build):
   case = helpers.BUILDERS[build](jnp.float32)
   frozen, trainable = jaxlora.split(case.adapted())
   loss = helpers.loss_of(jaxlora.wrap(case.fn), case.args)
-  traced = jax.make_jaxpr(jax.grad(lambda f, t: loss(jaxlora.join(f, t)), argnums=1))(frozen, trainable)
+  equations = helpers.traced(jax.grad(lambda f, t: loss(jaxlora.join(f, t)), argnums=1), frozen, trainable)
   shapes = {leaf.shape for leaf in jax.tree.leaves(jaxlora.strip(case.adapted())) if len(leaf.shape) > 1}
   products = ("dot_general", "conv_general_dilated", "scatter-add", "scatter_add")
-  made = [e for e in helpers.equations(traced) if e.primitive.name in products]
+  made = [e for e in equations if e.primitive.name in products]
   wrong = [e for e in made if any(_matches(var.aval.shape, shape) for var in e.outvars for shape in shapes)]
   assert not wrong, wrong
 
@@ -102,8 +102,8 @@ def test_gradients_follow_from_the_dense_gradient(build, x64):
   case = helpers.BUILDERS[build](jnp.float64)
   tree = case.adapted()
   dense = jax.grad(helpers.loss_of(case.fn, case.args))(jaxlora.merge(tree))["w" if "w" in case.params else "kernel"]
-  (got,) = lora_weights(jaxlora.grad(helpers.loss_of(jaxlora.wrap(case.fn), case.args))(tree))
-  (weight,) = lora_weights(tree)
+  (got,) = helpers.lora_weights(jaxlora.grad(helpers.loss_of(jaxlora.wrap(case.fn), case.args))(tree))
+  (weight,) = helpers.lora_weights(tree)
   letters = "".join("zyx"[d] for d in range(weight.ndim))
   order = lambda role: (
     "".join(letter for letter, r in zip(letters, weight.roles, strict=True) if r == "s")
@@ -114,8 +114,3 @@ def test_gradients_follow_from_the_dense_gradient(build, x64):
   d_b = weight.scale * jnp.einsum(f"{letters},{order('i')}->{order('o')}", dense, weight.a)
   helpers.assert_close(got.a, d_a, 1e-12)
   helpers.assert_close(got.b, d_b, 1e-12)
-
-
-def lora_weights(tree):
-  nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, jaxlora.LoraWeight))
-  return [node for node in nodes if isinstance(node, jaxlora.LoraWeight)]

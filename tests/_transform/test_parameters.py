@@ -15,8 +15,7 @@ X = helpers.array(2, (3, 5), jnp.float32)
 
 
 def traced_equations(fn):
-  traced = jax.make_jaxpr(jaxlora.wrap(fn, on_materialize="error"))(one_weight((5, 5)), X)
-  return list(helpers.equations(traced))
+  return helpers.traced(jaxlora.wrap(fn, on_materialize="error"), one_weight((5, 5)), X)
 
 
 def test_precision_holds_for_the_low_rank_products():
@@ -73,7 +72,7 @@ def test_the_update_has_the_products_own_precision(kind):
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
 def test_factors_beside_a_base_of_eight_bits_keep_their_own(dtype):
   base = helpers.array(1, (6, 5), jnp.float32).astype(dtype)
-  tree = helpers.trained(jaxlora.adapt({"w": base}, jaxlora.LoraConfig(rank=2, targets="w", dtype="float32"), KEY))
+  tree = helpers.adapted({"w": base}, rank=2, targets="w", dtype="float32")
   fn = lambda p, x: x @ p["w"].astype(jnp.float32)
   x, w = helpers.array(2, (3, 6), jnp.float32), tree["w"]
   want = x @ (base.astype(jnp.float32) + w.scale * w.a.T @ w.b)

@@ -51,8 +51,7 @@ def test_a_gain_that_fits_neither_input_nor_result_materialises(name, x64):
   x_axes = spec.split("->")[0].split(",")[1]
   params, x = (helpers.array(k, tuple(SIZES[a] for a in s), jnp.float64) for k, s in enumerate((axes, x_axes)))
   fn = lambda p, x: jnp.einsum(spec, p["w"], x)
-  config = jaxlora.LoraConfig(rank=2, axes={"w": roles}, variant="dora")
-  tree = helpers.trained(jaxlora.adapt({"w": params}, config, jax.random.key(0)))
+  tree = helpers.adapted({"w": params}, axes={"w": roles}, variant="dora")
   helpers.check(fn, tree, (x,), 1e-12, on_materialize="ignore")
   (use,) = jaxlora.explain(fn, tree, x).materialized
   assert use.reason.startswith("of the axes along which its variant scales the weight")
@@ -137,8 +136,8 @@ def test_parts_of_another_variant_are_named():
 
 def weight(variant, rank=2, roles="io", shape=(6, 8), alpha=3.0, scaling="standard"):
   params = {"w": jnp.asarray(helpers.normal(3, shape, np.float64))}
-  config = jaxlora.LoraConfig(rank=rank, alpha=alpha, axes={"w": roles}, variant=variant, scaling=scaling, targets="w")
-  return helpers.trained(jaxlora.adapt(params, config, jax.random.key(1)))["w"]
+  fields = {"rank": rank, "alpha": alpha, "axes": {"w": roles}, "variant": variant, "scaling": scaling}
+  return helpers.adapted(params, 1, targets="w", **fields)["w"]
 
 
 @pytest.mark.usefixtures("lenient")
@@ -250,9 +249,7 @@ def test_doras_norm_costs_a_share_of_rank_over_tokens_and_forms_no_weight():
 
 @pytest.mark.parametrize("learning_rate", [0.01, optax.constant_schedule(0.01)])
 def test_lora_plus_moves_b_faster(learning_rate):
-  config = jaxlora.LoraConfig(rank=2, variant="dora", train=["bias"])
-  params = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4)}
-  tree = helpers.trained(jaxlora.adapt(params, config, jax.random.key(0)))
+  tree = helpers.adapted({"w": jnp.ones((6, 4)), "bias": jnp.zeros(4)}, variant="dora", train=["bias"])
   frozen, trainable = jaxlora.split(tree)
   ones = jax.tree.map(jnp.ones_like, trainable)
   tx = jaxlora.lora_plus(learning_rate, ratio=4, make=optax.sgd)
@@ -274,10 +271,8 @@ def test_lora_plus_wants_a_ratio(ratio):
 
 def pruned_setup():
   params = {"one": jnp.ones((6, 8)), "two": jnp.ones((2, 6, 8)), "else": jnp.ones((6, 8))}
-  config = jaxlora.LoraConfig(
-    rank=3, variant="adalora", axes={"two": "sio"}, targets=".*", overrides={"else": {"variant": "lora"}}
-  )
-  return helpers.trained(jaxlora.adapt(params, config, jax.random.key(0)))
+  fields = {"axes": {"two": "sio"}, "targets": ".*", "overrides": {"else": {"variant": "lora"}}}
+  return helpers.adapted(params, rank=3, variant="adalora", **fields)
 
 
 def test_pruning_keeps_the_budget_and_does_not_recompile():

@@ -11,7 +11,7 @@ import pytest
 
 import jaxlora
 from jaxlora._weight.variant import VARIANTS
-from tests.helpers import equations, normal
+from tests.helpers import adapted, normal, traced
 
 KEY = jax.random.key(0)
 SHAPE = (9, 7)
@@ -29,12 +29,8 @@ def base(dtype=np.float64):
 
 def adapter(seed, rank, alpha=None, scaling="standard", dtype=np.float64, **fields):
   """An adapter of one base with moved factors."""
-  options = {"targets": "w|stack", "train": "bias", "axes": {"stack": "sio"}} | fields
-  config = jaxlora.LoraConfig(rank=rank, alpha=alpha, scaling=scaling, **options)
-  frozen, trainable = jaxlora.split(jaxlora.adapt(base(dtype), config, KEY))
-  leaves, treedef = jax.tree.flatten(trainable)
-  moved = [jnp.asarray(normal(seed + k, leaf.shape, dtype)) for k, leaf in enumerate(leaves)]
-  return jaxlora.join(frozen, jax.tree.unflatten(treedef, moved))
+  fields = {"targets": "w|stack", "train": "bias", "axes": {"stack": "sio"}} | fields
+  return adapted(base(dtype), seed=seed, rank=rank, alpha=alpha, scaling=scaling, **fields)
 
 
 def deltas(tree):
@@ -154,8 +150,8 @@ def test_nothing_of_the_weights_size_is_formed():
     lambda w: jaxlora.cosine({"w": w}, {"w": w}),
   ]
   for fn in fns:
-    jaxpr = jax.make_jaxpr(lambda a, b: fn(dataclasses.replace(node, a=a, b=b)))(node.a, node.b)
-    assert max(var.aval.size for eqn in equations(jaxpr) for var in eqn.outvars) <= 4 * 60
+    equations = traced(lambda a, b, fn=fn: fn(dataclasses.replace(node, a=a, b=b)), node.a, node.b)
+    assert max(var.aval.size for eqn in equations for var in eqn.outvars) <= 4 * 60
 
 
 # ----------------------------------------------------------------------------------------------------------------------

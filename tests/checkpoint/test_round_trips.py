@@ -13,7 +13,7 @@ from jaxlora import checkpoint
 from jaxlora._weight.variant import VARIANTS
 from jaxlora.checkpoint import CheckpointError, Manager
 from tests.checkpoint.trees import CONFIG, assert_same
-from tests.helpers import trained
+from tests.helpers import adapted
 
 
 def test_every_container_and_node_comes_back_bit_for_bit(tmp_path, params, tree):
@@ -108,8 +108,7 @@ def test_factors_are_sharded_as_their_base(tmp_path):
   mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
   put = lambda value, *spec: jax.device_put(value, NamedSharding(mesh, P(*spec)))
   plain = {"w": np.ones((8, 12), np.float32), "s": np.ones((2, 8, 3, 4), np.float32), "b": np.ones(8, np.float32)}
-  config = jaxlora.LoraConfig(rank=2, targets=["w", "s"], train=["b"], axes={"s": "sioo"})
-  saved = trained(jaxlora.adapt(plain, config, jax.random.key(0)))
+  saved = adapted(plain, targets=["w", "s"], train=["b"], axes={"s": "sioo"})
   params = {
     "w": put(plain["w"], "x", "y"),
     "s": put(plain["s"], "x", None, None, "y"),

@@ -13,7 +13,7 @@ import pytest
 
 import jaxlora
 from jaxlora import _cli, checkpoint
-from tests.helpers import array, trained
+from tests.helpers import adapted, array
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="the extra jaxlora[peft] is not installed")
 pytest.importorskip("tqdm", reason="the extra jaxlora[peft] is not installed")
@@ -28,10 +28,8 @@ PARAMS = {
 
 @pytest.fixture(scope="module")
 def tree():
-  config = jaxlora.LoraConfig(
-    rank=2, alpha=6, targets=["q_proj", "embed_tokens"], overrides={"layers_1/.*": {"rank": 1, "alpha": 0.5}}
-  )
-  return trained(jaxlora.adapt(PARAMS, config, jax.random.key(0)))
+  overrides = {"layers_1/.*": {"rank": 1, "alpha": 0.5}}
+  return adapted(PARAMS, alpha=6, targets=["q_proj", "embed_tokens"], overrides=overrides)
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +142,7 @@ def test_convert_from_peft_by_torchs_names(capsys, tmp_path):
   kernel = {"h": {"0": {"attn": {"c_attn": {"kernel": array(1, (4, 12), jnp.float32)}}}}}
   conv = {"stem": {"conv": {"kernel": array(2, (3, 3, 2, 5), jnp.float32)}}}
   params = {"transformer": {"wte": {"embedding": array(3, (7, 4), jnp.float32)}, **kernel, **conv}}
-  config = jaxlora.LoraConfig(rank=2, targets=["attn", "conv", "wte"], axes={".*conv/kernel": "iiio"})
-  tree = trained(jaxlora.adapt(params, config, jax.random.key(0)))
+  tree = adapted(params, targets=["attn", "conv", "wte"], axes={".*conv/kernel": "iiio"})
   peft.save(tmp_path / "p", tree)
   run(capsys, "convert", tmp_path / "p", tmp_path / "c")
   more = {"transformer": params["transformer"] | {"ln_f": {"scale": jnp.ones(4)}}}  # no part of what was known
@@ -157,8 +154,7 @@ def test_convert_from_peft_by_torchs_names(capsys, tmp_path):
 
 def test_convert_needs_the_base_where_a_layout_is_not_told(capsys, tmp_path):
   params = {"layers_0": {"q_proj": {"kernel": jnp.ones((6, 4))}}, "head": {"kernel": jnp.ones((4, 3))}}
-  config = jaxlora.LoraConfig(rank=2, targets=["q_proj"], train=["head"])
-  peft.save(tmp_path / "p", trained(jaxlora.adapt(params, config, jax.random.key(0))))
+  peft.save(tmp_path / "p", adapted(params, targets=["q_proj"], train=["head"]))
   assert "Pass --base FILE" in run(capsys, "convert", tmp_path / "p", tmp_path / "c", code=1)["error"]
   safetensors_numpy.save_file(flat(params, "."), tmp_path / "base.safetensors")
   run(capsys, "convert", tmp_path / "p", tmp_path / "c", "--base", tmp_path / "base.safetensors")

@@ -16,7 +16,8 @@ from tests.helpers.compiled import (
   traced,
   weight_shaped_products,
 )
-from tests.helpers.oracle import TOLERANCE, assert_close, check, loss_of, oracle, sine_step
+from tests.helpers.meshes import mesh_of, place
+from tests.helpers.oracle import TOLERANCE, assert_close, check, frozen_step, loss_of, oracle, sine_step
 from tests.helpers.wrappers import FORWARD_ONLY, NEEDS_FLOAT_DATA, WRAPPERS, legal
 
 __all__ = [
@@ -35,13 +36,16 @@ __all__ = [
   "check",
   "equations",
   "factored",
+  "frozen_step",
   "legal",
   "lora_weights",
   "loss_of",
+  "mesh_of",
   "normal",
   "one_weight",
   "optimised",
   "oracle",
+  "place",
   "product_flops",
   "products",
   "sine_step",

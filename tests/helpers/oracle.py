@@ -22,10 +22,15 @@ def loss_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[Any], ja
   return loss
 
 
-def sine_step(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def sine_step(fn: Callable[..., Any], recompute: bool = True, **options: Any) -> Callable[..., Any]:
   """A training step's value and gradients: of the sum of sines of what `wrap(fn)` gives, by the factors."""
-  wrapped = jaxlora.wrap(fn, **{"on_materialize": "error"} | options)
+  wrapped = jaxlora.wrap(fn, recompute=recompute, on_materialize="error", **options)
   return jaxlora.value_and_grad(lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x))))
+
+
+def frozen_step(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """What the frozen model's own step computes: forward, and the gradient of its input."""
+  return jax.grad(lambda x, p: jnp.sum(jnp.sin(fn(p, x))))
 
 
 def oracle(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from tests.helpers.meshes import mesh_of
+
 WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}
 FORWARD_ONLY = {"while"}  # no reverse mode through a loop of unknown length
 NEEDS_FLOAT_DATA = {"grad", "jvp", "scan_carry"}
@@ -102,7 +104,7 @@ def shard_map(fn):
   """Copies of the data on two devices, the weights on both."""
 
   def wrapped(p, *args):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = mesh_of(data=2)
     spec = jax.sharding.PartitionSpec
     here = lambda p, x: fn(p, x[0])[None]
     mapped = jax.shard_map(here, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"))

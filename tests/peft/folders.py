@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-import jaxlora
 from jaxlora._base.paths import flatten
 from jaxlora.peft import _records, _write
+from tests import helpers
 
 KEY = jax.random.key(0)
 PREFIX = "base_model.model."
@@ -48,9 +48,7 @@ def adapted(tree=None, targets=r".*(kernel|embedding)", axes=AXES, **fields):
   """An adapted tree with random factors and trained leaves."""
   paths = [path for path, _ in flatten(tree or params())[0] if re.fullmatch(targets, path)]
   axes = {pattern: roles for pattern, roles in axes.items() if any(re.fullmatch(pattern, path) for path in paths)}
-  config = jaxlora.LoraConfig(**{"rank": 2, "targets": targets, "axes": axes, **fields})
-  frozen, trainable = jaxlora.split(jaxlora.adapt(tree or params(), config, KEY))
-  return jaxlora.join(frozen, jax.tree.map(lambda x: x + normal(*x.shape).astype(x.dtype), trainable))
+  return helpers.adapted(tree or params(), targets=targets, axes=axes, **fields)
 
 
 def assert_equal(found, expected):

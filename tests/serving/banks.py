@@ -25,8 +25,7 @@ def mlp(params, x):
 
 def adapter(seed, rank=2, alpha=3.0, targets=".*kernel", train=None, params=None, **more):
   params = params_of() if params is None else params
-  config = jaxlora.LoraConfig(rank=rank, alpha=alpha, targets=targets, train=train, **more)
-  return helpers.trained(jaxlora.adapt(params, config, jax.random.key(seed)), seed)
+  return helpers.adapted(params, seed, seed=seed, rank=rank, alpha=alpha, targets=targets, train=train, **more)
 
 
 def adapters(dtype=jnp.float32):

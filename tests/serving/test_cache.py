@@ -26,11 +26,8 @@ def test_decoding_with_a_cache(capacity):
   whole = jnp.zeros((1, 5, 8))
   variables = model.init(jax.random.key(0), whole)
   params, steps = variables["params"], 4
-  config = jaxlora.LoraConfig(rank=2, targets=".*kernel")
   probe = lambda p: model.apply({"params": p, "cache": variables["cache"]}, whole[:, :1], mutable=["cache"])[0]
-  trees = [
-    helpers.trained(jaxlora.adapt(params, config, jax.random.key(k), probe=probe), k) for k in range(capacity > 1 and 2)
-  ]
+  trees = [helpers.adapted(params, k, probe=probe, seed=k, targets=".*kernel") for k in range(2)]
   bank, ids, x = bank_of(trees, capacity=capacity), (1, -1, 0), helpers.array(1, (3, 1, 8), jnp.float32)
 
   def cache_of(rows):

@@ -148,12 +148,7 @@ def test_scanned_layers(via):
   model = Scanned()
   params = model.init(jax.random.key(0), jnp.ones((1, 6)))["params"]
   fn = lambda p, x: model.apply({"params": p}, x)
-  trees = [
-    helpers.trained(
-      jaxlora.adapt(params, jaxlora.LoraConfig(rank=rank, axes={".*kernel": "sio"}), jax.random.key(1)), rank
-    )
-    for rank in (1, 2)
-  ]
+  trees = [helpers.adapted(params, 1, seed=rank, rank=rank, axes={".*kernel": "sio"}) for rank in (1, 2)]
   bank, x, ids = bank_of(trees, capacity=30), data(3), (1, -1, 0)
   assert bank.factors["layers/kernel"].a.shape == (30, 3, 2, 6)
   routed = jaxlora.route(fn, via=via)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxlora
-from tests.helpers import equations, normal
+from tests.helpers import factored, normal, traced
 from tests.helpers.paths import EXAMPLES
 
 KEY = jax.random.key(0)
@@ -26,16 +26,7 @@ def decaying(seed=0, shape=(30, 20), decay=0.5):
 
 def weight(seed=0, shape=(9, 7), roles="io", rank=3, alpha=5.0, dtype=np.float64, **fields):
   """An adapted weight with factors away from zero."""
-  sizes = {role: [n for n, own in zip(shape, roles, strict=True) if own == role] for role in "sio"}
-  return jaxlora.LoraWeight(
-    base=jnp.asarray(normal(seed, shape, dtype)),
-    a=jnp.asarray(normal(seed + 1, (*sizes["s"], rank, *sizes["i"]), dtype)),
-    b=jnp.asarray(normal(seed + 2, (*sizes["s"], rank, *sizes["o"]), dtype)),
-    roles=roles,
-    rank=rank,
-    alpha=alpha,
-    **fields,
-  )
+  return factored(jnp.asarray(normal(seed, shape, dtype)), roles, rank, alpha, seed=seed + 1, **fields)
 
 
 def delta(node):
@@ -153,7 +144,7 @@ def test_compress_without_loss(x64):
 def test_no_update_is_formed():
   node = weight(shape=(40, 50), rank=4, dtype=np.float32)
   for fn in (lambda w: jaxlora.compress({"w": w}, rank=2)["w"].a, lambda w: jaxlora.spectrum({"w": w})["w"]):
-    sizes = [var.aval.size for eqn in equations(jax.make_jaxpr(fn)(node)) for var in eqn.outvars]
+    sizes = [var.aval.size for eqn in traced(fn, node) for var in eqn.outvars]
     assert max(sizes) <= 4 * 50
 
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxlora
 from tests import helpers
 
 MAX_AXES, MAX_SIZE = 6, 400
@@ -39,11 +38,8 @@ class Program:
     return tuple(y.astype(jnp.float64) for y in jax.tree.leaves(run(self.steps, params["w"], data)))
 
   def tree(self) -> Any:
-    sizes = lambda own: [n for n, role in zip(self.shape, self.roles, strict=True) if role == own]
-    a, b = ((*sizes("s"), self.rank, *sizes(own)) for own in "io")
     base = jnp.asarray(1.5 + helpers.normal(0, self.shape, np.float64, 0.3))
-    a, b = (jnp.asarray(helpers.normal(k, shape, np.float64, 0.3)) for k, shape in ((1, a), (2, b)))
-    return {"w": jaxlora.LoraWeight(base, a, b, roles=self.roles, rank=self.rank, alpha=self.alpha)}
+    return {"w": helpers.factored(base, self.roles, self.rank, self.alpha, width=0.3)}
 
   def data(self) -> Any:
     return {
