@@ -278,7 +278,7 @@ def plot(results: dict[str, Any], path: Any) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """The options; each round compiles everything once, so there are fewer."""
-  parser = harness.make_parser("compile_time", __doc__, "--layers 2,4,8", rounds=5)
+  parser = harness.make_parser(__file__, __doc__, "--layers 2,4,8", rounds=5)
   contestants.add_sizes(parser)
   counts = harness.several(harness.positive(int))
   parser.add_argument("--layers", type=counts, default="2,4,8,12", help="numbers of blocks, separated by commas")
@@ -296,8 +296,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     comparison = compare(settings, args, harness.ticker(bar))
     calls = compare_calls(args.rounds, harness.ticker(bar))
   results = {**harness.provenance(args), **comparison, "calls": calls}
-  harness.write(args.out / "compile_time.json", results)
-  plot(results, args.out / "compile_time.png")
+  harness.publish(args, "compile_time", results, plot)
   print(describe(results))
   return results
 

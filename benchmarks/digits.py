@@ -1,6 +1,4 @@
-"""What `finetune.py` adapts: scikit-learn's bundled digits, a small ViT and a small convolutional network, and their
-pretraining, kept on disk by orbax.
-"""
+"""Scikit-learn's bundled digits, two small models of them (a ViT, a convolutional network), and their pretraining."""
 
 from collections.abc import Callable, Iterator
 import functools
@@ -20,7 +18,7 @@ from sklearn.model_selection import train_test_split
 Params = dict[str, Any]
 
 PRETRAIN_LR = 1e-3  # best of 5e-4, 1e-3, 2e-3, 4e-3 on the old validation split
-SPLIT_SEED = 0  # one split for everybody: seeds vary the training, never the data
+SPLIT_SEED = 0  # one split for all runs: seeds vary the training, never the data
 
 
 class Split(NamedTuple):
@@ -31,7 +29,7 @@ class Split(NamedTuple):
 
 
 class Task(NamedTuple):
-  """Half of the classes: to train on, to choose settings on, to report."""
+  """The splits of five digits: `validation` chooses settings, `test` is reported."""
 
   train: Split
   validation: Split
@@ -39,7 +37,7 @@ class Task(NamedTuple):
 
 
 def load_task(first: int) -> Task:
-  """The five digits from `first` on, labelled 0-4: half to train, a fifth to validate, the rest to test."""
+  """The five digits from `first` on, labelled 0-4: half for training, a fifth for validation, the rest for the test."""
   data = load_digits()
   mine = (data.target >= first) & (data.target < first + 5)
   x, y = (data.images[mine] / 16).astype(np.float32), (data.target[mine] - first).astype(np.int32)
@@ -79,12 +77,12 @@ class ViT(nn.Module):
     return nn.Dense(5, name="head")(nn.LayerNorm(name="norm")(x.mean(axis=1)))
 
   def settings(self) -> dict[str, int]:
-    """What tells one model from another."""
+    """Its sizes, as part of a result and of the cache's key."""
     return {"width": self.width, "depth": self.depth, "heads": self.heads, "mlp": self.mlp}
 
 
 class ConvBlock(nn.Module):
-  """Two 3x3 convolutions around a residual; the first may halve the image, and then a 1x1 convolution follows it."""
+  """A residual block of two 3x3 convolutions; where the first halves the image, a 1x1 convolution does so beside it."""
 
   width: int
   stride: int
@@ -99,7 +97,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-  """A residual network of convolutions over an 8x8 image; the norms keep no statistics, so that parameters are all."""
+  """A residual convolutional network over an 8x8 image; its norms keep no running statistics."""
 
   width: int = 48
   depth: int = 2
@@ -112,7 +110,7 @@ class ConvNet(nn.Module):
     return nn.Dense(5, name="head")(nn.LayerNorm(name="norm")(x).mean(axis=(1, 2)))
 
   def settings(self) -> dict[str, Any]:
-    """What tells one model from another."""
+    """Its sizes, as part of a result and of the cache's key."""
     return {"kind": "conv", "width": self.width, "depth": self.depth}
 
 
@@ -127,17 +125,17 @@ def init(model: Model, seed: int) -> Params:
 
 @functools.partial(jax.jit, static_argnums=0)
 def predict(model: Model, params: Params, x: jax.Array) -> jax.Array:
-  """The classes that plain parameters give to images."""
+  """Predicted classes of images (count, 8, 8) under plain parameters."""
   return model.apply({"params": params}, x).argmax(axis=-1)
 
 
 def accuracy(model: Model, params: Params, split: Split) -> float:
-  """The share of images in the right class."""
+  """The share of images whose predicted class is right."""
   return float((np.asarray(predict(model, params, split.x)) == split.y).mean())
 
 
 def batches(split: Split, batch_size: int, steps: int, seed: int) -> Iterator[Split]:
-  """Shuffled batches, epoch after epoch; the seed alone decides them, so that every method sees the same."""
+  """Shuffled batches, epoch after epoch; they depend on the seed alone, so that all methods see the same ones."""
   rng = np.random.default_rng(seed)
   epochs = -(-steps * batch_size // len(split.y))
   order = np.concatenate([rng.permutation(len(split.y)) for _ in range(epochs)])
@@ -146,12 +144,12 @@ def batches(split: Split, batch_size: int, steps: int, seed: int) -> Iterator[Sp
 
 
 def adam(lr: float, steps: int) -> optax.GradientTransformation:
-  """Adam that warms up over a tenth of the steps and decays to zero."""
+  """Adam with a linear warm-up over a tenth of the steps and a cosine decay to zero."""
   return optax.adam(optax.warmup_cosine_decay_schedule(0.0, lr, steps // 10, steps))
 
 
 def make_step(logits: Callable[[Any, Any, Any], jax.Array], tx: optax.GradientTransformation) -> Callable[..., Any]:
-  """One step for pretraining and every method alike: they differ only in which half of `logits` trains."""
+  """A jitted training step, for pretraining and for every method: they differ only in what `logits` is trained by."""
 
   def loss(trainable, frozen, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits(frozen, trainable, batch.x), batch.y).mean()
@@ -168,9 +166,16 @@ def make_step(logits: Callable[[Any, Any, Any], jax.Array], tx: optax.GradientTr
 def pretrain(
   model: Model, split: Split, steps: int, batch_size: int, cache: Path | None, tick: Callable[[int], Any]
 ) -> tuple[Params, str]:
-  """Pretrained parameters and their name, from the cache where it has them; `tick` hears of every step done.
+  """Pretrained parameters and their digest.
 
-  Orbax renames a checkpoint into place once it is whole: what an interrupted save leaves behind has another name.
+  Args:
+    model: to pretrain.
+    split: the training data.
+    steps: of training.
+    batch_size: images per step.
+    cache: the folder where parameters are kept, as orbax checkpoints named by their digest; None keeps nothing. Orbax
+      renames a checkpoint into place when it is complete, so an interrupted save is never read.
+    tick: called with the number of steps done.
   """
   settings = {"model": model.settings(), "steps": steps, "batch_size": batch_size, "lr": PRETRAIN_LR}
   name = digest(settings, split)
@@ -185,6 +190,6 @@ def pretrain(
     for batch in batches(split, batch_size, steps, seed=0):
       params, opt_state, _ = step(params, opt_state, {}, batch)
       tick(1)
-    if path and not path.exists():  # another process may have been faster
+    if path and not path.exists():  # another process may have saved it meanwhile
       checkpointer.save(path, params)
   return params, name

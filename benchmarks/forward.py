@@ -165,7 +165,7 @@ def plot(results: dict[str, Any], path: Any) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """The options."""
-  parser = harness.make_parser("forward", __doc__, "--batch 1 --bf16")
+  parser = harness.make_parser(__file__, __doc__, "--batch 1 --bf16")
   harness.add_layers(parser)
   contestants.add_sizes(parser)
   return parser
@@ -181,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   with harness.progress(len(works) * (4 + 5 * (args.rounds + 1)), "turn", args.quiet) as bar:
     comparisons = [compare(base, work, args.rounds, harness.ticker(bar)) for work in works]
   results = {**harness.provenance(args), "title": settings.title(), "comparisons": comparisons}
-  harness.write(args.out / "forward.json", results)
-  plot(results, args.out / "forward.png")
+  harness.publish(args, "forward", results, plot)
   print("\n\n".join(map(describe, comparisons)))
   return results
 

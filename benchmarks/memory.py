@@ -136,7 +136,7 @@ def plot(results: dict[str, Any], path: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison; returns what memory.json holds."""
-  parser = harness.make_parser("memory", __doc__, "--remat --rank 32")
+  parser = harness.make_parser(__file__, __doc__, "--remat --rank 32")
   harness.add_layers(parser)
   contestants.add_sizes(parser)
   args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
@@ -145,8 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   with harness.progress(contestants.turns(count, args.rounds), "turn", args.quiet) as bar:
     comparison = compare(settings, args, harness.ticker(bar))
   results = {**harness.provenance(args), **comparison}
-  harness.write(args.out / "memory.json", results)
-  plot(results, args.out / "memory.png")
+  harness.publish(args, "memory", results, plot)
   print(describe(results))
   return results
 

@@ -1,4 +1,4 @@
-"""The ways to adapt that are compared: a part trained whole, LoRA, everything. They differ in what they split off."""
+"""Ways to adapt a model, as pairs of `split` and `join`: some modules trained whole, LoRA, everything trained."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,16 @@ Params = dict[str, Any]
 
 
 class Method(NamedTuple):
-  """A way to adapt: `split(params, key)` gives the frozen and the trainable half, `join` puts them together."""
+  """One way to adapt.
+
+  Attributes:
+    name: as tables show it.
+    rank: LoRA's; None for methods without adapters.
+    lr: the peak learning rate.
+    settings: everything that decides its runs, as JSON.
+    split: `split(params, key)` gives the frozen and the trainable half.
+    join: `join(frozen, trainable)` gives the tree that the model is applied to.
+  """
 
   name: str
   rank: int | None
@@ -23,7 +32,7 @@ class Method(NamedTuple):
 
 
 def whole(name: str, lr: float, trains: Callable[[str], bool]) -> Method:
-  """Trains modules as they are: the baselines need no library."""
+  """Trains the modules for which `trains(module)` holds, without adapters: the baselines need no library."""
 
   def split(params: Params, key: jax.Array) -> tuple[Params, Params]:
     del key
@@ -34,7 +43,7 @@ def whole(name: str, lr: float, trains: Callable[[str], bool]) -> Method:
 
 
 def lora(config: jaxlora.LoraConfig, lr: float, probe: Callable[[Params], Any] | None = None) -> Method:
-  """Trains A and B of the config's targets, and whole what it trains whole."""
+  """Trains the factors of the config's targets, and the leaves that its `train=` names."""
 
   def split(params: Params, key: jax.Array) -> tuple[Any, Any]:
     return jaxlora.split(jaxlora.adapt(params, config, key, probe=probe))
@@ -44,7 +53,7 @@ def lora(config: jaxlora.LoraConfig, lr: float, probe: Callable[[Params], Any] |
 
 
 class Program(NamedTuple):
-  """A method's compiled step and the sizes that every seed shares."""
+  """A method's compiled step, and its sizes, which are equal for all seeds."""
 
   method: Method
   tx: optax.GradientTransformation
@@ -58,7 +67,7 @@ class Program(NamedTuple):
 def compile_program(
   method: Method, tx: optax.GradientTransformation, step: Any, frozen: Any, trainable: Any, batch: Any
 ) -> Program:
-  """Compiles a jitted `step(trainable, opt_state, frozen, batch)` ahead of time, and has XLA count what it takes."""
+  """Compiles a jitted `step(trainable, opt_state, frozen, batch)` ahead of time, and reads XLA's figures."""
   opt_state = tx.init(trainable)
   compiled = step.lower(trainable, opt_state, frozen, batch).compile()
   return Program(
@@ -73,7 +82,7 @@ def compile_program(
 
 
 def make_step(loss: Callable[[Any, Any], jax.Array], method: Method, tx: optax.GradientTransformation) -> Any:
-  """One training step: `loss(params, batch)` of the joined halves, differentiated with respect to the trainable one."""
+  """A jitted training step: `loss(params, batch)` of the joined halves, differentiated by the trainable one."""
 
   @jax.jit
   def step(trainable, opt_state, frozen, batch):

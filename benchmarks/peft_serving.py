@@ -61,7 +61,7 @@ def serve(model: Any, plain: Any, x: Any, distinct: Sequence[int], rounds: int, 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison; returns what peft_serving.json holds."""
-  parser = harness.make_parser("peft_serving", __doc__, "--d 256")
+  parser = harness.make_parser(__file__, __doc__, "--d 256", records=False)
   harness.add_layers(parser)
   harness.add_sizes(parser)
   parser.set_defaults(batch=32)

@@ -145,7 +145,7 @@ def check_trains(step: Callable[[], float], model: Any, steps: int = 5) -> dict[
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison; returns what peft_torch.json holds."""
-  parser = harness.make_parser("peft_torch", __doc__, "--d 256")
+  parser = harness.make_parser(__file__, __doc__, "--d 256", records=False)
   harness.add_layers(parser)
   harness.add_sizes(parser)
   parser.add_argument("--threads", type=harness.positive(int), default=2, help="torch's threads")

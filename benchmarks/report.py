@@ -1,7 +1,7 @@
-"""Writes every measured table of the READMEs from the results: no number is typed by hand.
+"""Makes every measured table of the READMEs from the recorded results: no number is typed by hand.
 
 A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `TABLES`. With --check
-nothing is written, and a table that is not what its results say is an error.
+nothing is written, and a table that differs from its result is an error.
 """
 
 import argparse
@@ -13,64 +13,88 @@ import re
 import sys
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-DOCUMENTS = (HERE / "README.md", HERE.parent / "README.md")
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "benchmarks/README.md", "examples/README.md"))
 _TABLE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
 
 class Table(NamedTuple):
-  """Where a table comes from: a result's JSON, and the function of a module here that makes markdown of it."""
+  """One table.
 
+  Attributes:
+    script: the script that records the result, relative to the checkout.
+    json: the recorded file, in the folder `results` beside the script.
+    function: `module:function`, which makes the table from the result; the module is imported from the script's folder.
+  """
+
+  script: str
   json: str
-  module: str
-  function: str = "tables"
+  function: str
+
+  def recorded(self, results: Path | None = None) -> Path:
+    """The path of the recorded file, in its own folder or in `results`."""
+    return (results or (ROOT / self.script).with_name("results")) / self.json
+
+
+def _benchmark(name: str, function: str = "tables", folder: str | None = None) -> Table:
+  return Table(f"benchmarks/{name}.py", f"{folder or name}/{name}.json", f"{name}:{function}")
+
+
+def _study(name: str, function: str, folder: str | None = None) -> Table:
+  return Table(f"examples/{name}.py", f"{folder or name}/{name}.json", f"studies.{function}")
 
 
 TABLES = {
-  "finetune": Table("finetune/finetune.json", "finetune"),
-  "finetune_conv": Table("finetune_conv/finetune.json", "finetune"),
-  "finetune_brief": Table("finetune/finetune.json", "finetune", "brief"),
-  "sentence_encoder": Table("sentence_encoder/sentence_encoder.json", "sentence_encoder"),
-  "summarize": Table("summarize/summarize.json", "summarize"),
-  "train_step": Table("train_step/train_step.json", "train_step"),
-  "train_step_brief": Table("train_step/train_step.json", "train_step", "brief"),
-  "train_step_suite": Table("train_step_suite/train_step.json", "train_step", "suite_table"),
-  "train_step_suite_brief": Table("train_step_suite/train_step.json", "train_step", "brief_suite"),
-  "forward": Table("forward/forward.json", "forward"),
-  "memory": Table("memory/memory.json", "memory"),
-  "variants": Table("variants/variants.json", "variants"),
-  "serving": Table("serving/serving.json", "serving"),
-  "compile_time": Table("compile_time/compile_time.json", "compile_time"),
+  "finetune": _study("finetune", "finetuning:tables"),
+  "finetune_conv": _study("finetune", "finetuning:tables", "finetune_conv"),
+  "finetune_brief": _study("finetune", "finetuning:brief"),
+  "sentence_encoder": _study("sentence_encoder", "sentences.results:tables"),
+  "summarize": _study("summarize", "summaries.tables:tables"),
+  "train_step": _benchmark("train_step"),
+  "train_step_brief": _benchmark("train_step", "brief"),
+  "train_step_suite": _benchmark("train_step", "suite_table", "train_step_suite"),
+  "train_step_suite_brief": _benchmark("train_step", "brief_suite", "train_step_suite"),
+  "forward": _benchmark("forward"),
+  "memory": _benchmark("memory"),
+  "variants": _benchmark("variants"),
+  "serving": _benchmark("serving"),
+  "compile_time": _benchmark("compile_time"),
 }
 
 
 class ReportError(Exception):
-  """What keeps a table from being made, and what to do."""
+  """A table cannot be made; says why, and what to do."""
 
 
-def make(name: str, results: Path) -> str:
-  """A table as markdown.
+def make(name: str, results: Path | None = None) -> str:
+  """A table in Markdown.
+
+  Args:
+    name: one of `TABLES`.
+    results: the folder with recorded results; None takes `results` beside each script.
 
   Raises:
-    ReportError: if there is no such table, or no result or no script to make it from.
+    ReportError: if there is no such table, or it has no result or no script.
   """
   if name not in TABLES:
     raise ReportError(f"there is no table {name!r}; there are: {', '.join(TABLES)}")
   table = TABLES[name]
-  path = results / table.json
+  path, script = table.recorded(results), ROOT / table.script
+  if not script.exists():
+    raise ReportError(f"table {name!r} has no script {table.script}")
   if not path.exists():
-    raise ReportError(f"table {name!r} has no results at {path}: run benchmarks/{table.module}.py")
-  if not (HERE / f"{table.module}.py").exists():
-    raise ReportError(f"table {name!r} has no script benchmarks/{table.module}.py")
-  module = importlib.import_module(table.module)
-  return getattr(module, table.function)(json.loads(path.read_text())).strip("\n")
+    raise ReportError(f"table {name!r} has no results at {path}: run {table.script} --record")
+  if str(script.parent) not in sys.path:
+    sys.path.insert(0, str(script.parent))
+  module, function = table.function.split(":")
+  return getattr(importlib.import_module(module), function)(json.loads(path.read_text())).strip("\n")
 
 
-def rebuild(text: str, results: Path) -> tuple[str, list[str]]:
-  """A document with its tables made again, and the names of those that were something else before.
+def rebuild(text: str, results: Path | None = None) -> tuple[str, list[str]]:
+  """A document with its tables made again, and the names of the tables that have changed.
 
   Raises:
-    ReportError: if a table cannot be made, or a comment that begins one has none that ends it.
+    ReportError: if a table cannot be made, or one of its comments is missing.
   """
   stale = []
 
@@ -90,9 +114,13 @@ def rebuild(text: str, results: Path) -> tuple[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Writes the tables, or with --check says which are stale; returns the exit status."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    epilog="example: python benchmarks/report.py --check",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")
-  parser.add_argument("--results", type=Path, default=HERE / "results", help="where the results lie")
+  parser.add_argument("--results", type=Path, help="take results from this folder, not from those beside the scripts")
   parser.add_argument("documents", nargs="*", type=Path, default=DOCUMENTS, help="the files that hold the tables")
   args = parser.parse_args(argv)
   failed = False

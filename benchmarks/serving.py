@@ -400,7 +400,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """The options."""
-  parser = harness.make_parser("serving", __doc__, "--rank 16 --bank 1000")
+  parser = harness.make_parser(__file__, __doc__, "--rank 16 --bank 1000")
   harness.add_layers(parser)
   harness.add_sizes(parser)
   parser.set_defaults(batch=32)
@@ -432,8 +432,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results["ways"] = [ways_of(settings, *size, args.rounds, tick) for size in sizes]
     tick(PEFT)
     left_out = None if args.no_peft else add_peft(results, settings, args.rounds)
-  harness.write(args.out / "serving.json", results)
-  plot(results, args.out / "serving.png")
+  harness.publish(args, "serving", results, plot)
   print(f"{results['title']}, bank of {args.bank:,} adapters", *map(describe, results["comparisons"]), sep="\n\n")
   if results["ways"]:
     print("", describe_ways(results["ways"]), sep="\n")

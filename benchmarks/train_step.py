@@ -210,7 +210,7 @@ def beginnings(text: str) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
   """The options."""
-  parser = harness.make_parser("train_step", __doc__, "--suite")
+  parser = harness.make_parser(__file__, __doc__, "--suite")
   harness.add_layers(parser)
   contestants.add_sizes(parser)
   parser.add_argument("--suite", action="store_true", help="also 4 x the rank, d / 2, scanned, remat, and bf16")
@@ -222,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison; returns what train_step.json holds."""
   parser = make_parser()
   args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
+  if args.suite:
+    harness.rename(parser, args, "train_step_suite")
   settings = Settings.parse(parser, args)
   everything = suite(settings) if args.suite else [settings]
   for one in everything:
@@ -230,8 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   with harness.progress(len(everything) * contestants.turns(count, args.rounds), "turn", args.quiet) as bar:
     comparisons = [compare(one, args, harness.ticker(bar)) for one in everything]
   results = {**harness.provenance(args), "comparisons": comparisons}
-  harness.write(args.out / "train_step.json", results)
-  plot(results, args.out / "train_step.png")
+  harness.publish(args, "train_step", results, plot)
   print("\n\n".join(map(describe, comparisons)))
   return results
 

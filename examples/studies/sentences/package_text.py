@@ -1,7 +1,7 @@
-"""Real text that every installation carries: the docstrings of Python's library and of installed packages.
+"""The text: docstrings of Python's standard library and of installed packages, as summary lines and bodies (PEP 257).
 
-Read from the source files with `ast`: nothing is imported. A docstring of PEP 257's shape is a pair: its summary line,
-and its body. Files, not docstrings, are dealt to the training, validation and test splits: neighbours stay together.
+They are read from the source files with `ast`, and nothing is imported. Splits are made of whole files, so that
+docstrings of one file are never in two splits.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import warnings
 
 PYTHON = "python"  # the standard library
-# What `pip install jaxlora[bench]` brings that has hundreds of docstrings, with the distribution that each belongs to.
+# Packages that `pip install jaxlora[bench]` installs and that have hundreds of docstrings, with their distributions.
 PACKAGES = {
   PYTHON: PYTHON,
   "numpy": "numpy",
@@ -33,7 +33,7 @@ PACKAGES = {
 SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
 SHORTEST, LONGEST, SHORTEST_BODY = 15, 160, 60  # characters of a summary and of a body
 _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "_vendor", "__pycache__"}
-# Names that would give a package away, and what they are imported as.
+# Names by which a text would tell its package: of packages, modules and imports.
 _NAMES = re.compile(
   r"\b(?:c?python\d*|numpy|np|ndarray|scipy|sklearn|scikit(?:-learn)?|matplotlib|mpl|plt|pyplot|font-?tools|ttlib|"
   r"jax|jnp|jaxlib|lax|xla|flax|nnx|linen|optax|orbax|ocp)\b\.?",
@@ -42,7 +42,7 @@ _NAMES = re.compile(
 
 
 class Pair(NamedTuple):
-  """A docstring: its package, the split that its file belongs to, its first line and the rest."""
+  """A docstring: its package, the split of its file, its summary line and its body."""
 
   package: str
   split: str
@@ -51,10 +51,10 @@ class Pair(NamedTuple):
 
 
 def read(packages: Sequence[str] = tuple(PACKAGES)) -> list[Pair]:
-  """Every pair of these packages, in the order of their files; no summary and no body comes twice.
+  """All pairs of these packages, in the order of their files, without repeated summaries or bodies.
 
   Raises:
-    ValueError: if one is not installed, naming it.
+    ValueError: if a package is not installed.
   """
   seen: set[str] = set()
   pairs = []
@@ -82,7 +82,7 @@ def _roots(package: str) -> list[Path]:
 
 
 def _split(name: str) -> str:
-  """A file's split, by the digest of its name: more packages or files move nobody else."""
+  """A file's split, by the hash of its name: other files do not change it."""
   place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
   for split, share in SPLITS.items():
     if place < share:
@@ -92,11 +92,11 @@ def _split(name: str) -> str:
 
 
 def docstrings(file: Path) -> Iterator[tuple[str, str]]:
-  """Summary and body of every class and function of a file whose docstring has both; spaces are made one."""
+  """Summary and body of every class and function whose docstring has both, with whitespace collapsed."""
   try:
-    with warnings.catch_warnings(action="ignore"):  # other people's escape sequences
+    with warnings.catch_warnings(action="ignore"):  # invalid escape sequences in their strings
       tree = ast.parse(file.read_bytes())
-  except (SyntaxError, ValueError):  # templates, and Python of another version
+  except (SyntaxError, ValueError):  # templates, and code for another version of Python
     return
   for node in ast.walk(tree):
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -107,12 +107,12 @@ def docstrings(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def without_names(text: str) -> str:
-  """The text without the names of the packages, which would tell where it comes from."""
+  """The text without names that would tell its package."""
   return _NAMES.sub("", text)
 
 
 def versions(packages: Sequence[str] = tuple(PACKAGES)) -> dict[str, str]:
-  """The versions of what was read."""
+  """Versions of these packages."""
   return {
     name: platform.python_version() if name == PYTHON else importlib.metadata.version(PACKAGES[name])
     for name in packages
@@ -120,5 +120,5 @@ def versions(packages: Sequence[str] = tuple(PACKAGES)) -> dict[str, str]:
 
 
 def digest(pairs: Sequence[Pair]) -> str:
-  """A short name for the text: the same name, the same text."""
+  """A short hash of the text."""
   return hashlib.sha256("\n".join(map("\t".join, pairs)).encode()).hexdigest()[:16]
