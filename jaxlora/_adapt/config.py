@@ -1,0 +1,136 @@
+"""`LoraConfig`: which leaves adapt and how, validated when made, and the plan it makes for each leaf."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxlora._adapt.fields import (
+  ALL_LINEAR,
+  CHECKS,
+  OVERRIDABLE,
+  check_choice,
+  checked_fields,
+  checked_mapping,
+  checked_pattern,
+  checked_roles,
+)
+from jaxlora._base.patterns import Pattern, first_match
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """What to adapt, and how.
+
+  Patterns: a string is a regex that must match a whole "/"-joined path; a list holds names, each a run of path
+  components (`["query", "attn/out"]`), which select the kernels under a module or one leaf; a callable takes
+  `(path, leaf)` and returns a bool. Mappings (`overrides`, `axes`) are keyed by regexes; the first that matches
+  a leaf counts. The config keeps checked copies of what it is given; it is hashable, and equal by value.
+
+  Args:
+    rank: number of terms of each update; at most the smaller of a weight's fan-in and fan-out.
+    alpha: numerator of the scale; `None` means `alpha = rank`, a scale of 1.
+    targets: the leaves to adapt: a pattern, or a preset. `"all-linear"`: every kernel that is contracted, except
+      embeddings and the last classifier. `"attention"`: the kernels of attention layers.
+    exclude: a pattern of leaves that `targets` matches and that stay frozen all the same.
+    overrides: regex -> fields of its own (any of rank, alpha, scaling, init, dropout, dtype, variant).
+    axes: regex -> role string, one letter per axis: `i` contracted, `o` free, `s` stacked (`"sio"`: experts).
+    train: a pattern of leaves trained whole, such as biases, norms or a new head. Wins over `targets`.
+    scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / sqrt(rank), Kalajdzievski 2023, arXiv:2312.03732).
+    init: how A starts, where B starts at zero: `"kaiming"`, `"he_uniform"` or `"gaussian"`. Or how both start, with an
+      update that is taken off again, so that the adapted model is the base to rounding: `"orthogonal"`, `"pissa"`
+      (the weight's principal part; `"pissa_niter_4"`: by 4 steps of a randomised SVD), `"olora"` (its QR factors).
+      What starts from data is `jaxlora.init_from_data`.
+    dropout: probability in [0, 1) that an element of the adapter's input is dropped while training.
+    dtype: dtype of the factors; `None` means the weight's own.
+    variant: `"lora"`; `"lora_fa"` (A frozen); `"dora"` (a magnitude for every output, its norm a constant for the
+      gradient; `"dora_exact"`: not so); `"vera"` (A and B frozen and shared, two trained vectors); `"adalora"`
+      (singular values that can be pruned); `"loha"`, `"lokr"` (Hadamard and Kronecker products).
+
+  Raises:
+    TypeError, ValueError: naming the field, what was found and what was expected.
+
+  Example:
+    >>> LoraConfig(rank=4, alpha=8, targets=["query", "value"], train=r".*/head/.*").rank
+    4
+  """
+
+  rank: int = 8
+  alpha: float | None = None
+  targets: Pattern = ALL_LINEAR
+  exclude: Pattern | None = None
+  overrides: Mapping[str, Mapping[str, Any]] | None = None
+  axes: Mapping[str, str] | None = None
+  train: Pattern | None = None
+  scaling: str = "standard"
+  init: str = "kaiming"
+  dropout: float = 0.0
+  dtype: Any = None
+  variant: str = "lora"
+
+  def __post_init__(self):
+    checked = {field: CHECKS[field](getattr(self, field), field) for field in OVERRIDABLE}
+    for field in ("targets", "exclude", "train"):
+      checked[field] = checked_pattern(getattr(self, field), field)
+    for field, check in (("axes", checked_roles), ("overrides", checked_fields)):
+      checked[field] = checked_mapping(getattr(self, field), field, check)
+    for field, value in checked.items():
+      object.__setattr__(self, field, value)
+
+  def to_dict(self) -> dict[str, Any]:
+    """The config as JSON-ready values; `from_dict` is its inverse.
+
+    Raises:
+      TypeError: where a pattern is a callable, which JSON cannot hold.
+    """
+    for field in ("targets", "exclude", "train"):
+      if callable(getattr(self, field)):
+        raise TypeError(f"LoraConfig.{field} is a callable, which to_dict cannot write; use a regex or names.")
+
+    def plain(value: Any) -> Any:
+      if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+      if isinstance(value, np.dtype):
+        return value.name
+      return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+    return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> "LoraConfig":
+    """A config from `to_dict`'s values; fields left out take their defaults.
+
+    Raises:
+      TypeError: if `fields` is no mapping.
+      ValueError: on a field that does not exist, with the ones that do.
+    """
+    if not isinstance(fields, Mapping):
+      raise TypeError(f"LoraConfig.from_dict: found {fields!r}, expected a mapping of fields, as to_dict returns it.")
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+      check_choice("from_dict", name, known)
+    return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+  """What becomes of one adapted leaf: the config's fields with the overrides of its path applied."""
+
+  path: str
+  rank: int
+  alpha: float
+  scaling: str
+  init: str
+  dropout: float
+  dtype: Any
+  variant: str
+
+
+def leaf_plan(config: LoraConfig, path: str) -> LeafPlan:
+  """The config's fields for one leaf."""
+  fields = {field: getattr(config, field) for field in OVERRIDABLE}
+  fields |= first_match(config.overrides, path) or {}
+  if fields["alpha"] is None:
+    fields["alpha"] = float(fields["rank"])
+  return LeafPlan(path=path, **fields)

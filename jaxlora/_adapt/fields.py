@@ -1,0 +1,176 @@
+"""The fields of a config, checked one by one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxlora._adapt.initializers import INITIALIZERS, INITS, from_weight
+from jaxlora._base.dtypes import holds_factors
+from jaxlora._base.patterns import compile_regex, validate_pattern
+from jaxlora._weight.roles import ROLES
+from jaxlora._weight.variant import VARIANTS
+from jaxlora._weight.weight import SCALINGS
+
+ALL_LINEAR = "all-linear"
+
+ATTENTION = "attention"
+
+PRESETS = (ALL_LINEAR, ATTENTION)
+
+# What an entry of `overrides` may set for the leaves that its pattern matches.
+OVERRIDABLE = ("rank", "alpha", "scaling", "init", "dropout", "dtype", "variant")
+
+
+class Frozen(Mapping[str, Any]):
+  """A mapping that nobody changes. Its order is part of its value, as the first pattern that matches counts."""
+
+  def __init__(self, items: Mapping[str, Any]):
+    self._items = dict(items)
+
+  def __getitem__(self, key: str) -> Any:
+    return self._items[key]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._items)
+
+  def __len__(self) -> int:
+    return len(self._items)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Mapping) and tuple(self.items()) == tuple(other.items())
+
+  def __hash__(self) -> int:
+    return hash(tuple(self.items()))
+
+  def __repr__(self) -> str:
+    return repr(self._items)
+
+
+def checked_pattern(value: Any, field: str) -> Any:
+  """A checked pattern; a list of names becomes a tuple, that nobody changes."""
+  if value is None and field != "targets":
+    return None
+  if not (field == "targets" and isinstance(value, str) and value in PRESETS):
+    validate_pattern(value, field)
+  return value if isinstance(value, str) or callable(value) else tuple(value)
+
+
+def checked_mapping(value: Any, field: str, check: Callable[[Any, str], Any]) -> Frozen | None:
+  """A checked copy of a mapping keyed by regexes."""
+  if value is None:
+    return None
+  for pattern in _keyed_by_strings(value, field):
+    compile_regex(pattern, field)
+  return Frozen({pattern: check(item, f"{field}[{pattern!r}]") for pattern, item in value.items()})
+
+
+def _keyed_by_strings(value: Any, field: str) -> Mapping[str, Any]:
+  if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    raise TypeError(f"LoraConfig.{field}: found {value!r}, expected a dict keyed by strings.")
+  return value
+
+
+def checked_roles(value: Any, field: str) -> str:
+  if not isinstance(value, str) or not value or set(value) - set(ROLES):
+    raise ValueError(
+      f"LoraConfig.{field}: found {value!r}, expected one letter per axis out of 'i' (contracted),"
+      " 'o' (free), 's' (stacked), such as 'io'."
+    )
+  if "i" not in value or "o" not in value:
+    raise ValueError(
+      f"LoraConfig.{field}: {value!r} needs at least one 'i' and one 'o' axis: a low-rank update"
+      " lies between contracted and free axes."
+    )
+  return value
+
+
+def checked_fields(value: Any, field: str) -> Frozen:
+  """One entry of `overrides`."""
+  for name in _keyed_by_strings(value, field):
+    check_choice(field, name, OVERRIDABLE)
+  return Frozen({name: CHECKS[name](value[name], f"{field}[{name!r}]") for name in OVERRIDABLE if name in value})
+
+
+def check_choice(field: str, value: Any, choices: Sequence[str]) -> None:
+  if value not in choices:
+    raise ValueError(f"LoraConfig.{field}: found {value!r}, expected one of {', '.join(map(repr, choices))}.")
+
+
+def _rank(value: Any, field: str) -> int:
+  try:
+    rank = operator.index(value)
+  except TypeError:
+    rank = 0
+  if isinstance(value, bool) or rank < 1:
+    raise ValueError(f"LoraConfig.{field}: found {value!r}, expected a whole number of at least 1, such as 8.")
+  return rank
+
+
+def _finite(value: Any) -> float:
+  if isinstance(value, (bool, str)):
+    return math.nan
+  try:
+    return float(value)
+  except (TypeError, ValueError):
+    return math.nan
+
+
+def _alpha(value: Any, field: str) -> float | None:
+  if value is None:
+    return None
+  alpha = _finite(value)
+  if not (math.isfinite(alpha) and alpha > 0):
+    raise ValueError(
+      f"LoraConfig.{field}: found {value!r}, expected a finite number above 0, or None for alpha = rank."
+    )
+  return alpha
+
+
+def _dropout(value: Any, field: str) -> float:
+  dropout = _finite(value)
+  if not 0 <= dropout < 1:
+    raise ValueError(f"LoraConfig.{field}: found {value!r}, expected a probability in [0, 1), such as 0.05.")
+  return dropout
+
+
+def _dtype(value: Any, field: str) -> Any:
+  if value is None:
+    return None
+  try:
+    dtype = jnp.dtype(value)
+  except TypeError:
+    dtype = jnp.dtype(int)
+  if not holds_factors(dtype):
+    raise ValueError(
+      f"LoraConfig.{field}: found {value!r}, expected a real floating dtype of at least 8 bits, such as 'bfloat16', or"
+      " None for the weight's own."
+    )
+  return dtype
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[Any, str], str]:
+  def check(value: Any, field: str) -> str:
+    check_choice(field, value, choices)
+    return value
+
+  return check
+
+
+def _init(value: Any, field: str) -> str:
+  if not isinstance(value, str) or (value not in INITIALIZERS and from_weight(value) is None):
+    raise ValueError(f"LoraConfig.{field}: found {value!r}, expected one of {', '.join(map(repr, INITS))}.")
+  return value
+
+
+CHECKS = {
+  "rank": _rank,
+  "alpha": _alpha,
+  "dropout": _dropout,
+  "dtype": _dtype,
+  "scaling": _one_of(tuple(SCALINGS)),
+  "init": _init,
+  "variant": _one_of(tuple(VARIANTS)),
+}

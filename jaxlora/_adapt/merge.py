@@ -1,0 +1,80 @@
+"""`merge` and `strip`: plain parameters again."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora._base.paths import flatten
+from jaxlora._base.text import listed
+from jaxlora._weight.checks import check_parts, check_weight
+from jaxlora._weight.tree import adapted_leaves, map_adapted
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, parts
+
+
+def merge(tree: Any) -> Any:
+  """Folds every update into its weight: plain parameters again, at no cost to inference.
+
+      W' = W + scale * A B
+
+  Args:
+    tree: what `adapt` returned, trained or not.
+
+  Returns:
+    Parameters of the original nesting, shapes and dtypes.
+
+  Raises:
+    ValueError: where factors are NaN or infinite, or overflow the weight's dtype (checked outside `jit`, where values
+      are known), naming the leaves; where they do not fit their base, or the tree is a half.
+  """
+  nodes, treedef = flatten(tree, is_leaf=is_adapted)
+  adapted = [(path, node) for path, node in nodes if is_adapted(node)]
+  for path, node in adapted:
+    check_weight(node, f"merge: {path}")
+  merged = [_merged(node) for _, node in nodes]
+  broken = [
+    f"{path} ({name})"
+    for (path, node), leaf in zip(nodes, merged, strict=True)
+    if is_adapted(node)
+    for name in _not_finite(node, leaf)
+  ]
+  if broken:
+    raise ValueError(
+      f"merge: found NaN or infinite values in {listed(broken)}, expected finite factors and sums. Training has"
+      " diverged: go back to an earlier checkpoint; nothing was merged."
+    )
+  return jax.tree_util.tree_unflatten(treedef, merged)
+
+
+def _merged(node: Any) -> Any:
+  if isinstance(node, LoraWeight):
+    return node.materialize()
+  return node.value if isinstance(node, FullWeight) else node
+
+
+def _not_finite(node: Any, merged: Any) -> list[str]:
+  """What of a node is NaN or infinite: its parts, or where those are fine their sum, which its dtype cannot hold."""
+  held = {**parts(node), "base + A B": merged}
+  if any(isinstance(part, jax.core.Tracer) for part in held.values()):
+    return []
+  finite = {name: jnp.isfinite(part) for name, part in held.items()}
+  broken = [name for name in parts(node) if name != "base" and not finite[name].all()]
+  overflows = (finite["base"] & ~finite["base + A B"]).any()  # a base may hold infinities of its own
+  return broken or ["base + A B"] * bool(overflows)
+
+
+def strip(tree: Any) -> Any:
+  """The base alone, as it was before `adapt`: exact, bit for bit, since it was kept and is not computed back.
+
+  Args:
+    tree: what `adapt` returned, trained or not.
+
+  Returns:
+    The original parameters.
+
+  Raises:
+    ValueError: if the bases are missing, naming the leaf.
+  """
+  for path, node in adapted_leaves(tree):
+    check_parts(node, f"strip: {path}", ("base",))
+  return map_adapted(lambda w: w.base, lambda w: w.base, lambda x: x, tree)

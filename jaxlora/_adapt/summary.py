@@ -1,0 +1,184 @@
+"""`summary`: what is adapted, what trains, and what that costs."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxlora._base.paths import flatten
+from jaxlora._base.text import size, table
+from jaxlora._weight.tree import check_adapted
+from jaxlora._weight.weight import LoraWeight, is_adapted, parts, trained_parts
+
+_ADAM_MOMENTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSummary:
+  """One leaf that trains.
+
+  Attributes:
+    path: its path.
+    shape: the weight's shape.
+    roles: its role string; empty for a leaf trained whole.
+    rank, alpha, scale: of its update; `None` for a leaf trained whole.
+    base_parameters: elements of the weight.
+    a_parameters, b_parameters: elements of the factors; for a leaf trained whole, all of it counts as `trainable`.
+    trainable_parameters: elements that train.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  roles: str
+  rank: int | None
+  alpha: float | None
+  scale: float | None
+  base_parameters: int
+  a_parameters: int
+  b_parameters: int
+  trainable_parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What `summary` found; prints as a table.
+
+  Attributes:
+    leaves: the leaves that train.
+    total_parameters: elements of the original tree.
+    trainable_parameters: elements that train.
+    adapted_parameters: elements of the adapted weights, those that full fine-tuning would train in their place.
+    base_bytes, trainable_bytes: sizes in memory.
+    optimizer_bytes: two moments (Adam) of the trainable leaves.
+    full_optimizer_bytes: the same for full fine-tuning.
+  """
+
+  leaves: tuple[LeafSummary, ...]
+  total_parameters: int
+  trainable_parameters: int
+  adapted_parameters: int
+  base_bytes: int
+  trainable_bytes: int
+  optimizer_bytes: int
+  full_optimizer_bytes: int
+
+  @property
+  def saved(self) -> float:
+    """The share of the adapted weights' parameters that need not be trained; negative where more are."""
+    return _saved(self.trainable_parameters, self.adapted_parameters)
+
+  def __str__(self) -> str:
+    rows = [("leaf", "shape", "roles", "rank", "scale", "A", "B", "trained", "of", "change")]
+    for leaf in self.leaves:
+      rows.append(
+        (
+          leaf.path,
+          " x ".join(map(str, leaf.shape)),
+          leaf.roles or "whole",
+          "-" if leaf.rank is None else str(leaf.rank),
+          "-" if leaf.scale is None else f"{leaf.scale:g}",
+          f"{leaf.a_parameters:,}",
+          f"{leaf.b_parameters:,}",
+          f"{leaf.trainable_parameters:,}",
+          f"{leaf.base_parameters:,}",
+          _fewer(_saved(leaf.trainable_parameters, leaf.base_parameters)),
+        )
+      )
+    share = 1 - _saved(self.trainable_parameters, self.total_parameters)
+    return "\n".join(
+      [
+        table(rows),
+        f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%});"
+        f" {_fewer(self.saved)} than the {self.adapted_parameters:,} of the leaves above",
+        f"base {size(self.base_bytes)}, adapter {size(self.trainable_bytes)}, Adam's moments"
+        f" {size(self.optimizer_bytes)} (full fine-tuning: {size(self.full_optimizer_bytes)})",
+      ]
+    )
+
+
+def _saved(trained: int, of: int) -> float:
+  return 1 - trained / of if of else 0.0  # leaves of size zero save nothing
+
+
+def _fewer(saved: float) -> str:
+  return f"{saved:.0%} fewer" if saved >= 0 else f"{-saved:.0%} more"
+
+
+def _elements(*arrays: Any) -> int:
+  return sum(math.prod(jnp.shape(array)) for array in arrays)
+
+
+def _bytes(*arrays: Any) -> int:
+  # Random keys have a size, too; Python numbers among the leaves have none worth counting.
+  return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays if hasattr(array, "dtype"))
+
+
+def summary(tree: Any) -> Summary:
+  """Counts what is adapted, what trains, and what that costs in memory.
+
+  Args:
+    tree: what `adapt` returned; arrays or `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    A `Summary`: fields to compute with, a table when printed.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.zeros((64, 512))}  # Hu et al.'s 512 x 64 weight, as Flax stores it
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=8), jax.random.key(0))
+    >>> report = jaxlora.summary(tree)
+    >>> report.leaves[0].a_parameters, report.leaves[0].b_parameters, report.trainable_parameters
+    (512, 4096, 4608)
+    >>> f"{report.saved:.0%} fewer than {report.adapted_parameters:,}"
+    '86% fewer than 32,768'
+
+  Raises:
+    ValueError: if the tree has no adapted leaf, or is a half.
+  """
+  check_adapted(tree, "summary")
+  nodes, _ = flatten(tree, is_leaf=is_adapted)
+  leaves: list[LeafSummary] = []
+  bases: list[Any] = []
+  trained: list[Any] = []
+  for path, node in nodes:
+    if not is_adapted(node):
+      bases.append(node)
+      continue
+    leaf = _leaf_summary(path, node)
+    leaves.append(leaf)
+    bases.append(node.base)
+    trained.extend(_trained(node))
+  return Summary(
+    leaves=tuple(leaves),
+    total_parameters=_elements(*bases),
+    trainable_parameters=_elements(*trained),
+    adapted_parameters=sum(leaf.base_parameters for leaf in leaves),
+    base_bytes=_bytes(*bases),
+    trainable_bytes=_bytes(*trained),
+    optimizer_bytes=_ADAM_MOMENTS * _bytes(*trained),
+    full_optimizer_bytes=_ADAM_MOMENTS * _bytes(*bases),
+  )
+
+
+def _leaf_summary(path: str, node: Any) -> LeafSummary:
+  lora = isinstance(node, LoraWeight)
+  a, b = (_elements(node.a), _elements(node.b)) if lora else (0, 0)
+  return LeafSummary(
+    path=path,
+    shape=tuple(node.base.shape),
+    roles=node.roles if lora else "",
+    rank=node.rank if lora else None,
+    alpha=node.alpha if lora else None,
+    scale=node.scale if lora else None,
+    base_parameters=_elements(node.base),
+    a_parameters=a,
+    b_parameters=b,
+    trainable_parameters=_elements(*_trained(node)),
+  )
+
+
+def _trained(node: Any) -> list[Any]:
+  """The arrays of a node that train."""
+  held = parts(node)
+  return [held[name] for name in trained_parts(node)]

@@ -1,0 +1,159 @@
+"""Which leaves a config picks: patterns, presets, and the evidence of a probe where there is one."""
+
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora._adapt.config import LoraConfig
+from jaxlora._adapt.evidence import Evidence
+from jaxlora._adapt.fields import ALL_LINEAR, ATTENTION
+from jaxlora._base.paths import components
+from jaxlora._base.patterns import Pattern, name_matches, no_match_error
+from jaxlora._base.text import listed
+
+LeavesByPath = dict[str, Any]
+
+EvidenceByPath = dict[str, Evidence] | None
+
+# Names by which the presets go where no probe tells. They are components of paths, matched whole.
+_NOT_KERNELS = {"bias", "scale", "mean", "var", "gamma", "beta", "b"}
+
+_HEADS = {"head", "heads", "lm_head", "classifier", "score", "logits", "output_projection", "qa_outputs"}
+
+# A module that holds a query projection is an attention layer; its other projections are those named like one.
+_QUERY = re.compile(r"(?:to_|w)?(?:query|q|qkv)(?:_?proj)?|c_attn")
+
+_PROJECTION = re.compile(r"(?:to_|w)?(?:query|key|value|out|q|k|v|o|kv|qkv)(?:_?proj)?|c_attn")
+
+_ATTENTION_MODULE = re.compile(r".*(?:attn|attention).*", re.IGNORECASE)
+
+
+def select(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath) -> tuple[set[str], set[str]]:
+  """The paths to adapt and the paths to train whole.
+
+  Raises:
+    ValueError: if nothing is left to do, or if a pattern of the config picks nothing.
+  """
+  whole = _pick(config.train, "train", leaves, evidence, kernels_only=False) if config.train is not None else set()
+  targets = _targets(config, leaves, evidence) - whole
+  if config.exclude is not None:
+    targets -= _pick(config.exclude, "exclude", leaves, evidence, kernels_only=False)
+  if not targets:
+    raise ValueError(
+      f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r} and"
+      f" train={config.train!r}. Widen targets, or narrow exclude or train. Leaves: {listed(list(leaves))}."
+    )
+  for field in ("overrides", "axes"):
+    for pattern in getattr(config, field) or {}:
+      if not any(re.fullmatch(pattern, path) for path in targets):
+        raise no_match_error(
+          f"{field}[{pattern!r}]", pattern, sorted(targets), "adapted leaves", _left_out(pattern, leaves)
+        )
+  return targets, whole
+
+
+def _left_out(pattern: str, leaves: LeavesByPath) -> str:
+  """What a pattern that looks among the adapted leaves matches outside of them, for an error message."""
+  others = [path for path in leaves if re.fullmatch(pattern, path)]
+  if not others:
+    return ""
+  return f" It matches {listed(others)}, which targets do not pick: widen targets, or drop this entry."
+
+
+def _targets(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath) -> set[str]:
+  if not (isinstance(config.targets, str) and config.targets in (ALL_LINEAR, ATTENTION)):
+    return _pick(config.targets, "targets", leaves, evidence, kernels_only=True)
+  kernels = {path for path, leaf in leaves.items() if _is_kernel(path, leaf, evidence)}
+  preset = _all_linear if config.targets == ALL_LINEAR else _attention
+  picked = preset(kernels, evidence)
+  if not picked:
+    raise ValueError(
+      f"LoraConfig.targets: the preset {config.targets!r} finds nothing among {listed(list(leaves))}. Name the leaves"
+      " by a regex over whole paths, or pass probe= so that their use tells."
+    )
+  return picked
+
+
+def _all_linear(kernels: set[str], evidence: EvidenceByPath) -> set[str]:
+  """Every contracted kernel but the last classifier, told by the probe or, without one, by name."""
+  if evidence is None:
+    heads = {path for path in kernels if _HEADS & set(components(path))}
+  else:
+    heads = {path for path in kernels if evidence[path].is_classifier}
+  return kernels - heads or kernels
+
+
+def _attention(kernels: set[str], evidence: EvidenceByPath) -> set[str]:
+  del evidence
+
+  parts = {path: components(path) for path in kernels}
+  layers = {tuple(names[:k]) for names in parts.values() for k, name in enumerate(names) if _QUERY.fullmatch(name)}
+
+  def in_attention(path: str) -> bool:
+    names = parts[path]
+    return any(_ATTENTION_MODULE.fullmatch(name) for name in names[:-1]) or any(
+      _PROJECTION.fullmatch(name) and tuple(names[:k]) in layers for k, name in enumerate(names)
+    )
+
+  return {path for path in kernels if in_attention(path)}
+
+
+def _is_kernel(path: str, leaf: Any, evidence: EvidenceByPath) -> bool:
+  """Whether a leaf can be a kernel for the presets and for names of modules."""
+  if np.ndim(leaf) < 2 or not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    return False
+  if evidence is not None and (evidence[path].contracted is not None or evidence[path].looked_up is not None):
+    return evidence[path].is_kernel
+  *modules, name = components(path)
+  if evidence is not None and evidence[path].used:
+    return False
+  return name not in _NOT_KERNELS and not any("embed" in part.lower() for part in (*modules[-1:], name))
+
+
+def _pick(
+  pattern: Pattern, field: str, leaves: LeavesByPath, evidence: EvidenceByPath, *, kernels_only: bool
+) -> set[str]:
+  """The paths that a pattern picks; every pattern, and every name in a list, must pick at least one."""
+  if callable(pattern):
+    picked = {path for path, leaf in leaves.items() if pattern(path, leaf)}
+    if not picked:
+      raise no_match_error(field, pattern, list(leaves))
+  elif isinstance(pattern, str):
+    picked = {path for path in leaves if re.fullmatch(pattern, path)}
+    if not picked:
+      raise no_match_error(field, pattern, list(leaves))
+  else:
+    picked = set()
+    for name in pattern:
+      found = {path for path in leaves if _named(name, path, leaves[path], evidence, kernels_only)}
+      if not found:
+        raise _no_kernel_error(field, name, leaves)
+      picked |= found
+  return picked
+
+
+def _no_kernel_error(field: str, name: str, leaves: LeavesByPath) -> ValueError:
+  """The error for a name that picks nothing: it matches no path, or no kernel."""
+  others = [path for path in leaves if name_matches(name, path)[0]]
+  if not others:
+    return no_match_error(field, name, list(leaves), rule="a name matches a run of whole path components")
+  return ValueError(
+    f"LoraConfig.{field}: {name!r} names no kernel, only {listed(others)}. Name a leaf itself to adapt it all the same,"
+    " or train them whole (LoraConfig.train)."
+  )
+
+
+def _named(name: str, path: str, leaf: Any, evidence: EvidenceByPath, kernels_only: bool) -> bool:
+  """A name picks the leaf it names, and the kernels (for `train`, all leaves) under a module it names."""
+  matches, is_leaf = name_matches(name, path)
+  if not matches:
+    return False
+  looked_up = evidence is not None and evidence[path].looked_up is not None
+  named_table = name.split("/")[-1] in components(path)[-2:] and _is_table(path, leaf)
+  return not kernels_only or is_leaf or looked_up or named_table or _is_kernel(path, leaf, evidence)
+
+
+def _is_table(path: str, leaf: Any) -> bool:
+  return np.ndim(leaf) == 2 and components(path)[-1] == "embedding"

@@ -1,0 +1,1 @@
+"""Helpers that know JAX's arrays and trees, and nothing of LoRA."""

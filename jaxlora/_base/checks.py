@@ -1,0 +1,46 @@
+"""Checks of values, as far as they are known."""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora._base.text import listed
+
+
+def is_concrete(*arrays: Any) -> bool:
+  return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def check_finite(named: Sequence[tuple[str, Any]], what: str) -> None:
+  """Raises if a known array has NaN or infinite elements, with the names of all that have."""
+  with jax.ensure_compile_time_eval():  # known values can be closed over under jit, too
+    broken = [name for name, x in named if is_concrete(x) and not all_finite(x)]
+  if broken:
+    raise ValueError(
+      f"{what}: found NaN or infinite values in {listed(broken)}, expected finite numbers. If they come from training,"
+      " it has diverged: go back to an earlier checkpoint."
+    )
+
+
+@jax.jit
+def all_finite(x: jax.Array) -> jax.Array:
+  return jnp.isfinite(x).all()
+
+
+def check_number(value: Any, what: str) -> None:
+  """Raises unless `value` is one real number, and finite where it is known."""
+  number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and not isinstance(value, bool)
+  if not number or jnp.ndim(value) != 0 or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+    raise TypeError(f"{what} is {value!r}, expected one real number.")
+  if is_concrete(value) and not math.isfinite(float(value)):
+    raise ValueError(f"{what} is {value!r}, expected a finite number.")
+
+
+def positive(value: Any, what: str) -> int:
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise ValueError(f"stack: {what} is {value!r}, expected a whole number above 0.")
+  return value

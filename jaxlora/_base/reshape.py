@@ -1,0 +1,30 @@
+"""Which axes a reshape joins and splits."""
+
+from collections.abc import Sequence
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+  """Splits a reshape into its smallest independent pieces: which old axes become which new ones."""
+  groups: list[tuple[list[int], list[int]]] = []
+  i = j = 0
+  while i < len(old) or j < len(new):
+    left: list[int] = []
+    right: list[int] = []
+    left_size = right_size = 1
+    while True:
+      if left_size == right_size and (left or right):
+        break
+      if left_size <= right_size and i < len(old):
+        left_size *= old[i]
+        left.append(i)
+        i += 1
+      elif j < len(new):
+        right_size *= new[j]
+        right.append(j)
+        j += 1
+      else:
+        left_size *= old[i]
+        left.append(i)
+        i += 1
+    groups.append((left, right))
+  return groups

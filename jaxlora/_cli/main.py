@@ -1,0 +1,107 @@
+"""The command line: `jaxlora inspect`, `convert` and `merge`."""
+
+import argparse
+from collections.abc import Callable, Sequence
+import json
+import logging
+import sys
+from typing import Any
+
+import jaxlora
+from jaxlora._cli.convert import run_convert
+from jaxlora._cli.inspect import run_inspect
+from jaxlora._cli.merge import run_merge
+from jaxlora._cli.sources import BadFile
+from jaxlora._cli.tensors import TensorFileError
+from jaxlora.checkpoint._manifest import CheckpointError
+
+_EXIT = """
+exit codes: 0 done; 1 the file is bad, or does not fit; 2 usage, or an extra that is missing
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit code."""
+  options = _parser().parse_args(arguments)
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
+  try:
+    report, lines = options.run(options)
+  except ImportError as error:
+    print(f"jaxlora: {error}. Install the extra: pip install 'jaxlora[peft]'", file=sys.stderr)
+    return 2
+  except (BadFile, CheckpointError, TensorFileError, ValueError, OSError) as error:
+    if options.json:
+      print(json.dumps({"error": str(error)}))
+    print(f"jaxlora: {error}", file=sys.stderr)
+    return 1
+  print(json.dumps(report, indent=2) if options.json else "\n".join(lines))
+  return int(bool(report.get("nan")))
+
+
+Result = tuple[dict[str, Any], list[str]]  # for --json, and for people
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="jaxlora", description="Adapters in files: jaxlora's checkpoints and PEFT folders.", epilog=_EXIT
+  )
+  parser.add_argument("--version", action="version", version=jaxlora.__version__)
+  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+  def command(name: str, run: Callable[[Any], Result], about: str, detail: str, example: str) -> Any:
+    added = commands.add_parser(
+      name,
+      help=about,
+      description=f"{about[0].upper()}{about[1:]}.\n{detail}",
+      epilog=f"example:\n  {example}\n{_EXIT}",
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.set_defaults(run=run)
+    added.add_argument("--json", action="store_true", help="print one JSON object")
+    return added
+
+  inspect = command(
+    "inspect",
+    run_inspect,
+    "show what an adapter adapts: ranks, alphas, sizes, norms, NaNs",
+    "PATH is a checkpoint of jaxlora or a PEFT folder. NaNs make the exit code 1.",
+    "jaxlora inspect runs/summaries/1200",
+  )
+  inspect.add_argument("path", metavar="PATH")
+
+  convert = command(
+    "convert",
+    run_convert,
+    "turn a checkpoint into a PEFT folder, or the other way round",
+    "The format of FROM decides. A checkpoint knows the names and shapes of its base. A PEFT folder does not, nor the\n"
+    "names of a Flax model: those are read from --base, whose values are not looked at; without it the leaves are\n"
+    "called by torch's names (h.0.attn.c_attn becomes h/0/attn/c_attn/kernel, of shape (in, out)), which leaves\n"
+    "modules_to_save no shape: they need --base.",
+    "jaxlora convert runs/summaries adapter --base-model openai-community/gpt2",
+  )
+  convert.add_argument("source", metavar="FROM")
+  convert.add_argument("target", metavar="TO")
+  convert.add_argument(
+    "--base", metavar="FILE", help="names and shapes of the Flax base: safetensors, or a jaxlora checkpoint on it"
+  )
+  convert.add_argument("--names", metavar="FILE", help="JSON: the `names` of jaxlora.peft, regex -> torch module")
+  convert.add_argument("--base-model", metavar="NAME", help="base_model_name_or_path in adapter_config.json")
+  convert.add_argument("--task-type", metavar="TYPE", help="task_type in adapter_config.json, such as CAUSAL_LM")
+
+  merge = command(
+    "merge",
+    run_merge,
+    "fold an adapter into a model's safetensors",
+    "BASE is a safetensors file, an index of several, or a folder with either; its tensors are named as in torch, or\n"
+    'by the paths of a Flax tree joined by "/" or ".". ADAPTER is a checkpoint of jaxlora or a PEFT folder. OUT is a\n'
+    "file, or a new folder where BASE has an index. One tensor is in memory at a time, at most; the others are copied.",
+    "jaxlora merge model.safetensors runs/summaries merged.safetensors",
+  )
+  merge.add_argument("base", metavar="BASE")
+  merge.add_argument("adapter", metavar="ADAPTER")
+  merge.add_argument("out", metavar="OUT")
+  merge.add_argument("--names", metavar="FILE", help="JSON: the `names` of jaxlora.peft, regex -> torch module")
+  merge.add_argument(
+    "--any-base", action="store_true", help="merge though the base's fingerprint is not the recorded one"
+  )
+  return parser

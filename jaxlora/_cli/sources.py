@@ -1,0 +1,68 @@
+"""Adapters in files of either format."""
+
+from collections.abc import Iterable
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora._cli.tensors import TensorFiles
+
+
+class BadFile(ValueError):
+  """What a command says of a file before it gives up."""
+
+
+def is_peft(path: str) -> bool:
+  """Whether a path is a PEFT folder, and no checkpoint of jaxlora's."""
+  return any((Path(path) / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+def read_peft(path: str) -> Any:
+  from jaxlora.peft import _read
+
+  return _read.read(path)
+
+
+def contents_of(path: str) -> Any:
+  from jaxlora import checkpoint
+
+  if not Path(path).exists() and "://" not in path:
+    raise BadFile(f"{path}: there is no such folder.")
+  return checkpoint.contents(path)
+
+
+def names_of(options: Any) -> dict[str, str] | None:
+  if options.names is None:
+    return None
+  try:
+    return json.loads(Path(options.names).read_text("utf-8"))
+  except ValueError as error:
+    raise BadFile(f"{options.names}: cannot be read as JSON: {error}") from error
+
+
+def shape_of_print(text: str) -> jax.ShapeDtypeStruct:
+  """`"float32[2,3]:0f3c..."` -> its shape and dtype; random keys and the like are no parameters: bytes."""
+  dtype, shape = text.split(":")[0].rstrip("]").rsplit("[", 1)
+  try:
+    kind = jnp.dtype(dtype)
+  except TypeError:
+    kind = jnp.dtype(np.uint8)
+  return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), kind)
+
+
+def flax_shapes(files: TensorFiles) -> dict[str, Any]:
+  return {
+    path: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype or np.uint8)
+    for path, tensor in zip(flax_paths(files.tensors).values(), files.tensors.values(), strict=True)
+  }
+
+
+def flax_paths(names: Iterable[str]) -> dict[str, str]:
+  """Names of tensors -> paths of leaves, joined by "/" in the file, or by "." where none has a "/"."""
+  names = list(names)
+  joined = any("/" in name for name in names)
+  return {name: name if joined else name.replace(".", "/") for name in names}

@@ -1,0 +1,1 @@
+"""The only place with names that JAX does not promise."""

@@ -1,0 +1,130 @@
+"""A linear call with a say in its transpose.
+
+`jax.custom_derivatives.linear_call` has no rule for batching, and none for tangents of its residuals, which second
+derivatives need.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+from jaxlora._jax.jaxpr import without_dead_code
+from jaxlora._jax.trace_cache import traced_once
+
+try:
+  from jax.extend.core import Primitive
+  from jax.interpreters import ad, batching, mlir
+except ImportError:  # a JAX that moved them: a linear call gives way to a plain one, and memory is saved no longer
+  Primitive = None  # type: ignore[assignment,misc]
+
+
+def linear_call(
+  fn: Callable[[Any, Any], Any],
+  before: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
+  residuals: Any,
+  linear: Any,
+) -> Any:
+  """`fn(residuals, linear)`, where the transpose in `linear` first puts its residuals through `before`.
+
+  Args:
+    fn: linear in its second argument.
+    before: from flat residuals and flat cotangents to the residuals that the transpose uses, of the same types.
+    residuals: pytree of arrays.
+    linear: pytree of arrays.
+
+  Returns:
+    What `fn` returns.
+  """
+  if Primitive is None:
+    return fn(residuals, linear)
+  kept, kept_def = jax.tree.flatten(residuals)
+  moving, moving_def = jax.tree.flatten(linear)
+  out_def = None
+
+  def flat(*leaves):
+    nonlocal out_def
+    split = len(kept)
+    out = fn(jax.tree.unflatten(kept_def, leaves[:split]), jax.tree.unflatten(moving_def, leaves[split:]))
+    out, out_def = jax.tree.flatten(out)
+    return out
+
+  jaxpr, used = without_dead_code(jax.make_jaxpr(flat)(*kept, *moving), len(moving))
+  kept = [value for value, use in zip(kept, used, strict=False) if use]
+  assert out_def is not None
+  out = _linear_call_p().bind(*kept, *moving, jaxpr=jaxpr, before=before, count=len(kept))
+  return jax.tree.unflatten(out_def, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transpose:
+  """The transpose of a linear call, as a function of its residuals and of the cotangents that are not zero."""
+
+  jaxpr: Any
+  before: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
+  types: tuple[Any, ...]  # of the linear operands
+  zeros: tuple[Any, ...]  # for each cotangent that is zero its type, else `None`
+
+  def __call__(self, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+    given = iter(cotangents)
+    full = [next(given) if zero is None else ad.instantiate_zeros(ad.Zero(zero)) for zero in self.zeros]
+    kept, fn = self.before(residuals, cotangents), jex_core.jaxpr_as_fun(self.jaxpr)
+    return jax.linear_transpose(lambda *linear: fn(*kept, *linear), *self.types)(full)
+
+
+@functools.cache
+def _linear_call_p() -> Any:
+  primitive = Primitive("jaxlora_linear_call")
+  primitive.multiple_results = True
+
+  def impl(*args, jaxpr, before, count):
+    del before, count
+    return jex_core.jaxpr_as_fun(jaxpr)(*args)
+
+  def abstract_eval(*args, jaxpr, before, count):
+    del args, before, count
+    return jaxpr.out_avals
+
+  def jvp(primals, tangents, **params):
+    count, fn = params["count"], jex_core.jaxpr_as_fun(params["jaxpr"])
+    out = primitive.bind(*primals, **params)
+    total: Any = [ad.Zero(jax.typeof(value).to_tangent_aval()) for value in out]
+    moved = [k for k in range(count) if type(tangents[k]) is not ad.Zero]
+    if moved:  # plainly: these are derivatives of the second order
+
+      def of_residuals(*values):
+        full = list(primals)
+        for k, value in zip(moved, values, strict=True):
+          full[k] = value
+        return fn(*full)
+
+      _, total = jax.jvp(of_residuals, [primals[k] for k in moved], [tangents[k] for k in moved])
+    linear = tangents[count:]
+    if any(type(tangent) is not ad.Zero for tangent in linear):
+      straight = primitive.bind(*primals[:count], *map(ad.instantiate_zeros, linear), **params)
+      total = [ad.add_tangents(*pair) for pair in zip(total, straight, strict=True)]
+    return out, total
+
+  def transpose(cotangents, *args, jaxpr, before, count):
+    moving = [cotangent for cotangent in cotangents if type(cotangent) is not ad.Zero]
+    # Not only shapes: under shard_map types say what differs between shards.
+    types = tuple(arg.aval for arg in args[count:])
+    zeros = tuple(cotangent.aval if type(cotangent) is ad.Zero else None for cotangent in cotangents)
+    moved = traced_once(_Transpose(jaxpr, before, types, zeros), args[:count], moving)
+    return [None] * count + list(moved)
+
+  def batch(args, dims, *, jaxpr, before, count):
+    mapped = jax.vmap(jex_core.jaxpr_as_fun(jaxpr), in_axes=tuple(dims))
+    out = primitive.bind(*args, jaxpr=jax.make_jaxpr(mapped)(*args), before=before, count=count)
+    return out, [0] * len(out)
+
+  primitive.def_impl(impl)
+  primitive.def_abstract_eval(abstract_eval)
+  ad.primitive_jvps[primitive] = jvp
+  ad.primitive_transposes[primitive] = transpose
+  batching.primitive_batchers[primitive] = batch
+  mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=True))
+  return primitive

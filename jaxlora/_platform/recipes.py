@@ -1,0 +1,152 @@
+"""How to rematerialise a value from residuals that are kept anyway."""
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Linear in their one large operand: differentiating them keeps nothing, so a recipe goes on through them.
+_LINEAR = {
+  "add", "sub", "neg", "mul", "div", "convert_element_type", "reshape", "transpose", "squeeze", "expand_dims",
+  "broadcast_in_dim", "copy", "rev", "slice", "select_n", "name", "stop_gradient",
+}  # fmt: skip
+
+
+# Differentiating these keeps their operands: a recipe ends with them.
+_KEEPS_OPERANDS = {
+  "mul", "div", "max", "min", "clamp", "pow", "integer_pow", "square", "abs", "sign", "sin", "cos", "log", "log1p",
+  "erf", "select_n", "custom_jvp_call", "region",
+}  # fmt: skip
+
+
+# What differentiating these keeps is their result, which is one array more.
+KEEPS_RESULT = {"exp", "exp2", "expm1", "tanh", "logistic", "erf", "erfc", "log1p", "sqrt", "rsqrt", "cbrt"}
+
+_COMPARES = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite"}
+
+REGION = "region"
+
+ELEMENTWISE = _LINEAR | _KEEPS_OPERANDS | KEEPS_RESULT | _COMPARES | {REGION}
+
+SMALL = 8  # an operand with a share of less than 1/8 of the input's elements costs nothing to keep
+
+
+class Origin(NamedTuple):
+  """How a value came about: by what kind of operation, how to repeat that, and on what."""
+
+  name: str
+  again: Callable[[Sequence[Any]], Any]
+  operands: Sequence[Any]
+  value: Any  # keeps the value alive, and with it its identity
+
+
+class Recipe(NamedTuple):
+  """How to make a value again: `again(leaves)`."""
+
+  leaves: tuple[Any, ...]
+  again: Callable[[Sequence[Any]], Any]
+
+  def then(self, step: Callable[[Any, Any], Any], extra: Any) -> "Recipe":
+    """The recipe of `step(value, extra)`."""
+    return Recipe((*self.leaves, extra), lambda leaves: step(self.again(leaves[:-1]), leaves[-1]))
+
+
+def _picking(bind: Callable[[Sequence[Any]], list[Any]], k: int) -> Callable[[Sequence[Any]], Any]:
+  return lambda operands: bind(operands)[k]
+
+
+class Origins:
+  """What made the values of one walk, as far as it was cheap."""
+
+  def __init__(self) -> None:
+    self.known: dict[int, Origin] = {}
+    self.recipes: dict[int, Recipe | None] = {}
+    self.halves: dict[int, Any] = {}  # by an equation's identity: what was computed of it ahead
+
+  def note(
+    self, name: str, bind: Callable[[Sequence[Any]], list[Any]], operands: Sequence[Any], out: list[Any]
+  ) -> None:
+    """Takes down what made the results `out`, if it was elementwise."""
+    if name not in ELEMENTWISE:
+      return
+    for k, value in enumerate(out):
+      if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
+        self.known[id(value)] = Origin(name, _picking(bind, k), operands, value)
+
+  def recipe(self, value: Any) -> Recipe | None:
+    """How to make `value` again from what is kept anyway; `None` where it is better kept itself."""
+    if id(value) not in self.recipes:
+      self.recipes[id(value)] = _Cook(self.known, value).recipe()
+    return self.recipes[id(value)]
+
+
+class _Step(NamedTuple):
+  origin: Origin
+  operands: list[Any]  # each a `_Step`, or the number of a leaf
+
+
+class _Cook:
+  """Goes back from one value to what is kept anyway."""
+
+  def __init__(self, known: dict[int, Origin], value: Any):
+    self.known = known
+    self.value = value
+    self.elements = math.prod(jnp.shape(value))
+    self.leaves: list[Any] = []
+
+  def recipe(self) -> Recipe | None:
+    steps = self.back(self.value)
+    if steps is None or not any(self.is_large(leaf) and _is_float(leaf) for leaf in self.leaves):
+      return None
+    return Recipe(tuple(map(jnp.asarray, self.leaves)), lambda leaves: _evaluate(steps, leaves))
+
+  def back(self, value: Any) -> _Step | None:
+    """The steps to a value; `None` if they end in something that nobody keeps."""
+    origin = self.known.get(id(value))
+    if origin is None:
+      return None
+    name = origin.name
+    operands = [self.small(operand) for operand in origin.operands]
+    large = [k for k, operand in enumerate(operands) if operand is None]
+    if name in _LINEAR and len(large) == 1 and not (name == "div" and large == [1]):
+      operands[large[0]] = self.back(origin.operands[large[0]])
+      return None if operands[large[0]] is None else _Step(origin, operands)
+    if name in _KEEPS_OPERANDS and large:
+      return _Step(origin, [self.leaf(origin.operands[k]) if k in large else step for k, step in enumerate(operands)])
+    return None
+
+  def small(self, value: Any) -> _Step | int | None:
+    """A value that costs little to keep, or what it was broadcast from; `None` for large ones."""
+    if not self.is_large(value) or _is_bool(value):
+      return self.leaf(value)
+    origin = self.known.get(id(value))
+    if origin is None or origin.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
+      return None
+    source = self.small(origin.operands[0])
+    return None if source is None else _Step(origin, [source])
+
+  def leaf(self, value: Any) -> int:
+    for k, known in enumerate(self.leaves):
+      if known is value:
+        return k
+    self.leaves.append(value)
+    return len(self.leaves) - 1
+
+  def is_large(self, value: Any) -> bool:
+    return math.prod(jnp.shape(value)) * SMALL > self.elements
+
+
+def _is_float(value: Any) -> bool:
+  return jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.floating)
+
+
+def _is_bool(value: Any) -> bool:
+  return jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.bool_)
+
+
+def _evaluate(step: _Step | int, leaves: Sequence[Any]) -> Any:
+  if isinstance(step, int):
+    return leaves[step]
+  return step.origin.again([_evaluate(operand, leaves) for operand in step.operands])

@@ -1,0 +1,203 @@
+"""Finding norms, softmaxes and activations in a jaxpr."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora._jax.jaxpr import Literal, bind, context_key, equation_context, open_jaxpr
+from jaxlora._platform.recipes import ELEMENTWISE, KEEPS_RESULT, SMALL
+
+# What may be inside of a region besides elementwise operations.
+_ALONG_ROWS = {"reduce_sum", "reduce_max", "reduce_min"}
+
+# Not names: a policy of `jax.checkpoint` is to find them.
+_INSIDE = (ELEMENTWISE | _ALONG_ROWS) - {"name"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+  """Equations that make one array out of one large other; all that they make besides is used nowhere else.
+
+  Attributes:
+    equations: in order; the last one makes the result.
+    members: their numbers in their jaxpr.
+    inputs: the variables that they read from outside, of which `root` is the large one.
+    small: the variables of little size that they make: sums along rows, and what comes of those.
+    root: see above.
+  """
+
+  equations: tuple[Any, ...]
+  members: tuple[int, ...]
+  inputs: tuple[Any, ...]
+  small: tuple[Any, ...]
+  root: Any
+
+  @property
+  def result(self) -> Any:
+    return self.equations[-1].outvars[0]
+
+  def evaluate(self, values: Sequence[Any], instead: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
+    """All variables of the region; those in `instead` have that value, and the derivative of what they are made of."""
+    env = dict(zip(self.inputs, values, strict=True))
+    for eqn in self.equations:
+      operands = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+      with equation_context(eqn, named=False):
+        env.update(zip(eqn.outvars, _evaluate(eqn, operands, instead or {}), strict=True))
+    return env
+
+  def signature(self) -> Hashable:
+    """The same for regions that are the same but for their variables."""
+    number = {var: k for k, var in enumerate(self.inputs)}
+
+    def of(atom: Any) -> Hashable:
+      if isinstance(atom, Literal):
+        return str(atom.aval), repr(atom.val)
+      return number.setdefault(atom, len(number))
+
+    equations = tuple(
+      (
+        eqn.primitive,
+        tuple(sorted(eqn.params.items())),
+        tuple(map(of, (*eqn.invars, *eqn.outvars))),
+        tuple(var.aval for var in eqn.outvars),
+        context_key(eqn),
+      )
+      for eqn in self.equations
+    )
+    return (
+      equations,
+      tuple(var.aval for var in self.inputs),
+      number[self.root],
+      tuple(number[var] for var in self.small),
+    )
+
+  def softmax(self) -> tuple[Any, Any] | None:
+    """Numerator and denominator, where the result is a large exponential over something small."""
+    eqn = self.equations[-1]
+    if eqn.primitive.name != "div" or any(isinstance(atom, Literal) for atom in eqn.invars):
+      return None
+    over, under = eqn.invars
+    exponentials = (eqn.outvars[0] for eqn in self.equations if eqn.primitive.name == "exp")
+    return (over, under) if under in self.small and over in exponentials else None
+
+
+def _evaluate(eqn: Any, operands: Sequence[Any], instead: Mapping[Any, Any]) -> list[Any]:
+  """The results of one equation; those in `instead` have that value, but the derivative that they would have."""
+  if eqn.primitive.name == "exp" and eqn.outvars[0] in instead:  # whose derivative is made of its value
+    return [_exp_with_value(operands[0], instead[eqn.outvars[0]])]
+  made = zip(eqn.outvars, bind(eqn, operands), strict=True)
+  return [_with_value(value, instead[var]) if var in instead else value for var, value in made]
+
+
+def _valued(derivative: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+  """`f(made, value)`, which is `value`; its derivative is `derivative(the one of made, value)`."""
+
+  @jax.custom_jvp
+  def valued(made: Any, value: Any) -> Any:
+    del made
+    return value
+
+  valued.defjvp(lambda primals, tangents: (primals[1], derivative(tangents[0], primals[1])))
+  return valued
+
+
+_with_value = _valued(lambda step, value: step)
+
+_exp_with_value = _valued(lambda step, value: step * value)
+
+
+def find(jaxpr: Any) -> dict[int, Region]:
+  """The regions of a jaxpr of which differentiation would keep more than their inputs; by every member's number."""
+  roots: dict[Any, Any] = {}  # variable -> the large one that it is made of
+  members: dict[Any, list[int]] = {}
+  uses: dict[Any, set[int]] = {}
+  for k, eqn in enumerate(jaxpr.eqns):
+    operands = _variables(eqn.invars)
+    for atom in operands:
+      uses.setdefault(atom, set()).add(k)
+    if len(eqn.outvars) == 1 and _fits(eqn) and (root := _root(operands, eqn.outvars[0], roots)) is not None:
+      roots[eqn.outvars[0]] = root
+      members.setdefault(root, []).append(k)
+  for atom in _variables(jaxpr.outvars):
+    uses.setdefault(atom, set()).add(len(jaxpr.eqns))
+  found = (
+    _region(jaxpr, root, part, uses) for root, numbers in members.items() for part in _parts(jaxpr, numbers, uses)
+  )
+  return {k: region for region in found if region is not None for k in region.members}
+
+
+def _root(operands: Sequence[Any], out: Any, roots: Mapping[Any, Any]) -> Any | None:
+  """The one large variable that an equation's result is made of; `None` if there are several, or none.
+
+  Masks from elsewhere, such as dropout's, are cheap to keep; so is what is small beside the rest.
+  """
+  made_of = {roots.get(atom, atom) for atom in operands if atom in roots or not _is_mask(atom)}
+  size = max(map(_elements, [*made_of, out]))
+  made_of = {atom for atom in made_of if _elements(atom) * SMALL > size}
+  if len(made_of) != 1:
+    return None
+  (root,) = made_of
+  return root if 1 < _elements(root) >= _elements(out) else None
+
+
+def _parts(jaxpr: Any, numbers: Sequence[int], uses: Mapping[Any, set[int]]) -> list[list[int]]:
+  """Equations of one root, apart by what is used of them outside; those that two results share are in no part."""
+  ends: dict[int, set[int]] = {}  # equation -> the results that it serves
+  for k in reversed(numbers):
+    readers = uses.get(jaxpr.eqns[k].outvars[0], set())
+    ends[k] = {k} if not readers or readers - set(numbers) else set()
+    ends[k] = ends[k].union(*(ends[reader] for reader in readers if reader in ends))
+  parts: dict[int, list[int]] = {}
+  for k in numbers:
+    if len(ends[k]) == 1:
+      parts.setdefault(next(iter(ends[k])), []).append(k)
+  shared = {end for k in numbers if len(ends[k]) > 1 for end in ends[k]}
+  return [part for end, part in parts.items() if end not in shared]
+
+
+def _region(jaxpr: Any, root: Any, numbers: list[int], uses: Mapping[Any, set[int]]) -> Region | None:
+  """The region of these equations, if they are worth it."""
+  result = jaxpr.eqns[numbers[-1]].outvars[0]
+  large = _elements(result) * SMALL > _elements(root)
+  if not large or not _is_float(result) or not any(_keeps_results(jaxpr.eqns[k]) for k in numbers):
+    return None
+  made = [jaxpr.eqns[k].outvars[0] for k in numbers]
+  inputs = dict.fromkeys(atom for k in numbers for atom in _variables(jaxpr.eqns[k].invars) if atom not in set(made))
+  small = [var for var in made if _elements(var) * SMALL <= _elements(root) and _is_float(var)]
+  return Region(tuple(jaxpr.eqns[k] for k in numbers), tuple(numbers), tuple(inputs), tuple(small), root)
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+  return [atom for atom in atoms if not isinstance(atom, Literal)]
+
+
+def _elements(atom: Any) -> int:
+  return math.prod(getattr(atom.aval, "shape", ()))
+
+
+def _is_mask(atom: Any) -> bool:
+  return getattr(atom.aval, "dtype", None) == jnp.bool_
+
+
+def _is_float(atom: Any) -> bool:
+  return jnp.issubdtype(atom.aval.dtype, jnp.floating)
+
+
+def _fits(eqn: Any) -> bool:
+  inner = _inside(eqn)
+  return all(map(_fits, inner)) if inner else eqn.primitive.name in _INSIDE
+
+
+def _keeps_results(eqn: Any) -> bool:
+  return eqn.primitive.name in KEEPS_RESULT or any(map(_keeps_results, _inside(eqn)))
+
+
+def _inside(eqn: Any) -> Sequence[Any]:
+  """The equations of a jitted function, or of one with a derivative of its own."""
+  inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+  called = eqn.primitive.name in ("jit", "pjit", "custom_jvp_call") and inner is not None
+  return open_jaxpr(inner)[0].eqns if called else ()

@@ -1,0 +1,1 @@
+"""Gradients and optimizers for the trainable leaves."""

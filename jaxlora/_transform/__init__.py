@@ -1,0 +1,1 @@
+"""`wrap`: programs on adapted weights."""

@@ -1,0 +1,120 @@
+"""What one traced call did with the adapted weights."""
+
+import collections
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+from typing import Any
+import warnings
+
+import jax
+
+from jaxlora._jax.jaxpr import source_line
+from jaxlora._transform.factored import Factored, materialize
+
+ON_MATERIALIZE = ("ignore", "warn", "error")
+
+
+class MaterializeWarning(UserWarning):
+  """An adapted weight was formed as one array, because something needs it whole. Right, but slower and larger."""
+
+
+class MaterializeError(ValueError):
+  """The same where `on_materialize="error"` forbids it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """One thing that happened to an adapted weight.
+
+  Attributes:
+    path: the leaf's path among the arguments.
+    primitive: the JAX primitive.
+    factored: whether the weight stayed factored.
+    source: the user's source line.
+    reason: why it was materialised; empty where it was not.
+    way: how the rows of a mixed batch are computed; empty for a weight of one adapter.
+  """
+
+  path: str
+  primitive: str
+  factored: bool
+  source: str
+  reason: str = ""
+  way: str = ""
+
+
+class Record:
+  """What one traced call did: the uses of each weight, and what to do when one must be materialised.
+
+  `seen` outlives the call: each place is warned about once per wrapped function, however often it is traced.
+  `places` holds the user's lines of the equations that enclose the one at hand: inside the jitted functions of
+  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far. `of_rows` says that
+  the call is one row of a mixed batch.
+  """
+
+  def __init__(
+    self, on_materialize: str, seen: set[tuple[str, str, str]], recompute: bool = False, of_rows: bool = False
+  ):
+    self.on_materialize = on_materialize
+    self.of_rows = of_rows
+    self.seen = seen
+    self.recompute = recompute
+    self.looping = False
+    self.uses: list[Use] = []
+    self.products: collections.Counter[str] = collections.Counter()
+    self.places: list[str] = []
+    self.jits: dict[Any, Any] = {}
+
+  def source(self, eqn: Any) -> str:
+    """The user's line behind an equation, or behind the nearest one around it that has any."""
+    return source_line(eqn) or next(filter(None, reversed(self.places)), "")
+
+  @contextlib.contextmanager
+  def in_a_loop(self) -> Iterator[None]:
+    """While the body of a loop is walked."""
+    before, self.looping = self.looping, True
+    try:
+      yield
+    finally:
+      self.looping = before
+
+  @contextlib.contextmanager
+  def enclosed_by(self, eqn: Any) -> Iterator[None]:
+    """While the inside of a control-flow equation is walked."""
+    self.places.append(source_line(eqn))
+    try:
+      yield
+    finally:
+      self.places.pop()
+
+  def materialize(self, w: Factored, primitive: str, source: str, reason: str) -> jax.Array:
+    """Forms the weight, and says so."""
+    self.report(Use(w.path, primitive, False, source, reason), w.key is not None)
+    return materialize(w)
+
+  def report(self, use: Use, drops: bool) -> None:
+    """Notes a materialised weight, and warns or raises as the user chose."""
+    self.uses.append(use)
+    message = (
+      f"{use.path}: base + A B was formed as one array at `{use.primitive}` ({use.source or 'unknown source line'}):"
+      f" {use.reason}. The result is right, but this costs a weight's worth of memory and gradient"
+    )
+    if drops:
+      message += ", and the adapter's dropout does not act there"
+    if self.on_materialize == "error":
+      raise MaterializeError(
+        f"{message}. Exclude the leaf, rewrite that line, or allow it with wrap(..., on_materialize='warn')."
+      )
+    place = (use.path, use.primitive, use.source)
+    if self.on_materialize == "warn" and place not in self.seen:
+      self.seen.add(place)
+      warnings.warn(
+        f"{message}. Exclude the leaf, or silence this with wrap(..., on_materialize='ignore').",
+        MaterializeWarning,
+        stacklevel=2,
+      )
+
+
+def weights_in(values: Sequence[Any]) -> list[Factored]:
+  return [value for value in values if isinstance(value, Factored)]

@@ -1,0 +1,147 @@
+"""`wrap`: any function, unmodified, on trees that hold adapted weights."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlora._base.keys import leaf_key, typed_key
+from jaxlora._base.paths import flatten
+from jaxlora._jax.jaxpr import open_jaxpr
+from jaxlora._transform.factored import Factored, enter
+from jaxlora._transform.interpreter import _named, run
+from jaxlora._transform.record import ON_MATERIALIZE, Record, weights_in
+from jaxlora._weight.checks import check_weight
+from jaxlora._weight.weight import FullWeight, is_adapted
+
+
+def wrap(
+  fn: Callable[..., Any],
+  *,
+  dropout_key: jax.Array | None = None,
+  on_materialize: str = "warn",
+  recompute: bool = True,
+) -> Callable[..., Any]:
+  """Makes any function take trees that hold adapted weights.
+
+      wrap(fn)(tree) = fn(merge(tree)),    computed as  x W + s (x A) B,  never as  x (W + s A B)
+
+  The wrapped function has the same signature. It composes with `jax.jit`, `grad`, `vmap`, `jvp`, `checkpoint`, `scan`
+  and meshes on either side. Frozen bases are behind `stop_gradient`. Arrays among the arguments are traced, as in
+  `jax.jit`; everything else (strings, bools, Python numbers, callables) reaches `fn` as it is. Outside `jax.jit` each
+  call traces `fn` anew: put it under `jit`.
+
+  Args:
+    fn: a pure function of pytrees, such as `model.apply`. Any argument may hold `LoraWeight`s.
+    dropout_key: a random key, typed or raw uint32, for the dropout of adapters that have one; `None` means evaluation,
+      without dropout. Pass a new key every step: `wrap(fn, dropout_key=key)` is cheap. Every use of a weight has a mask
+      of its own, a gradient that `fn` takes inside itself included: differentiate the wrapped function, from outside.
+    recompute: whether the backward pass makes the inputs of adapted products again, where that takes cheap operations
+      (elementwise, or along rows) from what it keeps anyway, instead of keeping them, too; and keeps one array of each
+      norm, softmax or activation. Training then holds less than running the frozen model backwards does; on CPUs it
+      saves time as well. Values and derivatives are the same to rounding.
+    on_materialize: what to do where a weight has to be formed as one array: `"warn"` once per place, `"ignore"`, or
+      `"error"`.
+
+  Returns:
+    A function with `fn`'s signature and results.
+
+  Raises:
+    ValueError: on another `on_materialize`; when called, on factors that do not fit their base, naming the leaf;
+      `MaterializeError` where materialising is forbidden.
+    TypeError: if `dropout_key` is no random key.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> jaxlora.wrap(lambda p, x: x @ p["kernel"])(tree, jnp.ones((2, 4))).shape
+    (2, 3)
+  """
+  if on_materialize not in ON_MATERIALIZE:
+    raise ValueError(
+      f"wrap: on_materialize is {on_materialize!r}, expected one of {', '.join(map(repr, ON_MATERIALIZE))}."
+    )
+  if dropout_key is not None:
+    dropout_key = typed_key(dropout_key, "wrap: dropout_key")
+  seen: set[tuple[str, str, str]] = set()
+
+  @functools.wraps(fn)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    return call(fn, Record(on_materialize, seen, recompute), dropout_key, args, kwargs)
+
+  return wrapped
+
+
+def call(
+  fn: Callable[..., Any], record: Record, dropout_key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+  """One call of a wrapped function: take the weights out, trace, walk."""
+  nodes, treedef = argument_leaves(args, kwargs)
+  leaves = [opened(node, path, dropout_key) for path, node in nodes]
+  dynamic = [k for k, leaf in enumerate(leaves) if isinstance(leaf, (Factored, jax.Array, np.ndarray))]
+  if not weights_in(leaves):
+    plain_args, plain_kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
+    return fn(*plain_args, **plain_kwargs)
+
+  out_tree = None
+  static_out: dict[int, Any] = {}  # results that are no arrays come back as they are
+
+  def flat(*arrays):
+    nonlocal out_tree
+    full = list(leaves)
+    for k, array in zip(dynamic, arrays, strict=True):
+      full[k] = array
+    call_args, call_kwargs = jax.tree_util.tree_unflatten(treedef, full)
+    out, out_tree = jax.tree_util.tree_flatten(fn(*call_args, **call_kwargs))
+    static_out.update((k, leaf) for k, leaf in enumerate(out) if not isinstance(leaf, (jax.Array, np.ndarray)))
+    return [leaf for k, leaf in enumerate(out) if k not in static_out]
+
+  _named(flat, getattr(fn, "__name__", "wrapped"))
+  values = [leaves[k] for k in dynamic]
+  traced = jax.make_jaxpr(flat)(*(value.base if isinstance(value, Factored) else value for value in values))
+  out = run(record, *open_jaxpr(traced), values)
+  out = [
+    record.materialize(value, "return", "the function's result", "the function returns it")
+    if isinstance(value, Factored)
+    else value
+    for value in out
+  ]
+  assert out_tree is not None
+  arrays_out = iter(out)
+  full_out = [static_out[k] if k in static_out else next(arrays_out) for k in range(out_tree.num_leaves)]
+  return jax.tree_util.tree_unflatten(out_tree, full_out)
+
+
+def opened(node: Any, path: str, dropout_key: Any) -> Any:
+  """What stands for one argument leaf inside the walk."""
+  if not is_adapted(node):  # `Factored` weights among them: rows of a mixed batch come with those
+    return node
+  check_weight(node, path)
+  if isinstance(node, FullWeight):
+    return node.value
+  return enter(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
+
+
+def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tuple[str, Any]], Any]:
+  """The leaves of a call's arguments, each with its path inside its argument, and the structure of both together.
+
+  The argument's own position or keyword leads the path where several arguments hold adapted weights.
+  """
+  arguments = [*enumerate(args), *sorted(kwargs.items())]
+  flat = [(name, argument, flatten(argument, is_leaf=_is_weight)[0]) for name, argument in arguments]
+  several = sum(any(_is_weight(leaf) for _, leaf in leaves) for *_, leaves in flat) > 1
+
+  def path_of(name: Any, argument: Any, path: str, leaf: Any) -> str:
+    if leaf is argument:
+      return str(name)
+    return f"{name}/{path}" if several else path
+
+  pairs = [(path_of(name, argument, path, leaf), leaf) for name, argument, leaves in flat for path, leaf in leaves]
+  return pairs, jax.tree_util.tree_structure((args, kwargs), is_leaf=_is_weight)
+
+
+def _is_weight(node: Any) -> bool:
+  return is_adapted(node) or isinstance(node, Factored)

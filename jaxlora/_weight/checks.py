@@ -1,0 +1,54 @@
+"""Whether the parts of an adapted leaf are there and fit together."""
+
+from collections.abc import Collection
+
+import jax.numpy as jnp
+
+from jaxlora._weight.weight import Adapted, FullWeight, parts
+
+
+def check_parts(node: Adapted, path: str, needed: Collection[str] | None = None) -> None:
+  """Raises unless `node` has the parts that are needed (all of them), naming the leaf and what is missing."""
+  missing = [name for name, part in parts(node).items() if part is None and (needed is None or name in needed)]
+  if missing:
+    raise ValueError(
+      f"{path}: {', '.join(missing)} missing: this is one half of a split tree. Put the halves together with"
+      " jaxlora.join(frozen, trainable)."
+    )
+
+
+def check_weight(node: Adapted, path: str) -> None:
+  """Raises unless the parts of `node` are there and fit together, naming the leaf, what was found and expected."""
+  check_parts(node, path)
+  shape = jnp.shape(node.base)
+  if isinstance(node, FullWeight):
+    if jnp.shape(node.value) != shape:
+      raise ValueError(f"{path}: value has shape {jnp.shape(node.value)}, expected the base's, {shape}. {_REFIT}")
+    return
+  if len(node.roles) != len(shape):
+    raise ValueError(
+      f"{path}: roles {node.roles!r} name {len(node.roles)} axes, the base has shape {shape}. A transformation"
+      " may have added or removed an axis; roles have one letter per axis of the base."
+    )
+  held = parts(node)
+  expected = node.kind.shapes(shape, node.roles, node.rank)
+  if "a0" in held:
+    expected |= {"a0": expected["a"], "b0": expected["b"]}
+  if held.keys() - {"base"} != expected.keys():
+    raise ValueError(
+      f"{path}: found the parts {', '.join(sorted(held))}, expected base, {', '.join(expected)} for the variant"
+      f" {node.variant!r}. {_REFIT}"
+    )
+  for name, size in expected.items():
+    found = jnp.shape(held[name])
+    if found != size:
+      raise ValueError(
+        f"{path}: factor {name} has shape {found}, expected {size} for a base of shape {shape} with roles"
+        f" {node.roles!r} and rank {node.rank}. {_REFIT}"
+      )
+
+
+_REFIT = (
+  "It belongs to another base or another rank: join it with the base that it was made for, or adapt this one anew"
+  " (jaxlora.adapt)."
+)

@@ -1,0 +1,170 @@
+"""A digest of every leaf of a base, computed where the leaf lies."""
+
+from typing import Any, NamedTuple
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora._base.paths import flatten
+from jaxlora._weight.tree import base_of
+
+_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive multiples of it are far apart
+
+_LANES = np.array([0x243F6A88, 0x85A308D3], np.uint32)  # the first digits of pi
+
+_PIECE = 1 << 20  # elements of a NumPy array at a time
+
+
+def fingerprint(params: Any) -> dict[str, str]:
+  """A digest of every leaf of a tree of parameters: what a checkpoint knows its base by.
+
+      h_lane = sum_k mix(word_k ^ place_k(lane)) mod 2^32,    two lanes
+
+  The words are the bits of the elements, the place is mixed from an element's index along every axis, and `mix` is the
+  finaliser of MurmurHash3, a bijection of 32-bit words. So every bit of every element counts, and one element that
+  changes always changes the digest; two leaves that differ elsewhere agree with a chance of 2^-64. It tells bases
+  apart, it is no defence against someone who forges one. The sum is of integers: exact in any order, hence the same on
+  every device, under every sharding, and for NumPy and JAX arrays of the same bits.
+
+  The cost is one pass over each leaf on the devices that hold it (a reduction: no copy, no gather, 8 bytes come back),
+  and one small compilation per shape, dtype and sharding; NumPy arrays are read by NumPy, in pieces. The digests of JAX
+  arrays, which never change, are remembered for as long as the arrays live: a loop that keeps its base pays once.
+
+  Args:
+    params: any pytree; of an adapted tree, its base counts. Arrays of any dtype, random keys, numbers;
+      `jax.ShapeDtypeStruct`s have no values and get no digest.
+
+  Returns:
+    path -> `"dtype[shape]:digest"`, as in `{"dense/kernel": "float32[16,8]:0f3c..."}`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> one, other = fingerprint({"w": jnp.zeros((2, 3))}), fingerprint({"w": jnp.ones((2, 3))})
+    >>> one["w"].split(":")[0], one == other
+    ('float32[2,3]', False)
+  """
+  return {path: str(leaf) for path, leaf in prints(params).items()}
+
+
+class Print(NamedTuple):
+  """What is known of a leaf; the digest is empty for a leaf without values."""
+
+  dtype: str
+  shape: tuple[int, ...]
+  digest: str
+
+  def __str__(self) -> str:
+    return f"{self.dtype}[{','.join(map(str, self.shape))}]" + f":{self.digest}" * bool(self.digest)
+
+
+def prints(params: Any) -> dict[str, Print]:
+  """The digests by path. All are under way before the first is waited for."""
+  leaves, _ = flatten(base_of(params))
+  started = [(path, leaf, _started(leaf)) for path, leaf in leaves]
+  found = {}
+  for path, leaf, lanes in started:
+    digest = lanes if isinstance(lanes, str) else "".join(f"{int(lane):08x}" for lane in np.asarray(lanes))
+    _remember(leaf, digest)
+    found[path] = Print(dtype_name(leaf), shape_of(leaf), digest)
+  return found
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+  return tuple(leaf.shape) if hasattr(leaf, "shape") else ()
+
+
+def dtype_name(leaf: Any) -> str:
+  """`"bfloat16"`, `"key<fry>"` for random keys, and for what is no array the type's name."""
+  if hasattr(leaf, "dtype"):
+    return str(leaf.dtype)
+  return np.asarray(leaf).dtype.name if isinstance(leaf, bool | int | float | complex) else type(leaf).__name__
+
+
+_known: dict[int, tuple[weakref.ref, str]] = {}  # by identity: JAX arrays have no hash
+
+
+def _remember(leaf: Any, digest: str) -> None:
+  if isinstance(leaf, jax.Array) and id(leaf) not in _known:
+    place = id(leaf)
+    _known[place] = weakref.ref(leaf, lambda _: _known.pop(place, None)), digest
+
+
+def _started(leaf: Any) -> Any:
+  """The digest where it is known, or the lanes, under way on the leaf's devices."""
+  if isinstance(leaf, jax.Array):
+    known = _known.get(id(leaf))
+    if known is not None and known[0]() is leaf:
+      return known[1]
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
+    # The lanes are an argument: XLA would fold the places of a constant one into an array of the leaf's size.
+    with jax.enable_x64(leaf.dtype.itemsize >= 8 or jax.config.read("jax_enable_x64")):
+      return _device_lanes(leaf, _LANES)
+  if isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex):
+    return _host_lanes(np.asarray(leaf))
+  return ""
+
+
+@jax.jit
+def _device_lanes(x: jax.Array, lanes: Any) -> jax.Array:
+  return jnp.stack([_lane(jnp, _words(x), lane) for lane in lanes])
+
+
+def _host_lanes(x: np.ndarray) -> np.ndarray:
+  """The same of a NumPy array, in NumPy, piece by piece: nothing to compile, no copy of the leaf."""
+  lanes = np.zeros(len(_LANES), np.uint32)
+  rows = max(1, _PIECE // max(1, x[:1].size)) if x.ndim else 1
+  for start in range(0, len(x), rows) if x.ndim else (0,):
+    words = _host_words(x[start : start + rows] if x.ndim else x)
+    with np.errstate(over="ignore"):  # NumPy warns of scalars alone
+      lanes += np.stack([_lane(np, words, lane, start) for lane in _LANES])
+  return lanes
+
+
+def _lane(xp: Any, words: Any, lane: Any, start: int = 0) -> Any:
+  return xp.sum(_mix(words ^ _places(xp, words.shape, lane, start)), dtype=np.uint32)
+
+
+def _mix(x: Any) -> Any:
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+  return x ^ (x >> np.uint32(16))
+
+
+def _places(xp: Any, shape: tuple[int, ...], lane: Any, start: int) -> Any:
+  """A word for each place of an array. Index by index: flat ones would wrap at 2^32 and reshape sharded axes."""
+  places = xp.reshape(lane, (1,) * len(shape))
+  for axis, size in enumerate(shape):
+    index = xp.arange(1, size + 1, dtype=np.uint32) + np.uint32(0 if axis else start)
+    places = _mix(places ^ xp.expand_dims(index * np.uint32(_GOLDEN), [d for d in range(len(shape)) if d != axis]))
+  return places
+
+
+def _words(x: jax.Array) -> jax.Array:
+  """The bits of an array as uint32, with a trailing axis where an element takes several words, the low one first."""
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    parts = [_words(jnp.real(x)), _words(jnp.imag(x))]
+    return jnp.stack(parts, -1) if x.dtype.itemsize == 8 else jnp.concatenate(parts, -1)
+  if x.dtype == jnp.bool_:
+    return x.astype(jnp.uint32)
+  if _bits(x.dtype) < 8:  # every value of these is one of float32's
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def _host_words(x: np.ndarray) -> np.ndarray:
+  """The same words of a NumPy array."""
+  if x.dtype.itemsize > 4:
+    words = np.frombuffer(x.astype(x.dtype.newbyteorder("<")).tobytes(), np.dtype("<u4"))
+    return words.astype(np.uint32).reshape(*x.shape, x.dtype.itemsize // 4)
+  if x.dtype != np.bool_ and _bits(x.dtype) < 8:
+    x = x.astype(np.float32)
+  native = np.array(x, x.dtype.newbyteorder("=") if x.dtype.isbuiltin == 1 else x.dtype, order="C")
+  return native.view(f"u{native.dtype.itemsize}").astype(np.uint32)
+
+
+def _bits(dtype: Any) -> int:
+  return int((jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits)

@@ -1,0 +1,97 @@
+"""An adapted tree from a manifest and its base."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+import warnings
+
+import jax
+import numpy as np
+
+from jaxlora._base.paths import flatten
+from jaxlora._weight.fingerprint import Print, prints, shape_of
+from jaxlora._weight.flax import register_with_flax
+from jaxlora._weight.placement import put_on, sharding_of
+from jaxlora._weight.weight import is_adapted, parts, with_parts
+from jaxlora.checkpoint._manifest import CheckpointError, node_of, wrapped
+from jaxlora.checkpoint._store import one_error
+
+
+class CheckpointWarning(UserWarning):
+  """What `restore(..., strict=False)` left out or took with doubts.
+
+  Attributes:
+    problems: one line per leaf.
+  """
+
+  def __init__(self, message: str, problems: tuple[str, ...] = ()):
+    super().__init__(message)
+    self.problems = problems
+
+
+def rebuilt(record: Mapping[str, Any], arrays: Mapping[str, Any], params: Any, strict: bool, what: str) -> Any:
+  register_with_flax()
+  nodes, treedef = flatten(params, is_leaf=is_adapted)
+  if adapted := [path for path, node in nodes if is_adapted(node)]:
+    raise CheckpointError(
+      f"{what}: {adapted[0]} is adapted; expected the base alone. Pass jaxlora.strip(tree), or the original parameters."
+    )
+  leaves = dict(nodes)
+  problems = list(_differences(record, params))
+  new = dict(leaves)
+  with one_error(f"{what}: cannot be read"):
+    for leaf in record["leaves"]:
+      base = leaves.get(leaf["path"])
+      if leaf["path"] in leaves and list(shape_of(base)) == leaf["shape"]:
+        new[leaf["path"]] = _on_base(node_of(leaf, arrays, base))
+  if problems and strict:
+    raise CheckpointError(
+      f"{what}: this is not the base that the adapter was trained on. {_lines(problems)} Pass that base; strict=False"
+      " loads what fits and warns of the rest."
+    )
+  if not any(is_adapted(node) for node in new.values()):
+    raise CheckpointError(f"{what}: no adapted leaf of the checkpoint fits the base. {_lines(problems)}")
+  if problems:
+    warnings.warn(
+      CheckpointWarning(f"{what}: loaded what fits a base that differs. {_lines(problems)}", tuple(problems)),
+      stacklevel=3,
+    )
+  return jax.tree_util.tree_unflatten(treedef, list(new.values()))
+
+
+def _lines(problems: list[str]) -> str:
+  shown = problems[:20]
+  return "; ".join(shown) + (f"; and {len(problems) - len(shown)} more." if len(problems) > len(shown) else ".")
+
+
+def _differences(record: Mapping[str, Any], params: Any) -> Iterator[str]:
+  """How a base differs from the recorded one, a line per leaf."""
+  adapted = {leaf["path"] for leaf in record["leaves"]}
+  expected = {leaf["path"]: print_of(leaf) for leaf in record["base"]}
+  found = prints(params)
+  for path, old in expected.items():
+    role = "adapted" if path in adapted else "frozen"
+    new = found.get(path)
+    if new is None:
+      yield f"{path} ({role}): missing in the base"
+    elif new.shape != old.shape:
+      yield f"{path} ({role}): shape {new.shape}, expected {old.shape}"
+    elif new.dtype != old.dtype:
+      yield f"{path} ({role}): dtype {new.dtype}, expected {old.dtype}"
+    elif new.digest and old.digest and new.digest != old.digest:
+      yield f"{path} ({role}): other values (fingerprint {new.digest}, expected {old.digest})"
+  for path in found:
+    if record["whole_base"] and path not in expected:
+      yield f"{path}: only in the base given, not in the one of the checkpoint"
+
+
+def print_of(leaf: Mapping[str, Any]) -> Print:
+  return Print(leaf["dtype"], tuple(leaf["shape"]), leaf["digest"])
+
+
+def _on_base(node: Any) -> Any:
+  """The node with its NumPy arrays on the base's devices."""
+  held = {name: part for name, part in parts(node).items() if name != "base" and part is not None}
+  placed = {
+    name: put_on(wrapped({"key": name}, part), sharding_of(node, name, np.ndim(part))) for name, part in held.items()
+  }
+  return with_parts(node, placed)

@@ -1,0 +1,142 @@
+"""Folders and steps on disk, by orbax."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxlora._base.text import listed
+from jaxlora.checkpoint._manifest import Arrays, CheckpointError, opened, sealed
+
+ADAPTER, RECORD, TRAINING = "adapter", "record", "training"
+
+
+@contextlib.contextmanager
+def one_error(doing: str, after: Callable[[], None] | None = None) -> Iterator[None]:
+  """Turns whatever goes wrong on disk, in orbax or in tensorstore into a `CheckpointError` that says what was tried."""
+  try:
+    yield
+  except CheckpointError:
+    raise
+  except Exception as error:
+    if after is not None:
+      with contextlib.suppress(Exception):
+        after()
+    reason = " ".join(str(error).split())[:300]
+    raise CheckpointError(f"{doing}: {type(error).__name__}: {reason}") from error
+
+
+def folder_of(path: str | os.PathLike[str]) -> epath.Path:
+  text = os.fspath(path)
+  return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def orbax_manager(folder: epath.Path, *, max_to_keep: int | None, asynchronous: bool, **options: Any) -> Any:
+  # What a process that died left behind goes first: orbax's own cleaning runs beside the first save, and the two meet
+  # where that save has the very step that was not finished.
+  if jax.process_index() == 0:
+    clear_unfinished(folder)
+  return ocp.CheckpointManager(
+    folder,
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=max_to_keep,
+      enable_async_checkpointing=asynchronous,
+      **options,
+    ),
+  )
+
+
+def items(record: Mapping[str, Any], arrays: Arrays, state: Arrays | None = None) -> Any:
+  items = {ADAPTER: ocp.args.PyTreeSave(arrays), RECORD: ocp.args.JsonSave(sealed(record))}
+  return ocp.args.Composite(**items | ({} if state is None else {TRAINING: ocp.args.PyTreeSave(state)}))
+
+
+def _steps(folder: epath.Path) -> list[int]:
+  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def clear_unfinished(folder: epath.Path) -> None:
+  """Removes what a save that failed has written; what is left all the same goes when the folder is next opened."""
+  for entry in folder.iterdir() if folder.is_dir() else ():
+    if ocp.utils.is_tmp_checkpoint(entry):
+      entry.rmtree(missing_ok=True)
+
+
+def own_steps(folder: epath.Path) -> list[int]:
+  """The steps in a folder that `save` may replace."""
+  if not folder.exists():
+    return []
+  if not folder.is_dir():
+    raise CheckpointError(f"save: {folder} is a file; expected a folder of its own.")
+  steps = _steps(folder)
+  foreign = [entry.name for entry in folder.iterdir() if not _is_step(entry)]
+  if steps and not (folder / str(steps[-1]) / RECORD).exists():  # of earlier ones some files may be deleted already
+    foreign.append(str(steps[-1]))
+  if foreign:
+    raise CheckpointError(
+      f"save: {folder} holds other files ({listed(sorted(foreign))}); expected a folder of its own, new or saved to"
+      " before."
+    )
+  if any((folder / str(step) / TRAINING).exists() for step in steps):
+    raise CheckpointError(f"save: {folder} holds the checkpoints of a training run; save to another folder.")
+  return steps
+
+
+def _is_step(entry: epath.Path) -> bool:
+  return entry.name.isdigit() or ocp.utils.is_tmp_checkpoint(entry)
+
+
+def read_step(
+  path: str | os.PathLike[str], step: int | None, training: bool = False
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+  """The record and the arrays of a step; the latest one again where a writer replaced it in between."""
+  folder = folder_of(path)
+  if (folder / RECORD).is_dir() and folder.name.isdigit():
+    folder, step = folder.parent, int(folder.name)
+  while True:
+    steps = _steps(folder)
+    number = max(steps, default=None) if step is None else step
+    if number not in steps or number is None:
+      listing = f"steps {listed([str(step) for step in steps])}" if steps else "no complete checkpoint"
+      wanted = "a checkpoint of jaxlora" if step is None else f"step {step}"
+      raise CheckpointError(f"{folder}: expected {wanted}, found {listing}.")
+    try:
+      return *_read_step(folder / str(number), training), number
+    except CheckpointError:
+      if step is not None or max(_steps(folder), default=number) == number:
+        raise
+
+
+def _read_step(folder: epath.Path, training: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+  with one_error(f"{folder}: cannot be read"):
+    try:
+      record = opened(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / RECORD))
+    except CheckpointError as error:
+      raise CheckpointError(f"{folder}: {error}") from error
+    if training and record["training"] is None:
+      raise CheckpointError(f"{folder}: holds an adapter alone; expected the state of a training run.")
+    arrays = _read_arrays(folder / ADAPTER, _keys(record["leaves"]))
+    if training:
+      arrays |= _read_arrays(folder / TRAINING, _keys(record["training"]))
+  return record, arrays
+
+
+def _keys(record: Any) -> set[str]:
+  """The keys of the arrays that a piece of a record names."""
+  if isinstance(record, dict):
+    own = {record["key"]} if "sha256" in record and 0 not in record["shape"] else set()
+    return own.union(*map(_keys, record.values()))
+  return set().union(*map(_keys, record)) if isinstance(record, list) else set()
+
+
+def _read_arrays(folder: epath.Path, keys: set[str]) -> dict[str, Any]:
+  if not keys:
+    return {}
+  how = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
+  args = ocp.args.PyTreeRestore(item=dict.fromkeys(keys, 0), restore_args=how, partial_restore=True)
+  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder, args=args)

@@ -1,0 +1,131 @@
+"""What a bank holds for one leaf."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora._base.text import listed
+from jaxlora._weight.weight import FullWeight, LoraWeight, parts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRankSlots:
+  """The factors that the adapters of a bank have at one weight; zero for those that leave it alone.
+
+  Attributes:
+    a: (adapters, *stack, rank, *in).
+    b: (adapters, *stack, rank, *out), each adapter's scale in it.
+    present: (adapters,), above 0 for those that adapt this weight.
+    roles: one letter per axis of the weight.
+  """
+
+  a: Any
+  b: Any
+  present: Any
+  roles: str = dataclasses.field(metadata={"static": True})
+
+  @property
+  def rank(self) -> int:
+    return self.a.shape[1 + self.roles.count("s")]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WholeSlots:
+  """The values that the adapters of a bank have for one leaf that they train whole.
+
+  Attributes:
+    value: (adapters, *shape).
+    present: (adapters,), above 0 for those that have a value; the others take the base's.
+  """
+
+  value: Any
+  present: Any
+
+
+Slots = LowRankSlots | WholeSlots
+
+
+def arrays_of(slots: Slots) -> dict[str, Any]:
+  return {f.name: getattr(slots, f.name) for f in dataclasses.fields(slots) if not f.metadata.get("static")}
+
+
+OTHER_BASE = "It belongs to another base; adapters of one bank are made for one."
+
+
+def with_rank(shape: Sequence[int], place: int, rank: int) -> tuple[int, ...]:
+  return (*shape[:place], rank, *shape[place + 1 :])
+
+
+def check_fits(node: Any, slots: Slots, what: str, of: str = "the bank's") -> None:
+  """Raises unless an adapter's leaf is of the form, and at most of the rank, that a bank has for it."""
+  kinds = {LoraWeight: "low-rank", FullWeight: "trained whole"}
+  whole = isinstance(slots, WholeSlots)
+  if isinstance(node, FullWeight) != whole:
+    raise ValueError(
+      f"{what} is {kinds[type(node)]}, expected a leaf {kinds[FullWeight] if whole else 'with low-rank factors'} as"
+      f" {of}. Adapters of one bank treat a leaf alike, or leave it alone."
+    )
+  if isinstance(slots, WholeSlots):
+    if tuple(node.value.shape) != tuple(slots.value.shape[1:]):
+      raise ValueError(
+        f"{what}: value has shape {tuple(node.value.shape)}, expected {tuple(slots.value.shape[1:])} as {of}."
+        f" {OTHER_BASE}"
+      )
+    return
+  if node.roles != slots.roles:
+    raise ValueError(f"{what}: roles {node.roles!r}, expected {slots.roles!r} as {of}. {OTHER_BASE}")
+  if node.rank > slots.rank:
+    raise ValueError(
+      f"{what}: rank {node.rank} is above the bank's, {slots.rank}. Stack a bank with a higher one"
+      f" (jaxlora.stack(..., rank={node.rank}))."
+    )
+  for name in ("a", "b"):
+    found = tuple(getattr(node, name).shape)
+    expected = with_rank(getattr(slots, name).shape[1:], slots.roles.count("s"), node.rank)
+    if found != expected:
+      raise ValueError(f"{what}: factor {name} has shape {found}, expected {expected} as {of}. {OTHER_BASE}")
+
+
+def check_finite_parts(node: Any, what: str) -> None:
+  """Raises if an adapter has diverged: products that run over several adapters would spread it."""
+  broken = [name for name, part in parts(node).items() if name != "base" and not np.isfinite(np.asarray(part)).all()]
+  if broken:
+    raise ValueError(
+      f"{what}: found NaN or infinite values in {listed(broken)}, expected finite ones. Training has diverged: go back"
+      " to an earlier checkpoint."
+    )
+
+
+def padded(weight: LoraWeight, rank: int) -> tuple[jax.Array, jax.Array]:
+  """The effective factors with zeros for the ranks that they lack."""
+  place = weight.roles.count("s")
+
+  def wider(factor: jax.Array) -> jax.Array:
+    missing = rank - factor.shape[place]
+    if not missing:
+      return factor
+    return jnp.pad(factor, [(0, missing if axis == place else 0) for axis in range(factor.ndim)])
+
+  a, b = weight.factors()
+  return wider(a), wider(b)
+
+
+def plain_lora(a: Any, b: Any, roles: str, base: Any) -> LoraWeight:
+  """A weight of scale 1: its structure says nothing of the adapter but its rank."""
+  rank = a.shape[roles.count("s")]
+  return LoraWeight(base=base, a=a, b=b, roles=roles, rank=rank, alpha=float(rank))
+
+
+def values_for(node: Any, slots: Slots) -> dict[str, Any]:
+  """What an adapter writes at a leaf of its own."""
+  present = np.ones((), slots.present.dtype)
+  if isinstance(slots, WholeSlots):
+    return {"value": jnp.asarray(node.value, slots.value.dtype), "present": present}
+  a, b = padded(node, slots.rank)
+  return {"a": a.astype(slots.a.dtype), "b": b.astype(slots.b.dtype), "present": present}

@@ -1,0 +1,88 @@
+"""`compress`: an adapter at smaller ranks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxlora._base.matrix import frobenius
+from jaxlora._base.paths import flatten
+from jaxlora._base.patterns import first_match
+from jaxlora._base.text import listed
+from jaxlora._weight.weight import LoraWeight, is_adapted
+from jaxlora.svd._ranks import rank_of_energy, rank_or_energy
+from jaxlora.svd._truncation import LeafTruncation, Truncation, truncated
+from jaxlora.svd._update import delta_svd, lora_leaves, with_delta
+
+
+def compress(
+  tree: Any,
+  *,
+  rank: int | Mapping[str, Mapping[str, int]] | None = None,
+  energy: float | None = None,
+  with_report: bool = False,
+) -> Any:
+  """Brings every update to a lower rank, by the best approximation there is; no update is formed.
+
+      a^T b  ->  sum_{k <= rank} s_k u_k v_k^T,    as factors sqrt(s) u and sqrt(s) v, with alpha = rank (scale 1)
+
+  Args:
+    tree: what `adapt` returned, trained. Leaves trained whole stay as they are.
+    rank: the largest rank of a leaf; or path regex -> `{"rank": r}` for each, as `allocate` returns it. A leaf whose
+      factors have no more terms stays as it is; others become plain LoRA, whatever their variant or initialiser.
+    energy: instead of a rank: the share of each update's squared Frobenius norm to keep, in (0, 1].
+    with_report: whether to return a `Truncation` as well.
+
+  Returns:
+    The tree, or `(tree, Truncation)` with what each leaf lost.
+
+  Raises:
+    ValueError: on neither or both of rank and energy, a leaf that no regex matches, factors that are not finite, a
+      variant whose update is no product of factors (DoRA).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> tree = jaxlora.adapt({"kernel": jnp.ones((6, 5))}, jaxlora.LoraConfig(rank=4), jax.random.key(0))
+    >>> smaller, report = jaxlora.compress(tree, rank=2, with_report=True)
+    >>> smaller["kernel"].rank, report.residual
+    (2, 0.0)
+  """
+  weights = dict(lora_leaves(tree, "compress"))
+  limits = _limits(rank, energy, list(weights))
+  rows: list[LeafTruncation] = []
+
+  def one(path: str, node: Any) -> Any:
+    if path not in weights:
+      return node
+    new, norm, error = _compressed(node, limits[path], energy)
+    if with_report:
+      rows.append(truncated(path, new.rank, norm, error))
+    return new
+
+  nodes, treedef = flatten(tree, is_leaf=is_adapted)
+  new = jax.tree_util.tree_unflatten(treedef, [one(*pair) for pair in nodes])
+  return (new, Truncation(tuple(rows))) if with_report else new
+
+
+def _limits(rank: Any, energy: Any, paths: Sequence[str]) -> dict[str, int | None]:
+  """The largest rank of each leaf; `None` where the energy says it."""
+  if not isinstance(rank, Mapping):
+    return dict.fromkeys(paths, rank_or_energy(rank, energy, "compress"))
+  fields = {path: first_match(rank, path) for path in paths}
+  missing = [path for path, found in fields.items() if not isinstance(found, Mapping) or "rank" not in found]
+  if missing:
+    raise ValueError(
+      f"compress: rank says nothing of {listed(missing)}; expected a regex for every adapted leaf and {{'rank': r}} for"
+      " each, as jaxlora.allocate returns them."
+    )
+  return {path: rank_or_energy(found["rank"], energy, f"compress: {path}") for path, found in fields.items() if found}
+
+
+def _compressed(weight: LoraWeight, rank: int | None, energy: float | None) -> tuple[LoraWeight, jax.Array, jax.Array]:
+  """The weight at its new rank, the norms of its slices before, and the share of them that is lost."""
+  found = delta_svd(weight)
+  if rank is None:
+    rank = rank_of_energy(found.s, energy, max(found.u.shape[-2], found.vt.shape[-1]))
+  norm, cut = frobenius(found.s), found.cut(min(rank, found.rank))
+  effective = weight.factors()[0].shape[weight.roles.count("s")]
+  return weight if rank >= effective else with_delta(weight, cut), norm, cut.error
