@@ -22,7 +22,6 @@ MODULES = (
   "peft_torch",
   "peft_serving",
   "digits",
-  "finetune",
   "methods",
 )
 TINY = ["--d=64", "--batch=2", "--seq=8", "--rank=2", "--vocabulary=32", "--rounds=2", "--quiet"]

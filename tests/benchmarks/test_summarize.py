@@ -1,4 +1,4 @@
-"""benchmarks/summarize.py from end to end on a tiny model, its decoding against a brute-force oracle, and its data."""
+"""examples/summarize.py from end to end on a tiny model, its decoding against a brute-force oracle, and its data."""
 
 from collections.abc import Callable
 import itertools
@@ -18,7 +18,8 @@ from tests.helpers.bench_scripts import Finished
 for package in ("matplotlib", "rouge_score", "sklearn", "tokenizers", "tqdm"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
-MODULES = ("summarize", "tuning", "docstrings", "decoder", "digits", "harness")
+PARTS = ("decoder", "decoding", "docstrings", "figures", "findings", "plots", "pretraining", "questions", "tables")
+MODULES = ("summarize", *(f"studies.summaries.{part}" for part in (*PARTS, "tokens", "tuning")))
 TINY = ["--packages=chex,flax,optax", "--vocabulary=300", "--width=16", "--depth=1", "--heads=2", "--quiet"]
 TINY += ["--validation=20", "--test=8", "--beam=2", "--pretrain-steps=30", "--pretrain-batch=4", "--rounds=1"]
 TINY += ["--rank=2", "--ranks=2", "--sweep-ranks=2", "--rates-lora=1e-2,3e-2", "--rates-full=1e-3,1e-2"]
@@ -80,7 +81,7 @@ def test_greedy_beside_a_cache_is_argmax_without_one(bench, peaked, adapted):
   end, pad = bench.decoder.END, bench.decoder.PAD
   params = peaked.tree if adapted else peaked.params
   log_probs_after = log_probs_of(peaked, params)
-  found = bench.decoder.decode(peaked.model, peaked.apply, params, PREFIX, VALID, LENGTH)
+  found = bench.decoding.decode(peaked.model, peaked.apply, params, PREFIX, VALID, LENGTH)
   for prefix, tokens in zip(PREFIX, np.asarray(found), strict=True):
     written: tuple[int, ...] = ()
     while len(written) < LENGTH and end not in written:
@@ -88,14 +89,14 @@ def test_greedy_beside_a_cache_is_argmax_without_one(bench, peaked, adapted):
       log_probs[pad] = -np.inf
       written += (int(log_probs.argmax()),)
     assert tokens.tolist() == [*written, *[pad] * (LENGTH - len(written))]
-  other = bench.decoder.decode(peaked.model, peaked.apply, peaked.params, PREFIX, VALID, LENGTH)
+  other = bench.decoding.decode(peaked.model, peaked.apply, peaked.params, PREFIX, VALID, LENGTH)
   assert np.array_equal(found, other) is not adapted  # the adapters are seen
 
 
 def test_merged_decodes_what_adapted_does(bench, peaked):
   args = (PREFIX, VALID, LENGTH)
-  adapted = bench.decoder.decode(peaked.model, peaked.apply, peaked.tree, *args)
-  merged = bench.decoder.decode(peaked.model, peaked.model.apply, jaxlora.merge(peaked.tree), *args)
+  adapted = bench.decoding.decode(peaked.model, peaked.apply, peaked.tree, *args)
+  merged = bench.decoding.decode(peaked.model, peaked.model.apply, jaxlora.merge(peaked.tree), *args)
   assert np.array_equal(adapted, merged)
 
 
@@ -106,7 +107,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(bench, peaked):
     sequence[: sequence.index(end) + 1] if end in sequence else sequence
     for sequence in itertools.product(tokens, repeat=length)
   }
-  found = bench.decoder.decode(peaked.model, peaked.apply, peaked.tree, PREFIX, VALID, length, 40)
+  found = bench.decoding.decode(peaked.model, peaked.apply, peaked.tree, PREFIX, VALID, length, 40)
   log_probs_after = log_probs_of(peaked, peaked.tree)
   for prefix, best in zip(PREFIX, np.asarray(found), strict=True):
     log_probs = {
@@ -182,11 +183,11 @@ def test_splits_share_no_package(bench, finished):
 
 
 def test_rows_and_text_are_the_same(bench):
-  docstrings = bench.docstrings
+  docstrings, data = bench.docstrings, bench.tokens
   pairs = [docstrings.Pair("a", "short body", "A summary — of it."), docstrings.Pair("a", "long " * 200, "word " * 60)]
-  tokenizer = docstrings.train_tokenizer([pair.body for pair in pairs], 300)
-  rows = docstrings.as_rows(tokenizer, pairs)
-  start = docstrings.PREFIX
+  tokenizer = data.train_tokenizer([pair.body for pair in pairs], 300)
+  rows = data.as_rows(tokenizer, pairs)
+  start = data.PREFIX
   assert (rows.tokens[:, start - 1] == bench.decoder.END).all()
   assert np.array_equal(rows.valid[:, :start], rows.tokens[:, :start] != bench.decoder.PAD)
   assert rows.valid[:, start:].all()
@@ -201,22 +202,22 @@ def test_rows_and_text_are_the_same(bench):
 
 
 def test_the_interval_is_students(bench):
-  assert bench.summarize.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == {
+  assert bench.figures.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == {
     "mean": 3,
     "half": pytest.approx(1.9632, abs=1e-4),
     "count": 5,
   }
-  assert bench.summarize.interval([2.0]) == {"mean": 2, "half": None, "count": 1}
-  assert bench.summarize.interval([2.0, None]) is None
+  assert bench.figures.interval([2.0]) == {"mean": 2, "half": None, "count": 1}
+  assert bench.figures.interval([2.0, None]) is None
 
 
 def test_the_best_rate_is_read_off_the_curve(bench):
   rates = [10.0**k for k in range(-4, 1)]
   losses = [(np.log10(rate) + 1.7) ** 2 for rate in rates]
-  assert bench.summarize.vertex(rates, losses) == pytest.approx(10**-1.7)
-  assert bench.summarize.vertex(rates, losses[::-1]) == pytest.approx(10**-2.3)
-  assert bench.summarize.vertex(rates, [1, 2, 3, 4, 5]) is None
-  assert bench.summarize.vertex(rates, [3, 2, 1, float("inf"), float("inf")]) is None
+  assert bench.figures.vertex(rates, losses) == pytest.approx(10**-1.7)
+  assert bench.figures.vertex(rates, losses[::-1]) == pytest.approx(10**-2.3)
+  assert bench.figures.vertex(rates, [1, 2, 3, 4, 5]) is None
+  assert bench.figures.vertex(rates, [3, 2, 1, float("inf"), float("inf")]) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def finished(bench, tmp_path_factory) -> Finished:
 def test_it_leaves_tables_json_and_plots(bench, finished):
   kept = json.loads((finished.out / "summarize.json").read_text())
   assert kept == finished.results
-  assert bench.summarize.tables(kept) == finished.printed.rstrip("\n")
+  assert bench.tables.tables(kept) == finished.printed.rstrip("\n")
   for name in ("base, not adapted", "LoRA r=2", "full fine-tuning", "attention", "MLP"):
     assert f"| {name} |" in finished.printed
   for name in ("rouge", "rank", "learning_rate", "forgetting"):
@@ -245,15 +246,15 @@ def test_sentences_follow_the_numbers(bench, finished):
   for row, score in zip(results["main"], (12.0, 14.0), strict=True):
     row["figures"]["rougeL"]["mean"] = score
   results["difference"]["rougeL"] = {"mean": -2.0, "half": 1.0, "count": 2}
-  text = bench.summarize.findings(results)
+  text = bench.findings.findings(results)
   assert "LoRA has 50 % of full fine-tuning's gain over the base in ROUGE-L" in text
   assert "ROUGE-L -2.0 ± 1.0 (apart)" in text
   assert "with the adapter taken off it is exactly the base's" in text
   results["difference"]["rougeL"]["half"] = 2.5
-  assert "ROUGE-L -2.0 ± 2.5 (the interval holds zero)" in bench.summarize.findings(results)
+  assert "ROUGE-L -2.0 ± 2.5 (the interval holds zero)" in bench.findings.findings(results)
   for curve, rate in zip((*results["rates"]["lora"], results["rates"]["full"]), (0.02, 0.002), strict=True):
     curve["vertex"] = rate
-  assert "10.0 at rank 2; between the ranks it moves 1.00-fold" in bench.summarize.rate_findings(results)
+  assert "10.0 at rank 2; between the ranks it moves 1.00-fold" in bench.findings.rate_findings(results)
 
 
 def test_both_learn_and_lora_comes_off_without_a_trace(finished):
@@ -284,28 +285,28 @@ def test_finished_runs_are_picked_up(bench, finished, monkeypatch):
     return {"seed": one.seed, "file_bytes": 1, "validation_loss": None, "pretraining_loss": None}
 
   monkeypatch.setattr(bench.tuning, "run", run)
-  monkeypatch.setattr(bench.summarize, "time_steps", lambda *_: finished.results["timing"])
-  monkeypatch.setattr(bench.tuning, "make_step", lambda *_: pytest.fail("it pretrained again"))
-  monkeypatch.setattr(bench.summarize.Bench, "program", lambda *_: bench.tuning.Program(None, 1, 1, 1, 1.0))
+  monkeypatch.setattr(bench.questions, "time_steps", lambda *_: finished.results["timing"])
+  monkeypatch.setattr(bench.pretraining, "make_step", lambda *_: pytest.fail("it pretrained again"))
+  monkeypatch.setattr(bench.questions.Bench, "program", lambda *_: bench.tuning.Program(None, 1, 1, 1, 1.0))
   results = bench.summarize.main(finished.args)
   assert not again
   assert [row["seeds"] for row in results["main"]] == [row["seeds"] for row in finished.results["main"]]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(bench.summarize, "plot", lambda *_: None)
+    patch.setattr(bench.plots, "plot", lambda *_: None)
     bench.summarize.main([*finished.args, "--rates-full=1e-3,1e-2,1"])
   assert [(one.method.rank, one.lr) for one in again] == [(None, 1.0)]
-  assert "diverged" in bench.summarize.rate_table(json.loads((finished.out / "summarize.json").read_text()))
+  assert "diverged" in bench.tables.rate_table(json.loads((finished.out / "summarize.json").read_text()))
 
 
 def test_an_interrupted_pretraining_goes_on(bench, finished, tmp_path, monkeypatch):
   args = bench.summarize.make_parser().parse_args(TINY)
-  data = bench.docstrings.load(args.packages, 300, 20, 8, finished.out.with_name("cache"))
-  model = bench.summarize.make_model(args)
-  monkeypatch.setattr(bench.tuning, "KEEP", 2)
+  data = bench.tokens.load(args.packages, 300, 20, 8, finished.out.with_name("cache"))
+  model = bench.questions.make_model(args)
+  monkeypatch.setattr(bench.pretraining, "KEEP", 2)
   ticks: list[int] = []
 
   def pretrain(cache: Path | None, tick: Any = ticks.append) -> Any:
-    return bench.tuning.pretrain(model, data, 4, 2, 1e-2, cache, tick)[0]
+    return bench.pretraining.pretrain(model, data, 4, 2, 1e-2, cache, tick)[0]
 
   def interrupt(done: int) -> None:
     if sum(ticks) == 3:
@@ -343,7 +344,7 @@ def test_an_interrupt_says_how_to_go_on(bench, finished, capsys, monkeypatch):
   def interrupted(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(bench.tuning, "pretrain", interrupted)
+  monkeypatch.setattr(bench.pretraining, "pretrain", interrupted)
   with pytest.raises(SystemExit) as caught:
     bench.summarize.main(finished.args)
   assert caught.value.code == 130

@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: their modules, imported for one test file, and what a run of one leaves."""
+"""Scripts of `benchmarks/` and `examples/` in tests: their modules, imported for one test file, and runs of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-from tests.helpers.paths import BENCHMARKS
+from tests.helpers.paths import BENCHMARKS, EXAMPLES
+
+FOLDERS = (BENCHMARKS, EXAMPLES)
 
 
 @contextlib.contextmanager
 def modules(*names: str) -> Iterator[SimpleNamespace]:
-  """The named modules of the benchmarks; afterwards all of theirs are forgotten.
+  """Modules of benchmarks and examples, by the last part of their names; they are unloaded afterwards.
 
   optax and the peers mix dtypes and ranks, which the strict promotion of these tests forbids.
   """
@@ -27,11 +29,12 @@ def modules(*names: str) -> Iterator[SimpleNamespace]:
     jax.numpy_dtype_promotion("standard"),
     jax.numpy_rank_promotion("allow"),
   ):
-    patch.syspath_prepend(BENCHMARKS)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for folder in FOLDERS:
+      patch.syspath_prepend(folder)
+    yield SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(name) for name in names})
   for name in set(sys.modules) - before:
     file = getattr(sys.modules[name], "__file__", None)
-    if file and Path(file).parent == BENCHMARKS:
+    if file and any(Path(file).is_relative_to(folder) for folder in FOLDERS):
       del sys.modules[name]
 
 
