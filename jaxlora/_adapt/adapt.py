@@ -1,24 +1,19 @@
 """`adapt`: from parameters to a tree with adapted leaves."""
 
 from collections.abc import Callable
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora._adapt.config import LeafPlan, LoraConfig, leaf_plan
-from jaxlora._adapt.initializers import INITIALIZERS, from_weight, kaiming
-from jaxlora._adapt.probe import study
-from jaxlora._adapt.targets import EvidenceByPath, select
-from jaxlora._base.dtypes import holds_factors, wide
+from jaxlora._adapt.config import LeafPlan, LoraConfig
+from jaxlora._adapt.initializers import INITIALIZERS, FromWeight, from_weight, kaiming
+from jaxlora._adapt.plan import plan_tree
+from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
-from jaxlora._base.paths import flatten
-from jaxlora._base.patterns import first_match
-from jaxlora._weight.flax import register_with_flax
-from jaxlora._weight.roles import fan, matrices
-from jaxlora._weight.variant import VARIANTS, Start
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, started
+from jaxlora._weight.roles import laid_out, matrices
+from jaxlora._weight.variant import Initializer, Start, variant_named
+from jaxlora._weight.weight import SCALINGS, FullWeight, LoraWeight, start_subtracted
 
 
 def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[Any], Any] | None = None) -> Any:
@@ -26,7 +21,7 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
 
       W -> (W, A, B),   A as `config.init` says,  B = 0
 
-  With an init that gives both factors it stays so to rounding: the weight stands for `W + scale (A B - A0 B0)`.
+  An init that gives both factors keeps it to rounding: the weight is then `W + scale (A B - A0 B0)`.
 
   Every leaf has a random key of its own, made from its path: other targets change nothing in it. The roles of a
   weight's axes come from `config.axes`, then from the probe, and are `"io"` for a matrix that neither tells of.
@@ -55,119 +50,20 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
 
   Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
   """
-  if not isinstance(config, LoraConfig):
-    raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
   key = typed_key(key, "adapt: key")
-  register_with_flax()
-  nodes, treedef = flatten(params, is_leaf=is_adapted)
-  if not nodes:
-    raise ValueError("adapt: the tree has no leaves; pass the model's parameters.")
-  leaves = dict(nodes)
-  for path, leaf in leaves.items():
-    if is_adapted(leaf):
-      raise ValueError(f"adapt: {path} is adapted already. Merge first (jaxlora.merge), or adapt the original tree.")
-  evidence = None
-  if probe is not None:
-    evidence = dict(zip(leaves, study(probe, params), strict=True))
-
-  targets, whole = select(config, leaves, evidence)
-  plans = {path: leaf_plan(config, path) for path in targets}
-  roles = {path: _roles(path, leaves[path], config, evidence) for path in targets}
-  for path in leaves:  # every check before the first array is made
-    if path in targets:
-      _check_plan(path, leaves[path], roles[path], plans[path])
-    elif path in whole:
-      _check_trainable(path, leaves[path])
+  plan = plan_tree(params, config, probe)
   drawn: dict[Any, Any] = {}
-  new = [
-    _factored(leaf, roles[path], plans[path], key, drawn)
-    if path in targets
-    else FullWeight(base=leaf, value=jnp.array(leaf, copy=True))
-    if path in whole
-    else leaf
-    for path, leaf in leaves.items()
-  ]
-  return jax.tree_util.tree_unflatten(treedef, new)
 
+  def one(path: str, leaf: Any) -> Any:
+    if path in plan.adapted:
+      return _factored(leaf, *plan.adapted[path], key, drawn)
+    return FullWeight(base=leaf, value=jnp.array(leaf, copy=True)) if path in plan.whole else leaf
 
-def _check_trainable(path: str, leaf: Any) -> None:
-  dtype = getattr(leaf, "dtype", type(leaf).__name__)
-  if not hasattr(leaf, "dtype") or not jnp.issubdtype(dtype, jnp.inexact):
-    raise ValueError(
-      f"{path}: dtype {dtype} cannot be trained; expected a floating dtype. Narrow LoraConfig.targets or .train,"
-      " or exclude the leaf."
-    )
-
-
-def _roles(path: str, leaf: Any, config: LoraConfig, evidence: EvidenceByPath) -> str:
-  _check_trainable(path, leaf)
-  shape = tuple(leaf.shape)
-  if len(shape) < 2:
-    raise ValueError(
-      f"{path}: shape {shape} has fewer than two axes; a low-rank update lies between an input and an output axis."
-      " Train it whole (LoraConfig.train), or exclude it."
-    )
-  if 0 in shape:
-    raise ValueError(f"{path}: shape {shape} holds nothing to adapt; exclude the leaf.")
-  given = first_match(config.axes, path)
-  if given is not None:
-    if len(given) != len(shape):
-      raise ValueError(
-        f"LoraConfig.axes: {given!r} has {len(given)} letters for {path}, whose shape {shape} has {len(shape)} axes;"
-        " expected one letter per axis."
-      )
-    return given
-  seen = evidence[path] if evidence is not None else None
-  found = seen.roles() if seen is not None else None
-  if found is not None:
-    return found
-  if len(shape) == 2 and (seen is None or not (seen.stacked or (seen.used and seen.contracted is None))):
-    return "io"
-  remedy = f"Say them: LoraConfig(axes={{{re.escape(path)!r}: 'one of i, o, s per axis'}})"
-  if seen is None:
-    raise ValueError(
-      f"{path}: shape {shape} has {len(shape)} axes, and nothing tells which are contracted. {remedy}, or pass"
-      " probe=lambda p: model.apply({'params': p}, x) to adapt, which learns them from one abstract trace."
-    )
-  how = (
-    f"the probe uses it in {', '.join(sorted(set(seen.used)))}" if seen.used else "the probe does not multiply by it"
-  )
-  raise ValueError(
-    f"{path}: shape {shape}: no product tells which axes are contracted: {how}. {remedy}, train it whole"
-    " (LoraConfig.train), or exclude it."
-  )
-
-
-def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
-  dtype = plan.dtype or leaf.dtype
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    raise ValueError(
-      f"{path}: dtype {leaf.dtype} cannot be adapted; expected a real floating dtype. Exclude the leaf, or train it"
-      " whole (LoraConfig.train)."
-    )
-  if not holds_factors(dtype):
-    raise ValueError(
-      f"{path}: dtype {dtype} holds no factors; expected a real floating dtype of at least 8 bits. Give the factors one"
-      " of their own (LoraConfig(dtype='bfloat16'), or in overrides), or exclude the leaf."
-    )
-  starts = from_weight(plan.init)
-  if starts is not None and not is_plain(plan.variant):
-    raise ValueError(
-      f"{path}: init {plan.init!r} gives both factors of a product, which the variant {plan.variant!r} does not have;"
-      f" expected one of the inits {', '.join(map(repr, INITIALIZERS))} for it."
-    )
-  if plan.init == "orthogonal" and plan.rank % 2:
-    raise ValueError(f"{path}: init 'orthogonal' halves the rank, found {plan.rank}; expected an even one.")
-  fan_in, fan_out = fan(leaf.shape, roles, "i"), fan(leaf.shape, roles, "o")
-  if plan.rank > min(fan_in, fan_out):
-    raise ValueError(
-      f"{path}: rank {plan.rank} is larger than the smaller side of the weight: shape {tuple(leaf.shape)} with roles"
-      f" {roles!r} has fan-in {fan_in} and fan-out {fan_out}. Use a rank of at most {min(fan_in, fan_out)} for it"
-      f" (LoraConfig(overrides={{{re.escape(path)!r}: {{'rank': {min(fan_in, fan_out)}}}}})), or exclude it."
-    )
+  return jax.tree_util.tree_unflatten(plan.treedef, [one(*pair) for pair in plan.leaves.items()])
 
 
 def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
+  """The weight with factors as its plan says. A is drawn only where no initialiser makes both factors."""
   start = Start(
     base=base,
     roles=roles,
@@ -176,28 +72,49 @@ def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
     key=leaf_key(key, plan.path),
     shared=key,
     drawn=drawn,
-    init=INITIALIZERS.get(plan.init, kaiming),  # where both factors are given, below, what A was is lost
+    init=_initializer(plan),
   )
-  held = VARIANTS[plan.variant].start(start)
-  weight = LoraWeight(
-    base=base,
-    a=held.pop("a"),
-    b=held.pop("b"),
-    roles=roles,
-    rank=plan.rank,
+  both = from_weight(plan.init)
+  given = {} if both is None else _given(both, start, plan)
+  held = {**variant_named(plan.variant).start(start._replace(given=given or None)), **given}
+  weight = LoraWeight.from_factors(
+    base,
+    held.pop("a"),
+    held.pop("b"),
+    roles,
     alpha=plan.alpha,
     scaling=plan.scaling,
     dropout=plan.dropout,
     variant=plan.variant,
-    extra=held,
+    **held,
   )
-  starts = from_weight(plan.init)
-  if starts is None:
-    return weight
-  w = matrices(base, roles).astype(wide(base))
-  return started(weight, *starts.make(start.key, w, plan.rank, weight.scale), starts.cancels)
+  return weight if both is None else start_subtracted(weight, both.cancels)
 
 
-def is_plain(variant: str) -> bool:
-  """Whether a variant's factors are A and B themselves."""
-  return VARIANTS[variant].factors is VARIANTS["lora"].factors
+def _given(both: FromWeight, start: Start, plan: LeafPlan) -> dict[str, jax.Array]:
+  """The factors that an initialiser of both makes of the weight."""
+  w = matrices(start.base, start.roles).astype(wide(start.base))
+  factors = both.make(start.key, w, plan.rank, SCALINGS[plan.scaling](plan.alpha, plan.rank))
+  shape = jnp.shape(start.base)
+  return {
+    name: laid_out(factor, shape, start.roles, own).astype(start.dtype)
+    for name, factor, own in zip("ab", factors, "io", strict=True)
+  }
+
+
+def _initializer(plan: LeafPlan) -> Initializer:
+  """The function that draws A; what a user's own returns is checked."""
+  if not callable(plan.init):
+    return INITIALIZERS.get(plan.init, kaiming)  # beside given factors a variant draws none, unless it has others
+  draw = plan.init
+
+  def checked(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int, rank: int) -> jax.Array:
+    a = draw(key, shape, dtype, fan_in, rank)
+    if jnp.shape(a) != tuple(shape) or jnp.result_type(a) != dtype:
+      raise ValueError(
+        f"{plan.path}: init gives an array of shape {jnp.shape(a)}, dtype {jnp.result_type(a)}; expected shape"
+        f" {tuple(shape)}, dtype {jnp.dtype(dtype).name}."
+      )
+    return jnp.asarray(a)
+
+  return checked

@@ -17,6 +17,7 @@ from jaxlora._adapt.fields import (
   checked_roles,
 )
 from jaxlora._base.patterns import Pattern, first_match
+from jaxlora._weight.variant import Initializer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,14 @@ class LoraConfig:
     init: how A starts, where B starts at zero: `"kaiming"`, `"he_uniform"` or `"gaussian"`. Or how both start, with an
       update that is taken off again, so that the adapted model is the base to rounding: `"orthogonal"`, `"pissa"`
       (the weight's principal part; `"pissa_niter_4"`: by 4 steps of a randomised SVD), `"olora"` (its QR factors).
-      What starts from data is `jaxlora.init_from_data`.
+      Or a function `(key, shape, dtype, fan_in, rank) -> A`, where `fan_in` is the product of the contracted axes.
+      Factors that start from data: `jaxlora.init_from_data`.
     dropout: probability in [0, 1) that an element of the adapter's input is dropped while training.
     dtype: dtype of the factors; `None` means the weight's own.
     variant: `"lora"`; `"lora_fa"` (A frozen); `"dora"` (a magnitude for every output, its norm a constant for the
       gradient; `"dora_exact"`: not so); `"vera"` (A and B frozen and shared, two trained vectors); `"adalora"`
-      (singular values that can be pruned); `"loha"`, `"lokr"` (Hadamard and Kronecker products).
+      (singular values that can be pruned); `"loha"`, `"lokr"` (Hadamard and Kronecker products); or one of your own
+      (`jaxlora.register_variant`).
 
   Raises:
     TypeError, ValueError: naming the field, what was found and what was expected.
@@ -54,6 +57,14 @@ class LoraConfig:
   Example:
     >>> LoraConfig(rank=4, alpha=8, targets=["query", "value"], train=r".*/head/.*").rank
     4
+
+    A of one's own, here columns of an identity:
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> config = LoraConfig(rank=2, init=lambda key, shape, dtype, fan_in, rank: jnp.eye(*shape, dtype=dtype))
+    >>> jaxlora.adapt({"kernel": jnp.ones((3, 4))}, config, jax.random.key(0))["kernel"].a
+    Array([[1., 0., 0.],
+           [0., 1., 0.]], dtype=float32)
   """
 
   rank: int = 8
@@ -64,7 +75,7 @@ class LoraConfig:
   axes: Mapping[str, str] | None = None
   train: Pattern | None = None
   scaling: str = "standard"
-  init: str = "kaiming"
+  init: str | Initializer = "kaiming"
   dropout: float = 0.0
   dtype: Any = None
   variant: str = "lora"
@@ -82,11 +93,17 @@ class LoraConfig:
     """The config as JSON-ready values; `from_dict` is its inverse.
 
     Raises:
-      TypeError: where a pattern is a callable, which JSON cannot hold.
+      TypeError: where a pattern or an init is a callable, which JSON cannot hold.
     """
     for field in ("targets", "exclude", "train"):
       if callable(getattr(self, field)):
         raise TypeError(f"LoraConfig.{field} is a callable, which to_dict cannot write; use a regex or names.")
+    inits: dict[str, Any] = {"init": self.init}
+    for pattern, fields in (self.overrides or {}).items():
+      inits[f"overrides[{pattern!r}]['init']"] = fields.get("init")
+    for field, init in inits.items():
+      if callable(init):
+        raise TypeError(f"LoraConfig.{field} is a callable, which to_dict cannot write; use the name of an init.")
 
     def plain(value: Any) -> Any:
       if isinstance(value, Mapping):
@@ -121,7 +138,7 @@ class LeafPlan:
   rank: int
   alpha: float
   scaling: str
-  init: str
+  init: str | Initializer
   dropout: float
   dtype: Any
   variant: str

@@ -54,7 +54,7 @@ def checked_pattern(value: Any, field: str) -> Any:
   if value is None and field != "targets":
     return None
   if not (field == "targets" and isinstance(value, str) and value in PRESETS):
-    validate_pattern(value, field)
+    validate_pattern(value, f"LoraConfig.{field}")
   return value if isinstance(value, str) or callable(value) else tuple(value)
 
 
@@ -63,7 +63,7 @@ def checked_mapping(value: Any, field: str, check: Callable[[Any, str], Any]) ->
   if value is None:
     return None
   for pattern in _keyed_by_strings(value, field):
-    compile_regex(pattern, field)
+    compile_regex(pattern, f"LoraConfig.{field}")
   return Frozen({pattern: check(item, f"{field}[{pattern!r}]") for pattern, item in value.items()})
 
 
@@ -151,26 +151,33 @@ def _dtype(value: Any, field: str) -> Any:
   return dtype
 
 
-def _one_of(choices: Sequence[str]) -> Callable[[Any, str], str]:
-  def check(value: Any, field: str) -> str:
-    check_choice(field, value, choices)
-    return value
-
-  return check
-
-
-def _init(value: Any, field: str) -> str:
-  if not isinstance(value, str) or (value not in INITIALIZERS and from_weight(value) is None):
-    raise ValueError(f"LoraConfig.{field}: found {value!r}, expected one of {', '.join(map(repr, INITS))}.")
+def _scaling(value: Any, field: str) -> str:
+  check_choice(field, value, tuple(SCALINGS))
   return value
 
 
-CHECKS = {
+def _init(value: Any, field: str) -> Any:
+  if callable(value):
+    return value
+  if not isinstance(value, str) or (value not in INITIALIZERS and from_weight(value) is None):
+    raise ValueError(
+      f"LoraConfig.{field}: found {value!r}, expected one of {', '.join(map(repr, INITS))}, or a function (key, shape,"
+      " dtype, fan_in, rank) -> A."
+    )
+  return value
+
+
+def _variant(value: Any, field: str) -> str:
+  check_choice(field, value, tuple(VARIANTS))  # read at each call: a user may have registered one since
+  return value
+
+
+CHECKS: dict[str, Callable[[Any, str], Any]] = {
   "rank": _rank,
   "alpha": _alpha,
   "dropout": _dropout,
   "dtype": _dtype,
-  "scaling": _one_of(tuple(SCALINGS)),
+  "scaling": _scaling,
   "init": _init,
-  "variant": _one_of(tuple(VARIANTS)),
+  "variant": _variant,
 }

@@ -1,18 +1,16 @@
 """How the factors start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora._base.matrix import matmul, orthonormal, randomised, svd
-
-# (key, shape of A, dtype, fan_in, rank) -> A. `fan_in` is the product of the contracted axes alone, never the stack.
-Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype, int, int], jax.Array]
+from jaxlora._weight.variant import Initializer
 
 
 def kaiming(key, shape, dtype, fan_in, rank):
@@ -112,8 +110,10 @@ _PISSA_FAST = re.compile(r"pissa_niter_(\d+)")
 INITS = (*INITIALIZERS, *FROM_WEIGHT, "pissa_niter_[number of iterations]")
 
 
-def from_weight(name: str) -> FromWeight | None:
-  """The initialiser of both factors of that name; `None` for those that draw A alone."""
+def from_weight(name: Any) -> FromWeight | None:
+  """The initialiser of both factors of that name; `None` for those that draw A alone, as a user's function does."""
+  if not isinstance(name, str):
+    return None
   if fast := _PISSA_FAST.fullmatch(name):
     return FromWeight(functools.partial(pissa, iterations=int(fast[1])))
   return FROM_WEIGHT.get(name)

@@ -49,7 +49,7 @@ def select(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath) -
     for pattern in getattr(config, field) or {}:
       if not any(re.fullmatch(pattern, path) for path in targets):
         raise no_match_error(
-          f"{field}[{pattern!r}]", pattern, sorted(targets), "adapted leaves", _left_out(pattern, leaves)
+          f"LoraConfig.{field}[{pattern!r}]", pattern, sorted(targets), "adapted leaves", _left_out(pattern, leaves)
         )
   return targets, whole
 
@@ -119,11 +119,11 @@ def _pick(
   if callable(pattern):
     picked = {path for path, leaf in leaves.items() if pattern(path, leaf)}
     if not picked:
-      raise no_match_error(field, pattern, list(leaves))
+      raise no_match_error(f"LoraConfig.{field}", pattern, list(leaves))
   elif isinstance(pattern, str):
     picked = {path for path in leaves if re.fullmatch(pattern, path)}
     if not picked:
-      raise no_match_error(field, pattern, list(leaves))
+      raise no_match_error(f"LoraConfig.{field}", pattern, list(leaves))
   else:
     picked = set()
     for name in pattern:
@@ -138,7 +138,9 @@ def _no_kernel_error(field: str, name: str, leaves: LeavesByPath) -> ValueError:
   """The error for a name that picks nothing: it matches no path, or no kernel."""
   others = [path for path in leaves if name_matches(name, path)[0]]
   if not others:
-    return no_match_error(field, name, list(leaves), rule="a name matches a run of whole path components")
+    return no_match_error(
+      f"LoraConfig.{field}", name, list(leaves), rule="a name matches a run of whole path components"
+    )
   return ValueError(
     f"LoraConfig.{field}: {name!r} names no kernel, only {listed(others)}. Name a leaf itself to adapt it all the same,"
     " or train them whole (LoraConfig.train)."

@@ -1,4 +1,4 @@
-"""Checks of values, as far as they are known."""
+"""Checks of values, where they are known: under `jit` they are not."""
 
 from collections.abc import Sequence
 import math
@@ -11,14 +11,15 @@ import numpy as np
 from jaxlora._base.text import listed
 
 
-def is_concrete(*arrays: Any) -> bool:
+def is_known(*arrays: Any) -> bool:
+  """Whether the values of all arrays are known, as they are outside of a transformation, and none is traced."""
   return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def check_finite(named: Sequence[tuple[str, Any]], what: str) -> None:
-  """Raises if a known array has NaN or infinite elements, with the names of all that have."""
+  """Raises if an array whose values are known has NaN or infinite elements, with the names of all such arrays."""
   with jax.ensure_compile_time_eval():  # known values can be closed over under jit, too
-    broken = [name for name, x in named if is_concrete(x) and not all_finite(x)]
+    broken = [name for name, x in named if is_known(x) and not all_finite(x)]
   if broken:
     raise ValueError(
       f"{what}: found NaN or infinite values in {listed(broken)}, expected finite numbers. If they come from training,"
@@ -36,11 +37,12 @@ def check_number(value: Any, what: str) -> None:
   number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and not isinstance(value, bool)
   if not number or jnp.ndim(value) != 0 or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
     raise TypeError(f"{what} is {value!r}, expected one real number.")
-  if is_concrete(value) and not math.isfinite(float(value)):
+  if is_known(value) and not math.isfinite(float(value)):
     raise ValueError(f"{what} is {value!r}, expected a finite number.")
 
 
 def positive(value: Any, what: str) -> int:
+  """`value`, or an error unless it is a whole number above 0."""
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-    raise ValueError(f"stack: {what} is {value!r}, expected a whole number above 0.")
+    raise ValueError(f"{what} is {value!r}, expected a whole number above 0.")
   return value

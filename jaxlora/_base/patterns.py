@@ -13,28 +13,28 @@ Predicate = Callable[[str, Any], bool]
 Pattern = str | Sequence[str] | Predicate
 
 
-def compile_regex(pattern: str, field: str) -> re.Pattern[str]:
-  """Compiles a regex, or says which field holds the broken one."""
+def compile_regex(pattern: str, what: str) -> re.Pattern[str]:
+  """Compiles a regex, or says what the broken one was given for."""
   try:
     return re.compile(pattern)
   except re.error as error:
     raise ValueError(
-      f"LoraConfig.{field}: {pattern!r} is not a regular expression ({error}). Patterns match a whole"
+      f"{what}: {pattern!r} is not a regular expression ({error}). Patterns match a whole"
       " \"/\"-joined path, such as r'.*/(query|value)/kernel'."
     ) from error
 
 
-def validate_pattern(pattern: Any, field: str) -> None:
+def validate_pattern(pattern: Any, what: str) -> None:
   """Raises unless `pattern` is a regex, a sequence of names or a callable."""
   if callable(pattern):
     return
   if isinstance(pattern, str):
-    compile_regex(pattern, field)
+    compile_regex(pattern, what)
     return
   if isinstance(pattern, Sequence) and pattern and all(isinstance(name, str) and name for name in pattern):
     return
   raise TypeError(
-    f"LoraConfig.{field}: found {pattern!r}, expected a regex over whole paths, a non-empty list of names, or a"
+    f"{what}: found {pattern!r}, expected a regex over whole paths, a non-empty list of names, or a"
     " callable (path, leaf) -> bool."
   )
 
@@ -60,7 +60,7 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
 
 
 def no_match_error(
-  field: str,
+  what: str,
   pattern: Any,
   paths: Sequence[str],
   among: str = "leaves",
@@ -70,11 +70,11 @@ def no_match_error(
   """The error for a pattern that picked no leaf."""
   if callable(pattern):
     return ValueError(
-      f"LoraConfig.{field}: the callable {pattern!r} matches none of the {len(paths)} {among}; expected True for at"
+      f"{what}: the callable {pattern!r} matches none of the {len(paths)} {among}; expected True for at"
       f" least one (path, leaf). Paths: {', '.join(paths[:3])}."
     )
   return ValueError(
-    f"LoraConfig.{field}: {pattern!r} matches none of the {len(paths)} {among} ({rule})."
+    f"{what}: {pattern!r} matches none of the {len(paths)} {among} ({rule})."
     + (hint or f" Nearest: {', '.join(nearest(pattern, paths))}.")
   )
 
@@ -82,6 +82,6 @@ def no_match_error(
 def first_match(patterns: Mapping[str, Any] | None, path: str) -> Any | None:
   """The value of the first regex that matches the whole path."""
   for pattern, value in (patterns or {}).items():
-    if compile_regex(pattern, "").fullmatch(path):
+    if compile_regex(pattern, "a pattern").fullmatch(path):
       return value
   return None

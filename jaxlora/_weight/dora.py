@@ -7,9 +7,9 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import precise
-from jaxlora._weight.lora import lora_factors, lora_shapes, lora_start
+from jaxlora._weight.lora import lora_shapes, lora_start
 from jaxlora._weight.roles import RANK, factor_axes
-from jaxlora._weight.variant import Parts, Shapes, Start, Variant, over_outputs
+from jaxlora._weight.variant import Parts, Shapes, Start, Variant, over_outputs, own_factors
 
 
 def _dora_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:
@@ -81,7 +81,7 @@ def _exact_dora_gain(parts: Parts, roles: str, a: jax.Array, b: jax.Array) -> ja
 
 
 # Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5: W' = m (W + B A) / ||W + B A||_c.
-DORA = Variant({"a": "a", "b": "b", "magnitude": "magnitude"}, _dora_shapes, _dora_start, lora_factors, gain=_dora_gain)
+DORA = Variant({"a": "a", "b": "b", "magnitude": "magnitude"}, _dora_shapes, _dora_start, own_factors, gain=_dora_gain)
 
 
 DORA_EXACT = DORA._replace(gain=_exact_dora_gain)

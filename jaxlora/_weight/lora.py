@@ -3,7 +3,7 @@
 import jax
 
 from jaxlora._weight.roles import factor_shape
-from jaxlora._weight.variant import Parts, Shapes, Start, Variant
+from jaxlora._weight.variant import Shapes, Start, Variant, own_factors
 
 
 def lora_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:
@@ -11,15 +11,13 @@ def lora_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:
 
 
 def lora_start(start: Start) -> dict[str, jax.Array]:
+  """A drawn and B zero, or both as they are given."""
+  if start.given is not None:
+    return dict(start.given)
   return {"a": start.first(start.key, start.a_shape), "b": start.zeros(start.b_shape)}
 
 
-def lora_factors(parts: Parts, roles: str) -> tuple[jax.Array, jax.Array]:
-  del roles
-  return parts["a"], parts["b"]
-
-
-LORA = Variant({"a": "a", "b": "b"}, lora_shapes, lora_start, lora_factors)
+LORA = Variant({"a": "a", "b": "b"}, lora_shapes, lora_start, own_factors)
 
 
 # Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation" (arXiv:2308.03303), eq. 3: A stays as it was drawn, so

@@ -1,24 +1,45 @@
-"""Where the parts of a weight lie: as the axes of the base do, the rank on every device."""
+"""Where the parts of a weight lie: along the axes of the base, the rank whole on every device."""
 
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from jaxlora._weight.roles import RANK, factor_axes
-from jaxlora._weight.weight import LoraWeight, parts
+from jaxlora._weight.weight import LoraWeight
 
 
-def axes_of_part(node: Any, part: str) -> tuple[Any, ...]:
-  """Which axes of the weight a part holds, as its shape tells; none where it is laid out in another way."""
-  if not isinstance(node, LoraWeight):
-    return ()
+def factor_spec(spec: PartitionSpec, roles: str, own: str) -> PartitionSpec:
+  """How a factor is partitioned, from how its base is: the one rule that every placement of factors follows.
+
+  A is partitioned as the contracted axes of the base, B as its free axes, both as its stacked axes, and the rank not at
+  all: it is small, and a split rank would need a sum over devices in every product.
+
+  Args:
+    spec: of the base; axes behind its last entry are whole.
+    roles: one letter per axis of the base.
+    own: `"i"` for A, `"o"` for B.
+
+  Returns:
+    The spec of the factor, `(*stack, rank, *own)`, with an entry for each of its axes.
+
+  Example:
+    >>> factor_spec(PartitionSpec("data", "model"), "io", "i"), factor_spec(PartitionSpec("data", "model"), "io", "o")
+    (PartitionSpec(None, 'data'), PartitionSpec(None, 'model'))
+  """
+  entries = (*spec, *[None] * (len(roles) - len(spec)))
+  return PartitionSpec(*(None if axis == RANK else entries[axis] for axis in factor_axes(roles, own)))
+
+
+def side_of_part(node: LoraWeight, part: str) -> str | None:
+  """Which axes of the weight a part holds, `"i"` or `"o"`, as its shape tells; `None` for any other layout."""
+  found = np.shape(node.parts()[part])
   for own in "io":
     axes = factor_axes(node.roles, own)
-    found = np.shape(parts(node)[part])
     if len(axes) == len(found) and all(d == RANK or node.shape[d] == n for d, n in zip(axes, found, strict=True)):
-      return axes
-  return ()
+      return own
+  return None
 
 
 def put_on(array: jax.Array, sharding: Any) -> jax.Array:
@@ -26,7 +47,11 @@ def put_on(array: jax.Array, sharding: Any) -> jax.Array:
 
 
 def sharding_of(node: Any, part: str, ndim: int) -> Any:
-  """Where a part goes: its axes where the base's go, whatever the base does not have on every device of the base."""
+  """Where a part of a node goes.
+
+  A factor goes along the axes of the base, a leaf trained whole where its base is, and every other part on all devices
+  of the base. `None` leaves the part to JAX, as where the base is not committed to a device.
+  """
   base = node.base
   if isinstance(base, jax.Array) and not base.committed:
     return None
@@ -34,10 +59,10 @@ def sharding_of(node: Any, part: str, ndim: int) -> Any:
   if isinstance(sharding, jax.sharding.SingleDeviceSharding) or (part == "value" and sharding is not None):
     return sharding
   if isinstance(sharding, jax.sharding.NamedSharding):
-    spec = (*sharding.spec, *[None] * (len(node.shape) - len(sharding.spec)))
-    own = [spec[d] if isinstance(d, int) else None for d in axes_of_part(node, part)] or [None] * ndim
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*own), memory_kind=sharding.memory_kind)
+    own = side_of_part(node, part) if isinstance(node, LoraWeight) else None
+    spec = PartitionSpec(*[None] * ndim) if own is None else factor_spec(sharding.spec, node.roles, own)
+    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
   if sharding is None:
     return None
   mesh = jax.sharding.Mesh(np.array(sorted(sharding.device_set, key=lambda device: device.id)), "devices")
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.sharding.NamedSharding(mesh, PartitionSpec())

@@ -74,3 +74,8 @@ def thin(factor: jax.Array, roles: str) -> jax.Array:
   """A factor as one matrix for each stacked slice: `(stack, rank, in)` or `(stack, rank, out)`."""
   stack = roles.count("s")
   return factor.reshape(math.prod(factor.shape[:stack]), factor.shape[stack], -1)
+
+
+def laid_out(matrix: jax.Array, shape: Sequence[int], roles: str, own: str) -> jax.Array:
+  """The inverse of `thin`: `(stack, rank, n)` as a factor of a weight of `shape`."""
+  return matrix.reshape(factor_shape(tuple(shape), roles, own, matrix.shape[-2]))

@@ -11,8 +11,10 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wider_dtype
+from jaxlora._weight.describe import full_line, lora_line
+from jaxlora._weight.flax import KnownToFlax
 from jaxlora._weight.roles import low_rank_delta, times_gain
-from jaxlora._weight.variant import VARIANTS, Variant
+from jaxlora._weight.variant import Variant, variant_named
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
   "standard": lambda alpha, rank: alpha / rank,
@@ -20,8 +22,19 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 }
 
 
-class _NotAnArray:
-  """Adapted leaves are not arrays; code that takes them for one is told what to do."""
+UNIT_SCALE: dict[str, Callable[[int], float]] = {"standard": float, "rslora": math.sqrt}  # rank -> alpha of scale 1
+
+
+class _Node(metaclass=KnownToFlax):
+  """A node that holds named arrays. It is no array; code that takes it for one is told what to do."""
+
+  def parts(self) -> dict[str, Any]:
+    """The arrays that the node holds, by name."""
+    raise NotImplementedError
+
+  def with_parts(self, changes: Mapping[str, Any]) -> Any:
+    """The node with some of its parts replaced."""
+    raise NotImplementedError
 
   def __array__(self, *_: Any, **__: Any) -> NoReturn:  # NumPy would make an array of one object
     self.__jax_array__()
@@ -34,8 +47,8 @@ class _NotAnArray:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoraWeight(_NotAnArray):
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoraWeight(_Node):
   """One adapted weight: a frozen base and the factors of its low-rank update.
 
       W' = base + scale * sum_r a[..., r, in] b[..., r, out],    scale = alpha / rank   (alpha / sqrt(rank): rsLoRA)
@@ -81,10 +94,55 @@ class LoraWeight(_NotAnArray):
   variant: str = dataclasses.field(default="lora", metadata={"static": True})
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+  @classmethod
+  def from_factors(
+    cls,
+    base: Any,
+    a: Any,
+    b: Any,
+    roles: str = "io",
+    *,
+    alpha: float | None = None,
+    scaling: str = "standard",
+    dropout: float = 0.0,
+    variant: str = "lora",
+    **extra: Any,
+  ) -> "LoraWeight":
+    """A weight of given factors; the rank is theirs.
+
+        W' = base + scale * sum_r a[..., r, in] b[..., r, out]
+
+    Args:
+      base: the frozen weight; `None` for the trainable half of a tree.
+      a: `(*stack, rank, *in)`.
+      b: `(*stack, rank, *out)`.
+      roles: one letter per axis of the base.
+      alpha: numerator of the scale; `None` for a scale of 1.
+      scaling, dropout, variant: as for `LoraConfig`.
+      **extra: what the variant adds, by name.
+
+    Raises:
+      ValueError: if a and b differ in rank.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> LoraWeight.from_factors(jnp.zeros((6, 5)), jnp.ones((2, 6)), jnp.ones((2, 5)))
+      LoraWeight(6x5 io, rank 2, f32)
+    """
+    ranks = {jnp.shape(factor)[roles.count("s")] for factor in (a, b)}
+    if len(ranks) > 1:
+      raise ValueError(
+        f"from_factors: a has shape {jnp.shape(a)} and b {jnp.shape(b)}; expected one rank, behind the stacked axes of"
+        f" roles {roles!r}."
+      )
+    (rank,) = ranks
+    alpha = UNIT_SCALE[scaling](rank) if alpha is None else alpha
+    return cls(base, a, b, roles, rank, alpha, scaling, dropout, variant, extra)
+
   @property
   def kind(self) -> Variant:
     """The functions of its variant."""
-    return VARIANTS[self.variant]
+    return variant_named(self.variant)
 
   @property
   def scale(self) -> float:
@@ -103,12 +161,25 @@ class LoraWeight(_NotAnArray):
   def ndim(self) -> int:
     return len(self.roles)
 
+  def parts(self) -> dict[str, Any]:
+    return {"base": self.base, "a": self.a, "b": self.b, **self.extra}
+
+  def with_parts(self, changes: Mapping[str, Any]) -> "LoraWeight":
+    own: dict[str, Any] = {name: part for name, part in changes.items() if name not in self.extra}
+    more = {name: part for name, part in changes.items() if name in self.extra}
+    if more:
+      own["extra"] = {**self.extra, **more}
+    return dataclasses.replace(self, **own)
+
+  def __repr__(self) -> str:
+    return lora_line(self)
+
   def factors(self) -> tuple[jax.Array, jax.Array]:
     """The effective factors: `base + sum_r a b` is the adapted weight, but for a variant's gain.
 
     Their rank is the update's own for LoRA, and larger for variants whose update is a sum of more terms.
     """
-    a, b = self.kind.factors(parts(self), self.roles)
+    a, b = self.kind.factors(self.parts(), self.roles)
     if "a0" in self.extra:
       axis = self.roles.count("s")
       a0, b0 = lax.stop_gradient((self.extra["a0"], self.extra["b0"]))
@@ -117,7 +188,7 @@ class LoraWeight(_NotAnArray):
 
   def gain(self, a: jax.Array, b: jax.Array) -> jax.Array | None:
     """What a variant multiplies outputs with, laid out as a factor of rank 1; `None` for none. Takes `factors()`."""
-    return None if self.kind.gain is None else self.kind.gain(parts(self), self.roles, a, b)
+    return None if self.kind.gain is None else self.kind.gain(self.parts(), self.roles, a, b)
 
   def delta(self) -> jax.Array:
     """The update `scale * A B` as an array of W's shape, in the factors' dtype: what is added before any gain."""
@@ -125,15 +196,16 @@ class LoraWeight(_NotAnArray):
 
   def materialize(self) -> jax.Array:
     """The adapted weight as one array, formed in the widest dtype of its parts and returned in the base's."""
-    wide = functools.reduce(wider_dtype, [part.dtype for part in parts(self).values()])
-    a, b = with_parts(self, {name: part.astype(wide) for name, part in parts(self).items()}).factors()
+    held = self.parts()
+    wide = functools.reduce(wider_dtype, [part.dtype for part in held.values()])
+    a, b = self.with_parts({name: part.astype(wide) for name, part in held.items()}).factors()
     whole = self.base.astype(wide) + low_rank_delta(a, b, self.roles)
     return times_gain(whole, self.gain(a, b), self.roles).astype(self.base.dtype)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FullWeight(_NotAnArray):
+@dataclasses.dataclass(frozen=True, repr=False)
+class FullWeight(_Node):
   """One leaf trained whole (a bias, a norm, a new head): `value` trains, `base` is kept so that `strip` is exact.
 
   Attributes:
@@ -143,6 +215,15 @@ class FullWeight(_NotAnArray):
 
   base: Any
   value: Any
+
+  def parts(self) -> dict[str, Any]:
+    return {"base": self.base, "value": self.value}
+
+  def with_parts(self, changes: Mapping[str, Any]) -> "FullWeight":
+    return dataclasses.replace(self, **changes)
+
+  def __repr__(self) -> str:
+    return full_line(self)
 
 
 Adapted = LoraWeight | FullWeight
@@ -154,17 +235,13 @@ def is_adapted(node: Any) -> bool:
 
 
 def parts(node: Adapted) -> dict[str, Any]:
-  """What a node holds, by name."""
-  if isinstance(node, FullWeight):
-    return {"base": node.base, "value": node.value}
-  return {"base": node.base, "a": node.a, "b": node.b, **node.extra}
+  """The arrays that a node holds, by name."""
+  return node.parts()
 
 
 def with_parts(node: Any, changes: Mapping[str, Any]) -> Any:
   """The node with some of its parts replaced."""
-  own = {name: part for name, part in changes.items() if not (isinstance(node, LoraWeight) and name in node.extra)}
-  more = {name: part for name, part in changes.items() if name not in own}
-  return dataclasses.replace(node, **own, **({"extra": {**node.extra, **more}} if more else {}))
+  return node.with_parts(changes)
 
 
 def trained_parts(node: Adapted) -> Mapping[str, str]:
@@ -172,14 +249,13 @@ def trained_parts(node: Adapted) -> Mapping[str, str]:
   return {"value": "full"} if isinstance(node, FullWeight) else node.kind.trains
 
 
-def started(weight: LoraWeight, a: jax.Array, b: jax.Array, cancels: bool = False) -> LoraWeight:
-  """The weight with factors, (stack, rank, in) and (stack, rank, out), whose update is taken off again.
+def start_subtracted(weight: LoraWeight, cancels: bool = False) -> LoraWeight:
+  """The weight with the update that it starts from subtracted by frozen copies of its factors, `a0` and `b0`.
 
-  Where their product is zero but for rounding nothing is taken off, unless the dtype rounds to more than that.
+  Nothing has to be subtracted where the product of the factors is zero but for rounding (`cancels`), unless their dtype
+  is so narrow that rounding is no longer small.
   """
-  a, b = a.reshape(weight.a.shape).astype(weight.a.dtype), b.reshape(weight.b.shape).astype(weight.b.dtype)
-  weight = dataclasses.replace(weight, a=a, b=b)
-  if cancels and a.dtype.itemsize >= 4:
+  if cancels and weight.a.dtype.itemsize >= 4:
     return weight
-  start = {"a0": jnp.array(a, copy=True), "b0": jnp.array(b, copy=True)}  # training may donate the factors
+  start = {"a0": jnp.array(weight.a, copy=True), "b0": jnp.array(weight.b, copy=True)}  # training may donate factors
   return dataclasses.replace(weight, extra={**weight.extra, **start})

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._base.checks import check_finite, is_concrete
+from jaxlora._base.checks import check_finite, is_known
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_weight
@@ -16,7 +16,7 @@ from jaxlora._weight.weight import LoraWeight, is_adapted, parts
 
 
 class Term(NamedTuple):
-  """One tree's share of a leaf: its node there, and the weight of its update."""
+  """One term of the sum at a leaf: a tree's node there, and the weight of its update."""
 
   node: Any
   weight: Any
@@ -49,19 +49,20 @@ def aligned(trees: Sequence[Any], names: Sequence[str], what: str) -> tuple[dict
       (f"{path} ({part}) of {name}", x)
       for path, group in nodes.items()
       for node, name in zip(group, names, strict=True)
-      for part, x in _moving(node).items()
+      for part, x in _update_parts(node).items()
     ],
     what,
   )
   return nodes, treedef
 
 
-def _moving(node: Any) -> dict[str, Any]:
-  """The arrays of an update."""
+def _update_parts(node: Any) -> dict[str, Any]:
+  """The arrays of a node's update."""
   return {name: x for name, x in parts(node).items() if name != "base"} if is_adapted(node) else {}
 
 
-def base_of(node: Any) -> Any:
+def base_leaf(node: Any) -> Any:
+  """The base of an adapted node; a plain leaf is its own."""
   return node.base if is_adapted(node) else node
 
 
@@ -71,7 +72,7 @@ def _check_same_leaf(path: str, ours: Any, theirs: Any, names: tuple[str, str], 
     raise ValueError(
       f"{what}: {path} has roles {ours.roles!r} in {names[0]} and {theirs.roles!r} in {names[1]}; expected the same."
     )
-  left, right = base_of(ours), base_of(theirs)
+  left, right = base_leaf(ours), base_leaf(theirs)
   if left is right:
     return
   kinds = [(jnp.shape(x), jnp.result_type(x)) for x in (left, right)]
@@ -80,7 +81,7 @@ def _check_same_leaf(path: str, ours: Any, theirs: Any, names: tuple[str, str], 
       f"{what}: the base of {path} has shape {kinds[0][0]}, dtype {kinds[0][1]} in {names[0]} and shape {kinds[1][0]},"
       f" dtype {kinds[1][1]} in {names[1]}; expected adapters of one base."
     )
-  if is_concrete(left, right) and not _equal(left, right):
+  if is_known(left, right) and not _equal(left, right):
     raise ValueError(
       f"{what}: {path} has other values in the base of {names[1]} than in that of {names[0]}; an update means something"
       " beside its own base alone. To put it on the first base all the same: jaxlora.join(jaxlora.split(first)[0],"

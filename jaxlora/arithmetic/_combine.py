@@ -1,6 +1,6 @@
 """`combine`: one adapter out of several on one base."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jaxlora.arithmetic._aligned import Term, aligned
 from jaxlora.arithmetic._formed import FORMED, METHODS, Plan, to_rank
 from jaxlora.arithmetic._sums import exact
 from jaxlora.svd._ranks import rank_or_energy
-from jaxlora.svd._truncation import Truncation, truncated
+from jaxlora.svd._truncation import Row, Truncation, report_of, warn_of_flag
 
 
 def combine(
@@ -29,7 +29,7 @@ def combine(
       merge(combine(trees, w)) = base + sum_t w_t delta_t,    delta_t = scale_t A_t B_t
 
   Methods:
-    `"exact"`: that sum to rounding, whatever the ranks, alphas and scalings: the factors side by side, every scale and
+    `"exact"`: that sum to rounding, whatever the ranks, alphas and scalings: the factors concatenated, every scale and
       weight folded into B. The rank is the sum of the ranks. One adapter of weight 1 comes back as it is.
     `"svd"`: the best approximation of that sum at a rank; the sum is never formed, unless a variant's update is no
       product of factors (DoRA), which the other methods but `"exact"` take, too.
@@ -41,9 +41,9 @@ def combine(
       (Yu et al., "Language Models are Super Mario", 2023, arXiv:2311.03099, section 3).
 
   The last three act on elements, which factors do not have: each update is formed, one leaf at a time (a stacked leaf
-  counts slice by slice), and the result is brought back to a rank by a singular value decomposition. What that loses is
-  in the report, and can be large: a thinned-out update has no low rank. Leaves trained whole need no rank: their
-  differences from the base are combined the same way, without loss.
+  counts slice by slice), and the result is brought back to a rank by a singular value decomposition. What that loses
+  can be large, as a thinned-out update has no low rank; `combine_with_report` tells. Leaves trained whole need no rank:
+  their differences from the base are combined the same way, without loss.
 
   Args:
     trees: adapted trees on one base. A leaf that some of them do not adapt has no update there.
@@ -52,10 +52,10 @@ def combine(
     rank: the largest rank of a leaf, for all methods but `"exact"`; by default the largest of the adapters' there.
     density: the share of elements to keep, in (0, 1]; for `"magnitude"`, `"ties"` and `"dare"`.
     key: a random key, for `"dare"`; with it the decompositions are randomised (`low_rank`), in the others, too.
-    with_report: whether to return a `Truncation` as well: what each leaf lost by its rank.
+    with_report: an older spelling of `combine_with_report`.
 
   Returns:
-    An adapted tree, or `(tree, Truncation)`. Its leaves have alpha = rank (scale 1), the base of the first tree, and
+    An adapted tree. Its leaves have alpha = rank (scale 1), the base of the first tree, and
     the adapters' dropout where they agree, none where they do not.
 
   Raises:
@@ -71,23 +71,64 @@ def combine(
     >>> jaxlora.combine([one, two], [0.7, -0.2])["kernel"].rank
     3
   """
-  trees, weights = list(trees), list(weights)
+  if with_report:
+    warn_of_flag("combine")
+    return combine_with_report(trees, weights, method, rank=rank, density=density, key=key)
   plan = _plan(trees, weights, method, rank, density, key)
+
+  def one(path: str, terms: list[Term]) -> tuple[Any, Row | None]:
+    return (exact(path, terms), None) if method == "exact" else to_rank(path, terms, plan)
+
+  return _combined(trees, weights, one)[0]
+
+
+def combine_with_report(
+  trees: Sequence[Any],
+  weights: Sequence[Any],
+  method: str = "exact",
+  *,
+  rank: int | None = None,
+  density: float | None = None,
+  key: jax.Array | None = None,
+) -> tuple[Any, Truncation]:
+  """`combine`, and what each leaf lost by its rank.
+
+  Args:
+    trees, weights, method, rank, density, key: as for `combine`.
+
+  Returns:
+    The tree and a `Truncation`, which prints as a table.
+
+  Raises:
+    ValueError, TypeError: as `combine`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((6, 5))}
+    >>> one, two = (jaxlora.adapt(params, jaxlora.LoraConfig(rank=r), jax.random.key(r)) for r in (1, 2))
+    >>> tree, report = jaxlora.combine_with_report([one, two], [0.7, -0.2], "svd", rank=2)
+    >>> tree["kernel"].rank, report.residual
+    (2, 0.0)
+  """
+  plan = _plan(trees, weights, method, rank, density, key)
+  tree, rows = _combined(trees, weights, lambda path, terms: to_rank(path, terms, plan))
+  return tree, report_of(rows)
+
+
+def _combined(
+  trees: Sequence[Any], weights: Sequence[Any], one: Callable[[str, list[Term]], tuple[Any, Row | None]]
+) -> tuple[Any, list[Row]]:
+  """The tree of what `one` makes of the terms at each leaf, and its rows for a report."""
   nodes, treedef = aligned(trees, [f"tree {k}" for k in range(len(trees))], "combine")
-  new, rows = [], []
-  for path, group in nodes.items():
-    terms = [Term(node, weight) for node, weight in zip(group, weights, strict=True)]
-    if method == "exact" and not with_report:
-      new.append(exact(path, terms))
-      continue
-    node, row = to_rank(path, terms, plan)
-    new.append(node)
-    rows.append(row)
-  tree = jax.tree_util.tree_unflatten(treedef, new)
-  return (tree, Truncation(tuple(truncated(*row) for row in rows if row is not None))) if with_report else tree
+  made = [
+    one(path, [Term(node, weight) for node, weight in zip(group, weights, strict=True)])
+    for path, group in nodes.items()
+  ]
+  tree = jax.tree_util.tree_unflatten(treedef, [node for node, _ in made])
+  return tree, [row for _, row in made if row is not None]
 
 
-def _plan(trees: list[Any], weights: list[Any], method: Any, rank: Any, density: Any, key: Any) -> Plan:
+def _plan(trees: Sequence[Any], weights: Sequence[Any], method: Any, rank: Any, density: Any, key: Any) -> Plan:
   if method not in METHODS:
     raise ValueError(f"combine: method is {method!r}, expected one of {', '.join(map(repr, METHODS))}.")
   if not trees or len(trees) != len(weights):

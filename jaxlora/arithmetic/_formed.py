@@ -16,7 +16,8 @@ from jaxlora.arithmetic._aligned import Term
 from jaxlora.arithmetic._measures import norm_of
 from jaxlora.arithmetic._sums import common_dropout, dense, exact, is_nonzero, is_one, total, weighted, widest
 from jaxlora.svd._low_rank import low_rank
-from jaxlora.svd._update import delta_svd, is_linear, with_delta
+from jaxlora.svd._truncation import Row
+from jaxlora.svd._update import delta_svd, weight_of_svd
 
 
 def _trimmed(x: jax.Array, density: float) -> jax.Array:
@@ -75,15 +76,6 @@ class Plan(NamedTuple):
   key: jax.Array | None
 
 
-class Row(NamedTuple):
-  """What `truncated` makes a row of the report of, where one is wanted."""
-
-  path: str
-  rank: int | None
-  norm: Any
-  error: Any
-
-
 def to_rank(path: str, terms: Sequence[Term], plan: Plan) -> tuple[Any, Row | None]:
   """The sum of the updates of one leaf at its rank, and what that lost; `None` for a leaf without an update."""
   adapted = [term for term in terms if is_adapted(term.node)]
@@ -92,7 +84,7 @@ def to_rank(path: str, terms: Sequence[Term], plan: Plan) -> tuple[Any, Row | No
   moved = [term for term in adapted if is_nonzero(term.weight)]
   if plan.method == "svd" and plan.rank is None and len(moved) == 1 and is_one(moved[0].weight):
     return moved[0].node, Row(path, getattr(moved[0].node, "rank", None), norm_of(moved[0].node), 0)
-  nonlinear = any(isinstance(term.node, LoraWeight) and not is_linear(term.node) for term in moved)
+  nonlinear = any(isinstance(term.node, LoraWeight) and not term.node.kind.linear for term in moved)
   if plan.method in FORMED or (plan.method == "svd" and nonlinear):
     total, first = _formed(path, adapted, plan), adapted[0].node
     if any(isinstance(term.node, FullWeight) for term in adapted):
@@ -107,7 +99,7 @@ def to_rank(path: str, terms: Sequence[Term], plan: Plan) -> tuple[Any, Row | No
   if plan.method == "exact" or node.rank <= rank:
     return node, Row(path, node.rank, norm, 0)
   cut = found.cut(rank)
-  return with_delta(node, cut), Row(path, cut.rank, norm, cut.error)
+  return weight_of_svd(node, cut), Row(path, cut.rank, norm, cut.error)
 
 
 def _target(terms: Sequence[Term], plan: Plan, most: int) -> int:
@@ -139,6 +131,6 @@ def _low_rank_sum(path: str, total: jax.Array, terms: Sequence[Term], plan: Plan
   found = low_rank(
     x, _target(terms, plan, min(x.shape[1:])), key=None if plan.key is None else leaf_key(plan.key, path)
   )
-  merged = with_delta(node, found, widest([factor for term in terms for factor in (term.node.a, term.node.b)]))
+  merged = weight_of_svd(node, found, widest([factor for term in terms for factor in (term.node.a, term.node.b)]))
   merged = dataclasses.replace(merged, dropout=common_dropout(terms))
   return merged, Row(path, found.rank, frobenius(x, 2), found.error)

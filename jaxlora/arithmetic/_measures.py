@@ -11,7 +11,7 @@ from jaxlora._weight.roles import thin
 from jaxlora._weight.weight import LoraWeight, is_adapted
 from jaxlora.arithmetic._aligned import Term, aligned
 from jaxlora.arithmetic._sums import dense, weighted, widest
-from jaxlora.svd._update import delta_svd, is_linear
+from jaxlora.svd._update import delta_svd
 
 
 def norms(tree: Any) -> dict[str, jax.Array]:
@@ -37,7 +37,8 @@ def norms(tree: Any) -> dict[str, jax.Array]:
 
 
 def norm_of(node: Any) -> jax.Array:
-  if isinstance(node, LoraWeight) and is_linear(node):
+  """The Frobenius norm of one node's update."""
+  if isinstance(node, LoraWeight) and node.kind.linear:
     return frobenius(delta_svd(node).s.ravel())
   return frobenius(dense(node).ravel())
 
@@ -68,7 +69,7 @@ def cosine(tree: Any, other: Any) -> dict[str, jax.Array]:
 
 
 def _cosine(ours: Any, theirs: Any) -> jax.Array:
-  if all(isinstance(node, LoraWeight) and is_linear(node) for node in (ours, theirs)):
+  if all(isinstance(node, LoraWeight) and node.kind.linear for node in (ours, theirs)):
     (a, b), (c, d) = ([thin(x, node.roles).astype(wide(x)) for x in node.factors()] for node in (ours, theirs))
     a, b, c, d = (x.astype(widest([a, b, c, d])) for x in (a, b, c, d))
     inner, lengths = jnp.sum(matmul(a, c.mT) * matmul(b, d.mT)), (norm_of(ours), norm_of(theirs))

@@ -1,4 +1,4 @@
-"""`scale`, `subtract`, `interpolate`."""
+"""`scale`, `subtract`, `interpolate`: multiples and differences of updates."""
 
 import dataclasses
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora._adapt.adapt import is_plain
-from jaxlora._base.checks import check_number, is_concrete
+from jaxlora._base.checks import check_number, is_known
 from jaxlora._weight.weight import FullWeight, LoraWeight, parts, with_parts
 from jaxlora.arithmetic._aligned import Term, aligned
 from jaxlora.arithmetic._combine import combine
@@ -50,11 +49,11 @@ def _scaled(path: str, node: Any, factor: Any) -> Any:
   if not isinstance(node, LoraWeight):
     return node
   check_linear(path, node, "scale")
-  if is_plain(node.variant):
+  if node.kind.plain:
     return with_parts(node, {n: x * jnp.asarray(factor, x.dtype) for n, x in parts(node).items() if n in ("b", "b0")})
-  if is_concrete(factor):
+  if is_known(factor):
     return dataclasses.replace(node, alpha=node.alpha * float(factor))
-  return exact(path, [Term(node, factor)])  # the effective factors, which a traced number can multiply
+  return exact(path, [Term(node, factor)])  # alpha is static, so a traced number multiplies the effective factors
 
 
 def subtract(tree: Any, other: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Sums of updates: exact, by factors side by side; or formed, element by element."""
+"""Sums of updates: exact, by concatenating factors along the rank; or of formed updates, element by element."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -7,23 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora._base.checks import is_concrete
+from jaxlora._base.checks import is_known
 from jaxlora._base.dtypes import wide, wider_dtype
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, parts, with_parts
-from jaxlora.arithmetic._aligned import Term, base_of
-from jaxlora.svd._update import check_linear, is_linear
+from jaxlora.arithmetic._aligned import Term, base_leaf
+from jaxlora.svd._update import check_linear
 
 
 def is_nonzero(weight: Any) -> bool:
-  return not is_concrete(weight) or float(weight) != 0
+  """Whether a weight is not zero, as far as is known: a traced one may be anything."""
+  return not is_known(weight) or float(weight) != 0
 
 
 def is_one(weight: Any) -> bool:
-  return is_concrete(weight) and float(weight) == 1
+  return is_known(weight) and float(weight) == 1
 
 
 def exact(path: str, terms: Sequence[Term]) -> Any:
-  """`base + sum_t w_t delta_t`: factors side by side, every scale and weight folded into B.
+  """`base + sum_t w_t delta_t`: factors concatenated along the rank, every scale and weight folded into B.
 
   sum_t w_t s_t A_t B_t = [A_1; A_2; ...]^T [w_1 s_1 B_1; w_2 s_2 B_2; ...]
   """
@@ -45,16 +46,11 @@ def exact(path: str, terms: Sequence[Term]) -> Any:
   b = jnp.concatenate(
     [b.astype(dtype) * jnp.asarray(t.weight, dtype) for (_, b), t in zip(factors, moved, strict=True)], axis=stack
   )
-  return plain_sum(first, a, b, moved)
-
-
-def plain_sum(like: LoraWeight, a: jax.Array, b: jax.Array, terms: Sequence[Term]) -> LoraWeight:
-  """A LoRA weight of scale 1 with these factors. The dropout is the common one, or none."""
-  rank = a.shape[like.roles.count("s")]
-  return LoraWeight(like.base, a, b, roles=like.roles, rank=rank, alpha=float(rank), dropout=common_dropout(terms))
+  return LoraWeight.from_factors(first.base, a, b, first.roles, dropout=common_dropout(moved))
 
 
 def common_dropout(terms: Sequence[Term]) -> float:
+  """The dropout that all terms have; none where they differ."""
   dropouts = {term.node.dropout for term in terms if isinstance(term.node, LoraWeight)}
   return dropouts.pop() if len(dropouts) == 1 else 0.0
 
@@ -68,7 +64,7 @@ def widest(arrays: Sequence[Any]) -> Any:
 
 def dense(node: Any) -> jax.Array:
   """The update as an array of the base's shape."""
-  base = base_of(node)
+  base = base_leaf(node)
   if not is_adapted(node):
     return jnp.zeros(base.shape, wide(base))
   if isinstance(node, FullWeight):
@@ -76,7 +72,7 @@ def dense(node: Any) -> jax.Array:
     return node.value.astype(dtype) - base.astype(dtype)
   dtype = wide(*parts(node).values())
   node = with_parts(node, {name: x.astype(dtype) for name, x in parts(node).items()})
-  return node.delta() if is_linear(node) else node.materialize() - node.base
+  return node.delta() if node.kind.linear else node.materialize() - node.base
 
 
 def whole_sum(terms: Sequence[Term], total: Callable[[list[jax.Array]], jax.Array]) -> FullWeight:
@@ -87,6 +83,7 @@ def whole_sum(terms: Sequence[Term], total: Callable[[list[jax.Array]], jax.Arra
 
 
 def weighted(terms: Sequence[Term]) -> list[jax.Array]:
+  """The update of every term, formed and times its weight, in one dtype."""
   deltas = [dense(term.node) for term in terms]
   dtype = widest(deltas)
   return [x.astype(dtype) * jnp.asarray(term.weight, dtype) for x, term in zip(deltas, terms, strict=True)]

@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxlora._base.paths import flatten
 from jaxlora._weight.fingerprint import Print, prints, shape_of
-from jaxlora._weight.flax import register_with_flax
 from jaxlora._weight.placement import put_on, sharding_of
 from jaxlora._weight.weight import is_adapted, parts, with_parts
 from jaxlora.checkpoint._manifest import CheckpointError, node_of, wrapped
@@ -29,7 +28,6 @@ class CheckpointWarning(UserWarning):
 
 
 def rebuilt(record: Mapping[str, Any], arrays: Mapping[str, Any], params: Any, strict: bool, what: str) -> Any:
-  register_with_flax()
   nodes, treedef = flatten(params, is_leaf=is_adapted)
   if adapted := [path for path, node in nodes if is_adapted(node)]:
     raise CheckpointError(

@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxlora._adapt.adapt import is_plain
-from jaxlora._base.checks import is_concrete
+from jaxlora._base.checks import is_known
 from jaxlora._base.keys import typed_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
@@ -115,12 +114,12 @@ def init_from_data(
 
 
 def _check_fresh(path: str, weight: LoraWeight) -> None:
-  if not is_plain(weight.variant):
+  if not weight.kind.plain:
     raise ValueError(
       f"init_from_data: {path} is of variant {weight.variant!r}, whose factors are not A and B themselves; expected"
       " 'lora', 'lora_fa' or 'dora'."
     )
-  if not is_concrete(*jax.tree.leaves(weight)):
+  if not is_known(*jax.tree.leaves(weight)):
     raise ValueError(f"init_from_data: {path} is traced; call init_from_data outside jit.")
   norms = [frobenius(thin(x, weight.roles).ravel()) for x in weight.factors()]
   if float(frobenius(delta_svd(weight).s.ravel())) > _ZERO * float(norms[0] * norms[1]):

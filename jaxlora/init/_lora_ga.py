@@ -13,8 +13,8 @@ from jaxlora._base.keys import leaf_key
 from jaxlora._base.matrix import matmul, svd
 from jaxlora._base.paths import flatten
 from jaxlora._transform.wrap import wrap
-from jaxlora._weight.roles import thin
-from jaxlora._weight.weight import LoraWeight, is_adapted, started
+from jaxlora._weight.roles import laid_out, thin
+from jaxlora._weight.weight import LoraWeight, is_adapted, start_subtracted
 from jaxlora.init._asked import Asked, check_missing, orthonormal_rows, random_rows, rows_shape, side, without_start
 
 
@@ -49,9 +49,7 @@ def loss_of_factors(fn: Callable[..., Any], treedef: Any, paths: list[str]) -> C
     def with_factors(path: str, node: Any) -> Any:
       if not isinstance(node, LoraWeight):
         return node
-      a, b = factors[path]["a"], factors[path]["b"]
-      count = a.shape[node.roles.count("s")]
-      return LoraWeight(node.base, a, b, roles=node.roles, rank=count, alpha=float(count))
+      return LoraWeight.from_factors(node.base, factors[path]["a"], factors[path]["b"], node.roles)
 
     full = [with_factors(*pair) for pair in zip(paths, nodes, strict=True)]
     return apply(jax.tree_util.tree_unflatten(treedef, full), batch)
@@ -93,5 +91,7 @@ def _with_gradient(weight: LoraWeight, q: jax.Array, z: jax.Array, gamma: float)
   inside, rank = svd(z), weight.rank
   left = matmul(inside.u.mT, q)
   size = side(weight, "o") ** 0.25 / gamma**0.5
-  bare = dataclasses.replace(weight, extra=without_start(weight))
-  return started(bare, size * left[:, :rank], size * inside.vt[:, rank : 2 * rank])
+  shape, roles = weight.base.shape, weight.roles
+  a = laid_out(size * left[:, :rank], shape, roles, "i").astype(weight.a.dtype)
+  b = laid_out(size * inside.vt[:, rank : 2 * rank], shape, roles, "o").astype(weight.b.dtype)
+  return start_subtracted(dataclasses.replace(weight, a=a, b=b, extra=without_start(weight)))

@@ -64,10 +64,10 @@ def stack(adapters: Mapping[str, Any], capacity: int | None = None, rank: int | 
     raise ValueError("stack: no adapters; expected at least one, whose leaves tell the bank's.")
   for name in adapters:
     check_name(name)
-  capacity = len(adapters) if capacity is None else positive(capacity, "capacity")
+  capacity = len(adapters) if capacity is None else positive(capacity, "stack: capacity")
   if capacity < len(adapters):
     raise ValueError(f"stack: {len(adapters)} adapters, but a capacity of {capacity}. Raise it, or stack fewer.")
-  rank = None if rank is None else positive(rank, "rank")
+  rank = None if rank is None else positive(rank, "stack: rank")
   (first, *_), treedef = adapters, None
   nodes: dict[str, dict[str, Any]] = {}
   for name, adapter in adapters.items():

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._adapt.adapt import adapt
-from jaxlora._adapt.config import LoraConfig
-from jaxlora._base.checks import check_finite, is_concrete
-from jaxlora._base.dtypes import wide
+from jaxlora._adapt.config import LeafPlan, LoraConfig
+from jaxlora._adapt.plan import plan_tree
+from jaxlora._base.checks import check_finite, is_known
+from jaxlora._base.dtypes import wide, wider_dtype
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
@@ -21,8 +21,8 @@ from jaxlora._weight.roles import matrices
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.svd._low_rank import low_rank
 from jaxlora.svd._ranks import rank_or_energy
-from jaxlora.svd._truncation import LeafTruncation, Truncation, truncated
-from jaxlora.svd._update import with_delta
+from jaxlora.svd._truncation import Row, Truncation, report_of, warn_of_flag
+from jaxlora.svd._update import factors_of_svd
 
 
 def extract(
@@ -41,8 +41,8 @@ def extract(
       tuned - base  ~  sum_{k <= rank} s_k u_k v_k^T    leaf by leaf; A = sqrt(s) u^T, B = sqrt(s) v^T / scale
 
   Without a config, every matrix and kernel that fine-tuning changed is adapted, and every other leaf that it changed
-  (biases, norms, kernels too small for the rank) is trained whole, which is exact. With one, its targets are adapted,
-  its `train` leaves are kept whole, and it is said which changed leaves are left out.
+  (biases, norms, kernels too small for the rank) is trained whole, which is exact. With one, its targets are adapted
+  and its `train` leaves are kept whole; a warning names the changed leaves that are left out.
 
   Args:
     base: the parameters before fine-tuning: the base of the adapter.
@@ -52,52 +52,98 @@ def extract(
     config: targets, axes, ranks by leaf, scale and dtype of the factors, as in `adapt`.
     probe: tells the roles of kernels of more than two axes, as in `adapt`.
     key: a random key, for the randomised decomposition of large weights; `None` for the exact one.
-    with_report: whether to return a `Truncation` as well: what each leaf lost.
+    with_report: an older spelling of `extract_with_report`.
 
   Returns:
-    An adapted tree on `base`, or `(tree, Truncation)`.
+    An adapted tree on `base`.
 
   Raises:
-    ValueError: where the trees differ in structure or shapes, or hold what is not finite, naming the leaf; where
-      nothing changed; else as `adapt`.
+    ValueError: where the trees differ in structure or shapes, or hold values that are not finite, naming the leaf;
+      where nothing changed; else as `adapt`.
 
   Example:
     >>> import jax.numpy as jnp, jaxlora
     >>> base = {"kernel": jnp.eye(6, 5), "bias": jnp.zeros(5)}
     >>> tuned = {"kernel": base["kernel"] + jnp.outer(jnp.arange(6.0), jnp.ones(5)), "bias": jnp.ones(5)}
-    >>> tree, report = jaxlora.extract(base, tuned, rank=1, with_report=True)
+    >>> jaxlora.extract(base, tuned, rank=1)
+    {'bias': FullWeight(5, f32), 'kernel': LoraWeight(6x5 io, rank 1, f32)}
+  """
+  if with_report:
+    warn_of_flag("extract")
+    return extract_with_report(base, tuned, rank=rank, energy=energy, config=config, probe=probe, key=key)
+  tree, rows = _extracted_tree(base, tuned, rank, energy, config, probe, key)
+  left_out = [row.path for row in report_of(rows).leaves if row.rank is None and row.residual]
+  if left_out:
+    warnings.warn(
+      f"extract: fine-tuning changed {listed(left_out)}, which the config neither adapts nor trains whole: these"
+      " changes are left out. Name them in LoraConfig.train to keep them, or call extract_with_report, which lists"
+      " them.",
+      UserWarning,
+      stacklevel=2,
+    )
+  return tree
+
+
+def extract_with_report(
+  base: Any,
+  tuned: Any,
+  *,
+  rank: int | None = None,
+  energy: float | None = None,
+  config: LoraConfig | None = None,
+  probe: Callable[[Any], Any] | None = None,
+  key: jax.Array | None = None,
+) -> tuple[Any, Truncation]:
+  """`extract`, and what each leaf lost by it; leaves that are left out have lost everything.
+
+  Args:
+    base, tuned, rank, energy, config, probe, key: as for `extract`.
+
+  Returns:
+    The adapted tree and a `Truncation`, which prints as a table.
+
+  Raises:
+    ValueError: as `extract`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxlora
+    >>> base = {"kernel": jnp.eye(6, 5)}
+    >>> tuned = {"kernel": base["kernel"] + jnp.outer(jnp.arange(6.0), jnp.ones(5))}
+    >>> tree, report = jaxlora.extract_with_report(base, tuned, rank=1)
     >>> tree["kernel"].rank, bool(report.residual < 1e-6)
     (1, True)
   """
-  told = rank_or_energy(rank, energy, "extract") if config is None or rank is not None or energy is not None else None
+  tree, rows = _extracted_tree(base, tuned, rank, energy, config, probe, key)
+  return tree, report_of(rows)
+
+
+def _extracted_tree(
+  base: Any, tuned: Any, rank: int | None, energy: float | None, config: LoraConfig | None, probe: Any, key: Any
+) -> tuple[Any, list[Row]]:
+  asked = rank_or_energy(rank, energy, "extract") if config is None or rank is not None or energy is not None else None
   before, after, treedef = _leaf_pairs(base, tuned)
   changed = {path for path, leaf in before.items() if not np.array_equal(np.asarray(leaf), np.asarray(after[path]))}
   if not changed:
     raise ValueError("extract: base and tuned hold the same values: there is no update to extract.")
-  plan = _extraction_plan(config, before, changed, told, energy)
-  adapted, _ = flatten(adapt(base, plan, jax.random.key(0), probe=probe), is_leaf=is_adapted)
-  by_path = dict(adapted)  # zeros in the shapes that the plan says; filled below
+  plan = plan_tree(base, _extraction_config(config, before, changed, asked, energy), probe)
   keys = None if key is None else typed_key(key, "extract: key")
-  rows: list[LeafTruncation] = []
-  for path, node in adapted:
-    if isinstance(node, LoraWeight):
-      by_path[path], row = _extracted(path, node, after[path], energy, None if keys is None else leaf_key(keys, path))
+  rows: list[Row] = []
+
+  def one(path: str, leaf: Any) -> Any:
+    if path in plan.adapted:
+      of_leaf = None if keys is None else leaf_key(keys, path)
+      weight, row = _extracted(leaf, after[path], *plan.adapted[path], energy, of_leaf)
       rows.append(row)
-    elif path in changed:
-      norm = jnp.linalg.norm((after[path] - before[path]).astype(wide(before[path])).ravel())
-      whole = isinstance(node, FullWeight)
-      by_path[path] = dataclasses.replace(node, value=after[path]) if whole else node
-      rows.append(truncated(path, None, norm, 0 if whole else 1))
-  left_out = [row.path for row in rows if row.rank is None and row.residual]
-  if left_out and not with_report:
-    warnings.warn(
-      f"extract: fine-tuning changed {listed(left_out)}, which the config neither adapts nor trains whole: these"
-      " changes are left out. Name them in LoraConfig.train to keep them, or pass with_report=True, which lists them.",
-      UserWarning,
-      stacklevel=2,
-    )
-  tree = jax.tree_util.tree_unflatten(treedef, [by_path[path] for path in before])
-  return (tree, Truncation(tuple(rows))) if with_report else tree
+      return weight
+    whole = path in plan.whole
+    if path in changed:
+      norm = jnp.linalg.norm((after[path] - leaf).astype(wide(leaf)).ravel())
+      rows.append(Row(path, None, norm, 0 if whole else 1))
+    if not whole:
+      return leaf
+    return FullWeight(leaf, after[path] if path in changed else jnp.array(leaf, copy=True))  # no alias of the base
+
+  return jax.tree_util.tree_unflatten(treedef, [one(*pair) for pair in before.items()]), rows
 
 
 def _leaf_pairs(base: Any, tuned: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:
@@ -119,7 +165,7 @@ def _leaf_pairs(base: Any, tuned: Any) -> tuple[dict[str, Any], dict[str, Any], 
         f"extract: {path} has shape {jnp.shape(leaf)}, dtype {jnp.result_type(leaf)} in base and shape"
         f" {jnp.shape(theirs[path])}, dtype {jnp.result_type(theirs[path])} in tuned; expected the same."
       )
-    if not is_concrete(leaf, theirs[path]):
+    if not is_known(leaf, theirs[path]):
       raise ValueError(f"extract: {path} is traced; call extract outside jit: what changed is told from values.")
   floats = [
     (f"{path} ({name})", tree[path])
@@ -131,10 +177,10 @@ def _leaf_pairs(base: Any, tuned: Any) -> tuple[dict[str, Any], dict[str, Any], 
   return ours, theirs, treedef
 
 
-def _extraction_plan(
+def _extraction_config(
   config: LoraConfig | None, before: dict[str, Any], changed: set[str], rank: int | None, energy: float | None
 ) -> LoraConfig:
-  """The config to adapt the base with; where there is none, one for all that changed."""
+  """The config to adapt the base with; where none is given, one for everything that changed."""
   if config is None:
     small = rank or 0
     kernels = {path for path in changed if np.ndim(before[path]) >= 2 and min(np.shape(before[path])) > small}
@@ -160,16 +206,16 @@ def _extraction_plan(
 
 
 def _extracted(
-  path: str, weight: LoraWeight, tuned: Any, energy: float | None, key: jax.Array | None
-) -> tuple[LoraWeight, LeafTruncation]:
-  """The weight with the update that leads from its base to `tuned`."""
-  dtype = wide(weight.base, weight.a)
-  x = matrices(jnp.asarray(tuned).astype(dtype) - weight.base.astype(dtype), weight.roles)
-  norm = frobenius(x, 2)
+  base: Any, tuned: Any, roles: str, plan: LeafPlan, energy: float | None, key: jax.Array | None
+) -> tuple[LoraWeight, Row]:
+  """A weight on `base` with the update that leads from it to `tuned`."""
+  own = plan.dtype or base.dtype
+  dtype = wider_dtype(wide(base), own)
+  x = matrices(jnp.asarray(tuned).astype(dtype) - base.astype(dtype), roles)
+  found = low_rank(x, plan.rank, key=key) if energy is None else low_rank(x, energy=energy)
+  a, b = factors_of_svd(found, base.shape, roles, own)
+  row = Row(plan.path, found.rank, frobenius(x, 2), found.error)
   if energy is not None:
-    found = low_rank(x, energy=energy)
-    return with_delta(weight, found, weight.a.dtype), truncated(path, found.rank, norm, found.error)
-  found = low_rank(x, weight.rank, key=key)
-  new = with_delta(weight, found, weight.a.dtype)
-  as_planned = dataclasses.replace(weight, a=new.a, b=new.b / jnp.asarray(weight.scale, new.b.dtype))
-  return as_planned, truncated(path, found.rank, norm, found.error)
+    return LoraWeight.from_factors(base, a, b, roles, dropout=plan.dropout), row
+  weight = LoraWeight.from_factors(base, a, b, roles, alpha=plan.alpha, scaling=plan.scaling, dropout=plan.dropout)
+  return weight.with_parts({"b": b / jnp.asarray(weight.scale, b.dtype)}), row

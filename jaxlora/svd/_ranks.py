@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._base.checks import is_concrete
+from jaxlora._base.checks import is_known
 
 
 def check_rank(rank: int, shape: Sequence[int], what: str) -> None:
@@ -39,7 +39,7 @@ def rank_of_energy(s: jax.Array, energy: float | None, side: int) -> int:
 
   What is below rounding, `side * eps` of the largest, counts as zero: a share of 1 then means the numerical rank.
   """
-  if not is_concrete(s):
+  if not is_known(s):
     raise ValueError(
       "energy picks the rank from values, which are not known under jit; pass rank=, or call it outside."
     )

@@ -1,12 +1,14 @@
-"""What was lost by bringing leaves to a rank."""
+"""`Truncation`: the report of what was lost by bringing leaves to a rank."""
 
+from collections.abc import Iterable
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
+import warnings
 
 import numpy as np
 
-from jaxlora._base.checks import is_concrete
+from jaxlora._base.checks import is_known
 from jaxlora._base.text import table
 
 
@@ -52,10 +54,43 @@ class Truncation:
     return "\n".join([table(rows), f"residual of all {self.residual:.2e}"])
 
 
-def truncated(path: str, rank: int | None, norm: Any, error: Any) -> LeafTruncation:
-  """A leaf's row, from the norms and relative errors of its slices."""
-  if not is_concrete(norm, error):
-    raise ValueError(f"{path}: with_report=True reads values, which are not known under jit; call it outside.")
+class Row(NamedTuple):
+  """What a row of the report is made from; the numbers may still be traced.
+
+  Attributes:
+    path: of the leaf.
+    rank: the rank it has now, or `None`.
+    norm: the Frobenius norms of the update's stacked slices before.
+    error: the share of each of them that was lost.
+  """
+
+  path: str
+  rank: int | None
+  norm: Any
+  error: Any
+
+
+def report_of(rows: Iterable[Row]) -> Truncation:
+  """The report of some rows, which reads their values."""
+  return Truncation(tuple(_leaf(*row) for row in rows))
+
+
+def _leaf(path: str, rank: int | None, norm: Any, error: Any) -> LeafTruncation:
+  if not is_known(norm, error):
+    raise ValueError(
+      f"{path}: a report reads values, which are not known under jit; call the function with the report outside, or"
+      " the one without it."
+    )
   norms = np.asarray(norm, np.float64)
   whole, lost = (math.sqrt(float((part**2).sum())) for part in (norms, norms * np.asarray(error, np.float64)))
   return LeafTruncation(path, rank, whole, lost / whole if whole else 0.0)
+
+
+def warn_of_flag(function: str) -> None:
+  """Says that `with_report=True` is an older spelling, at the line that calls the function."""
+  warnings.warn(
+    f"{function}(..., with_report=True) is an older spelling of {function}_with_report(...), which returns (tree,"
+    " Truncation); returns no longer change with a flag.",
+    DeprecationWarning,
+    stacklevel=3,
+  )

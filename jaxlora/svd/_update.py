@@ -1,5 +1,6 @@
 """The update of one adapted leaf, and its decomposition from thin factors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,18 +8,14 @@ import jax
 from jaxlora._base.checks import check_finite
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.matrix import LowRank, product_svd
-from jaxlora._weight.roles import axes_of, factor_shape, thin
+from jaxlora._weight.roles import axes_of, laid_out, thin
 from jaxlora._weight.tree import adapted_leaves, check_adapted
 from jaxlora._weight.weight import LoraWeight, parts
 
 
-def is_linear(weight: LoraWeight) -> bool:
-  """Whether the adapted weight is the base plus a product of factors; DoRA's gain is none."""
-  return weight.kind.gain is None
-
-
 def check_linear(path: str, weight: LoraWeight, what: str) -> None:
-  if not is_linear(weight):
+  """Raises unless the adapted weight is the base plus a product of factors."""
+  if not weight.kind.linear:
     raise ValueError(
       f"{what}: {path} is of variant {weight.variant!r}, which rescales the whole weight: its update is no product of"
       " thin factors. jaxlora.combine([tree], [1], 'svd', rank=...) gives the best plain LoRA for it, with what that"
@@ -32,20 +29,17 @@ def delta_svd(weight: LoraWeight) -> LowRank:
   return product_svd(thin(a, weight.roles), thin(b, weight.roles))
 
 
-def with_delta(weight: LoraWeight, found: LowRank, dtype: Any = None) -> LoraWeight:
-  """A plain LoRA weight on the same base whose update is `found`, (stack, in, out), with alpha = rank (scale 1)."""
-  shape, rank = tuple(weight.base.shape), found.rank
-  dtype = dtype or wider_dtype(weight.a.dtype, weight.b.dtype)
+def factors_of_svd(found: LowRank, shape: Sequence[int], roles: str, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """A and B of a weight of `shape` whose product is `found`, (stack, in, out)."""
   a, b = found.factors()
-  return LoraWeight(
-    base=weight.base,
-    a=a.reshape(factor_shape(shape, weight.roles, "i", rank)).astype(dtype),
-    b=b.reshape(factor_shape(shape, weight.roles, "o", rank)).astype(dtype),
-    roles=weight.roles,
-    rank=rank,
-    alpha=float(rank),
-    dropout=weight.dropout,
-  )
+  return laid_out(a, shape, roles, "i").astype(dtype), laid_out(b, shape, roles, "o").astype(dtype)
+
+
+def weight_of_svd(like: LoraWeight, found: LowRank, dtype: Any = None) -> LoraWeight:
+  """A plain LoRA weight of scale 1 on the base of another one, whose update is `found`, (stack, in, out)."""
+  dtype = dtype or wider_dtype(like.a.dtype, like.b.dtype)
+  factors = factors_of_svd(found, like.base.shape, like.roles, dtype)
+  return LoraWeight.from_factors(like.base, *factors, like.roles, dropout=like.dropout)
 
 
 def lora_leaves(tree: Any, what: str, linear: bool = True) -> list[tuple[str, LoraWeight]]:

@@ -1,0 +1,139 @@
+"""The plan of an adaptation: which leaves, with which roles and fields; every check, before the first array is made."""
+
+from collections.abc import Callable
+import dataclasses
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxlora._adapt.config import LeafPlan, LoraConfig, leaf_plan
+from jaxlora._adapt.initializers import INITIALIZERS, from_weight
+from jaxlora._adapt.probe import study
+from jaxlora._adapt.targets import EvidenceByPath, select
+from jaxlora._base.dtypes import holds_factors
+from jaxlora._base.paths import flatten
+from jaxlora._base.patterns import first_match
+from jaxlora._weight.roles import fan
+from jaxlora._weight.variant import variant_named
+from jaxlora._weight.weight import is_adapted
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What becomes of every leaf of a tree.
+
+  Attributes:
+    leaves: all leaves by path, in order.
+    treedef: their nesting.
+    adapted: path -> roles and fields of those that get factors.
+    whole: paths of those that train whole.
+  """
+
+  leaves: dict[str, Any]
+  treedef: Any
+  adapted: dict[str, tuple[str, LeafPlan]]
+  whole: set[str]
+
+
+def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | None = None) -> Plan:
+  """The plan of a tree, checked; see `adapt` for the arguments and the errors."""
+  if not isinstance(config, LoraConfig):
+    raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
+  nodes, treedef = flatten(params, is_leaf=is_adapted)
+  if not nodes:
+    raise ValueError("adapt: the tree has no leaves; pass the model's parameters.")
+  leaves = dict(nodes)
+  for path, leaf in leaves.items():
+    if is_adapted(leaf):
+      raise ValueError(f"adapt: {path} is adapted already. Merge first (jaxlora.merge), or adapt the original tree.")
+  evidence = None
+  if probe is not None:
+    evidence = dict(zip(leaves, study(probe, params), strict=True))
+  targets, whole = select(config, leaves, evidence)
+  adapted = {}
+  for path, leaf in leaves.items():
+    if path in targets:
+      adapted[path] = _roles(path, leaf, config, evidence), leaf_plan(config, path)
+  for path, leaf in leaves.items():
+    if path in adapted:
+      _check_plan(path, leaf, *adapted[path])
+    elif path in whole:
+      _check_trainable(path, leaf)
+  return Plan(leaves, treedef, adapted, whole)
+
+
+def _check_trainable(path: str, leaf: Any) -> None:
+  dtype = getattr(leaf, "dtype", type(leaf).__name__)
+  if not hasattr(leaf, "dtype") or not jnp.issubdtype(dtype, jnp.inexact):
+    raise ValueError(
+      f"{path}: dtype {dtype} cannot be trained; expected a floating dtype. Narrow LoraConfig.targets or .train,"
+      " or exclude the leaf."
+    )
+
+
+def _roles(path: str, leaf: Any, config: LoraConfig, evidence: EvidenceByPath) -> str:
+  _check_trainable(path, leaf)
+  shape = tuple(leaf.shape)
+  if len(shape) < 2:
+    raise ValueError(
+      f"{path}: shape {shape} has fewer than two axes; a low-rank update lies between an input and an output axis."
+      " Train it whole (LoraConfig.train), or exclude it."
+    )
+  if 0 in shape:
+    raise ValueError(f"{path}: shape {shape} holds nothing to adapt; exclude the leaf.")
+  given = first_match(config.axes, path)
+  if given is not None:
+    if len(given) != len(shape):
+      raise ValueError(
+        f"LoraConfig.axes: {given!r} has {len(given)} letters for {path}, whose shape {shape} has {len(shape)} axes;"
+        " expected one letter per axis."
+      )
+    return given
+  seen = evidence[path] if evidence is not None else None
+  found = seen.roles() if seen is not None else None
+  if found is not None:
+    return found
+  if len(shape) == 2 and (seen is None or not (seen.stacked or (seen.used and seen.contracted is None))):
+    return "io"
+  remedy = f"Say them: LoraConfig(axes={{{re.escape(path)!r}: 'one of i, o, s per axis'}})"
+  if seen is None:
+    raise ValueError(
+      f"{path}: shape {shape} has {len(shape)} axes, and nothing tells which are contracted. {remedy}, or pass"
+      " probe=lambda p: model.apply({'params': p}, x) to adapt, which learns them from one abstract trace."
+    )
+  how = (
+    f"the probe uses it in {', '.join(sorted(set(seen.used)))}" if seen.used else "the probe does not multiply by it"
+  )
+  raise ValueError(
+    f"{path}: shape {shape}: no product tells which axes are contracted: {how}. {remedy}, train it whole"
+    " (LoraConfig.train), or exclude it."
+  )
+
+
+def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
+  dtype = plan.dtype or leaf.dtype
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    raise ValueError(
+      f"{path}: dtype {leaf.dtype} cannot be adapted; expected a real floating dtype. Exclude the leaf, or train it"
+      " whole (LoraConfig.train)."
+    )
+  if not holds_factors(dtype):
+    raise ValueError(
+      f"{path}: dtype {dtype} holds no factors; expected a real floating dtype of at least 8 bits. Give the factors one"
+      " of their own (LoraConfig(dtype='bfloat16'), or in overrides), or exclude the leaf."
+    )
+  if from_weight(plan.init) is not None and not variant_named(plan.variant).plain:
+    raise ValueError(
+      f"{path}: init {plan.init!r} gives both factors of a product, which the variant {plan.variant!r} does not have;"
+      f" expected one of the inits {', '.join(map(repr, INITIALIZERS))} for it."
+    )
+  if plan.init == "orthogonal" and plan.rank % 2:
+    raise ValueError(f"{path}: init 'orthogonal' halves the rank, found {plan.rank}; expected an even one.")
+  fan_in, fan_out = fan(leaf.shape, roles, "i"), fan(leaf.shape, roles, "o")
+  if plan.rank > min(fan_in, fan_out):
+    raise ValueError(
+      f"{path}: rank {plan.rank} is larger than the smaller side of the weight: shape {tuple(leaf.shape)} with roles"
+      f" {roles!r} has fan-in {fan_in} and fan-out {fan_out}. Use a rank of at most {min(fan_in, fan_out)} for it"
+      f" (LoraConfig(overrides={{{re.escape(path)!r}: {{'rank': {min(fan_in, fan_out)}}}}})), or exclude it."
+    )
