@@ -1,10 +1,16 @@
 """Adapters to and from PEFT: `save` writes what Hugging Face's `peft` loads, `load` reads what it writes.
 
-Needs the extra `jaxlora[peft]` (safetensors), and never torch. Nothing is unpickled.
+    jaxlora.peft.save("adapter", tree)
+    tree = jaxlora.peft.load("adapter", params)
+
+Both are files around a pair of functions that touch none: `to_modules(tree)` makes an `Adapter` of torch's modules, and
+`from_modules(adapter, params)` puts one on a tree. Files need the extra `jaxlora[peft]` (safetensors), and never torch.
+Nothing is unpickled.
 """
 
-from jaxlora.peft._from_modules import load
-from jaxlora.peft._records import PeftError
-from jaxlora.peft._to_modules import save
+from jaxlora.peft._folder import load, save
+from jaxlora.peft._from_modules import from_modules
+from jaxlora.peft._records import Adapter, Module, PeftError
+from jaxlora.peft._to_modules import to_modules
 
-__all__ = ["PeftError", "load", "save"]
+__all__ = ["Adapter", "Module", "PeftError", "from_modules", "load", "save", "to_modules"]

@@ -1,4 +1,4 @@
-"""How the paths of a tree and the names of torch's modules meet."""
+"""The torch names of a tree's leaves: those that the user gives, and the defaults."""
 
 from collections.abc import Collection, Mapping, Sequence
 import dataclasses
@@ -8,12 +8,12 @@ from jaxlora._base.paths import components
 from jaxlora._base.patterns import nearest
 from jaxlora.peft._records import PeftError
 
-Names = Mapping[str, str] | None
+Names = Mapping[str, str] | None  # regex over paths -> name of a torch module, as `save` takes them
 
-Key = tuple[str, str]  # a torch module's name, and its parameter
+Key = tuple[str, str]  # a torch module's name, and the name of its parameter
 
 
-# What torch calls the leaves of Flax's layers; a leaf of another name is the weight of a module of its own name.
+# Torch's names for the leaves of Flax's layers. A leaf of another name is the weight of a module of its own.
 PARAMETERS = {
   "kernel": "weight",
   "embedding": "weight",
@@ -24,14 +24,14 @@ PARAMETERS = {
   "b": "bias",
 }
 
-
 # Modules that are lists in torch: `layers_0` and `layers/0` are `layers.0`, a scanned `layers` is all of `layers.{}`.
 _LISTS = ("layers", "layer", "h", "blocks", "block", "stages", "experts")
 
-_NUMBERED = re.compile(rf"({'|'.join(_LISTS)})_(\d+)")
+_NUMBERED_LIST = re.compile(rf"({'|'.join(_LISTS)})_(\d+)")
 
+_NUMBERED = re.compile(r"(.+)_(\d+)")
 
-# What the models of the Hugging Face Hub begin with, told by the first component without it.
+# The first component of the Hugging Face Hub's models, by the component that follows it.
 _BEGINNINGS = {
   **dict.fromkeys(("h", "wte", "wpe", "ln_f"), "transformer"),
   **dict.fromkeys(("layers", "embed_tokens", "norm"), "model"),
@@ -53,11 +53,12 @@ class Target:
   stacked: int
 
   def name(self, index: Sequence[int]) -> str:
+    """The module's name at an index along the stacked axes."""
     return self.module.format(*index) if self.stacked else self.module
 
 
 def split_path(path: str) -> tuple[str, str | None]:
-  """The path of the module that a leaf belongs to, and torch's name for the leaf, if it has one."""
+  """The path of a leaf's module, and torch's name for the leaf; the whole path and `None` where torch has none."""
   *modules, leaf = components(path)
   if leaf in PARAMETERS and modules:
     return "/".join(modules), PARAMETERS[leaf]
@@ -65,13 +66,13 @@ def split_path(path: str) -> tuple[str, str | None]:
 
 
 def key_of(parameter: str) -> Key:
-  """`classifier.weight` in two."""
+  """`head.classifier.weight` -> `head.classifier`, `weight`."""
   module, _, name = parameter.rpartition(".")
   return module, name
 
 
 def check_names(names: Names, paths: Collection[str]) -> None:
-  """Raises unless `names` maps regexes to strings, and each matches something."""
+  """Raises unless `names` maps regexes to strings, and each matches a leaf."""
   if names is None:
     return
   if not isinstance(names, Mapping) or not all(isinstance(x, str) for item in names.items() for x in item):
@@ -93,15 +94,15 @@ def _match(pattern: re.Pattern[str], path: str) -> re.Match[str] | None:
 
 
 def given_target(path: str, names: Names) -> Target | None:
-  """What `names` says of a leaf."""
+  """The torch parameter of a leaf by the first of the user's `names` that matches; `None` if none does."""
   for pattern, template in (names or {}).items():
     found = _match(re.compile(pattern), path)
     if found is None:
       continue
     try:
       name = found.expand(template)
-      places = len(re.findall(r"\{\d*\}", name))
-      name.format(*range(places))
+      stacked = len(re.findall(r"\{\d*\}", name))
+      name.format(*range(stacked))
     except (re.error, IndexError, KeyError, ValueError) as error:
       raise ValueError(
         f"names[{pattern!r}]: {template!r} is no template ({error}); expected a torch module's name, with \\1 for a"
@@ -111,34 +112,38 @@ def given_target(path: str, names: Names) -> Target | None:
     for ending in ("weight", "bias"):
       if name.endswith(f".{ending}"):
         module, parameter = name.removesuffix(f".{ending}"), ending
-    return Target(module, parameter, places)
+    return Target(module, parameter, stacked)
   return None
 
 
 def default_target(path: str, stacked: int) -> Target:
-  """What a leaf is called by the habits of the Hugging Face Hub."""
+  """The torch parameter of a leaf with so many stacked axes, named as models on the Hugging Face Hub name theirs.
+
+  Raises:
+    PeftError: if the path does not show where the name has the index along the stacked axes.
+  """
   module, parameter = split_path(path)
-  parts = name_tokens(module, numbered=_NUMBERED)
+  parts = name_parts(module, numbered=_NUMBERED_LIST)
   if stacked:
-    places = scanned_lists(parts)
-    if len(places) != stacked:
+    lists = scanned_lists(parts)
+    if len(lists) != stacked:
       raise PeftError(
         f"{path}: nothing tells where torch's name has the index of its {stacked} stacked axis. Say it:"
         f" names={{{re.escape(module)!r}: 'the.module.{{}}.name'}}, with {{}} for the index"
       )
-    for k in reversed(places):
+    for k in reversed(lists):
       parts.insert(k + 1, "{}")
   beginning = _BEGINNINGS.get(parts[0])
   return Target(".".join([beginning, *parts] if beginning else parts), parameter, stacked)
 
 
 def scanned_lists(parts: Sequence[str]) -> list[int]:
-  """Which components name a list of modules whose index does not follow: those of scanned layers."""
+  """The positions of components that name a list of modules and have no index behind them: scanned layers."""
   return [k for k, part in enumerate(parts) if part in _LISTS and not "".join(parts[k + 1 : k + 2]).isdecimal()]
 
 
-def name_tokens(name: str, numbered: re.Pattern[str] = re.compile(r"(.+)_(\d+)")) -> list[str]:
-  """A path or a name in parts: `layers_0` is two of them. `params` is Flax's, and part of no name."""
+def name_parts(name: str, numbered: re.Pattern[str] = _NUMBERED) -> list[str]:
+  """The components of a path or a name; `layers_0` is two, and the `params` that Flax begins with is left out."""
   parts = [part for part in re.split(r"[/.]", name) if part]
   if parts[:1] == ["params"] and len(parts) > 1:
     parts = parts[1:]
@@ -146,8 +151,8 @@ def name_tokens(name: str, numbered: re.Pattern[str] = re.compile(r"(.+)_(\d+)")
   return [piece for part, match in found for piece in (match.groups() if match else (part,))]
 
 
-def ends_with(path: str, ending: str) -> bool:
-  """Whether a leaf is the weight of a module whose name in torch ends so, as PEFT's `target_modules` say it."""
+def name_ends_with(path: str, ending: str) -> bool:
+  """Whether a leaf is the weight of a module whose torch name ends so, which is how `target_modules` picks modules."""
   module, parameter = split_path(path)
-  want, have = name_tokens(ending), name_tokens(module)
-  return parameter == "weight" and bool(want) and have[-len(want) :] == want
+  expected, found = name_parts(ending), name_parts(module)
+  return parameter == "weight" and bool(expected) and found[-len(expected) :] == expected

@@ -1,4 +1,4 @@
-"""Patterns over module names: those read are limited in cost, those written pick exactly."""
+"""PEFT's patterns over module names: what is read is bounded in cost, what is written picks the modules meant alone."""
 
 from collections.abc import Collection, Mapping, Sequence
 import math
@@ -14,8 +14,17 @@ _CHECKS = {
 }
 
 
-def by_pattern(config: Mapping[str, Any], field: str, names: Collection[str], problems: list[str]) -> dict[str, Any]:
-  """`r` or `lora_alpha` of every module: that of the first pattern that matches the end of its name, or the default."""
+def values_by_pattern(
+  config: Mapping[str, Any], field: str, names: Collection[str], problems: list[str]
+) -> dict[str, Any]:
+  """The rank or alpha of every module: of the first pattern that matches the end of its name, else the default.
+
+  Args:
+    config: `adapter_config.json`.
+    field: `"rank_pattern"` or `"alpha_pattern"`.
+    names: of the modules.
+    problems: what is wrong with the patterns is added to these; values that are wrong are left out.
+  """
   default_field, check, expected = _CHECKS[field]
   default, patterns = config.get(default_field, 8), config.get(field)
   patterns = {} if patterns is None else patterns
@@ -42,14 +51,16 @@ def by_pattern(config: Mapping[str, Any], field: str, names: Collection[str], pr
   return {name: next((value for regex, value in compiled if regex.match(name)), default) for name in names}
 
 
-# A pattern is a regex from a file that anybody may have written. Matching is by backtracking, whose cost is at most the
-# product of what each element may try; elements that could multiply it further are not taken.
+# A pattern is a regex from a file that anybody may have written. Matching backtracks, at a cost of at most the product
+# of each element's choices. Elements that could multiply it further (nested quantifiers, back-references, look-ahead)
+# are refused.
 _TOKEN = re.compile(
   r"\\[.\-_dDwWsSbBA-Z]|\[\^?[^\[\]\\]+\]|\(\?:|[(|)^$]|[*+?]|\{\d{1,2}(?:,\d{0,2})?\}|[^\\\[\](){}*+?|]"
 )
 
+LONGEST_NAME = 512  # characters of a module's name
 
-_LARGEST_COST = 10**8
+_LARGEST_COST = 10**8  # steps to match one name
 
 
 def compile_suffix(pattern: str, longest: int) -> tuple[re.Pattern[str], float]:
@@ -58,7 +69,7 @@ def compile_suffix(pattern: str, longest: int) -> tuple[re.Pattern[str], float]:
   Raises:
     PeftError, re.error: if they are too many, or it is no regex.
   """
-  position, choices, previous = 0, [1], "("
+  position, choices, previous = 0, [1], "("  # choices: alternatives of each group that is open
   loops, cost, steps = 1, 1.0, longest + 2.0  # `.*` before the pattern is the first loop
   while position < len(pattern):
     found = _TOKEN.match(pattern, position)
@@ -82,17 +93,15 @@ def compile_suffix(pattern: str, longest: int) -> tuple[re.Pattern[str], float]:
   return re.compile(rf"(.*\.)?({pattern})$"), steps
 
 
-LONGEST_NAME = 512
-
-
 def is_number(value: Any) -> bool:
+  """Whether a value from JSON is a finite number."""
   if isinstance(value, bool) or not isinstance(value, (int, float)):
     return False
   return -1e30 < value < 1e30  # False for NaN; no overflow for a whole number of any length
 
 
-def patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-  """Regexes over ends of names for the values that are not the default."""
+def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+  """Regexes over ends of names, as in `rank_pattern`, for the values by name that are not the default."""
   patterns = {}
   for value in sorted(set(values.values()) - {default}):
     chosen = [name for name in values if values[name] == value]
@@ -102,12 +111,13 @@ def patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def endings(chosen: Collection[str], names: Collection[str]) -> list[str]:
-  """The fewest ends of names, in whole components, that all of `chosen` have and no other of `names` has."""
-  others = {ending for name in set(names) - set(chosen) for ending in _endings(name)}
-  return sorted({next((e for e in _endings(name) if e not in others), name) for name in chosen})
+  """For each of `chosen` the shortest end of its name, in whole components, that no other of `names` ends with."""
+  others = {ending for name in set(names) - set(chosen) for ending in _endings_of(name)}
+  return sorted({next((e for e in _endings_of(name) if e not in others), name) for name in chosen})
 
 
-def _endings(name: str) -> list[str]:
+def _endings_of(name: str) -> list[str]:
+  """`a.b.c` -> `c`, `b.c`, `a.b.c`."""
   parts = name.split(".")
   return [".".join(parts[k:]) for k in range(len(parts) - 1, -1, -1)]
 
@@ -115,10 +125,16 @@ def _endings(name: str) -> list[str]:
 def target_modules(
   adapted: Sequence[str], known: Collection[str], saved: Collection[str], *, complete: bool
 ) -> list[str] | str:
-  """What picks exactly the adapted modules by PEFT's rule: a list of ends of names, or one regex over whole names.
+  """PEFT's `target_modules` for exactly the adapted modules: a list of ends of names, or one regex over whole names.
+
+  Args:
+    adapted: names of the adapted modules.
+    known: names of all modules that are known of the model.
+    saved: PEFT's `modules_to_save`.
+    complete: whether `known` are all modules of the model; if not, the names are given in full.
 
   Raises:
-    PeftError: if PEFT would leave an adapted module out, or save another one with those to save.
+    PeftError: if PEFT would leave out an adapted module, or save it whole, because of a module to save.
   """
   problems = [
     f"{name}: PEFT adapts nothing in a module that is saved whole ({module})"

@@ -1,4 +1,4 @@
-"""From torch's names to leaves."""
+"""The leaves of a tree that the parameters of a torch model belong to."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
@@ -6,32 +6,33 @@ import itertools
 import re
 
 from jaxlora._base.patterns import nearest
-from jaxlora.peft._names import Key, Names, Target, given_target, name_tokens, split_path
+from jaxlora.peft._names import Key, Names, Target, given_target, name_parts, split_path
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where something of a file belongs: a leaf, and the index along its stacked axes."""
+  """Where a torch parameter belongs: a leaf, and the index along its stacked axes."""
 
   path: str
   index: tuple[int, ...] = ()
 
 
-def find_places(wanted: Iterable[Key], paths: Collection[str], names: Names) -> tuple[dict[Key, Place], dict[Key, str]]:
-  """The leaf of each (module, parameter) of a file, and what is wrong with those that have none, or may have several.
+def find_places(keys: Iterable[Key], paths: Collection[str], names: Names) -> tuple[dict[Key, Place], dict[Key, str]]:
+  """The leaf of each torch parameter, and what is wrong with those that belong to no leaf, or may belong to several.
 
-  Where `names` says nothing, names meet if their parts are the same: as they are, or after one beginning that the tree
-  or the file lacks, the same one for all of the file (`transformer.h.0` and `h/0`), or without the index of a stacked
-  layer.
+  Leaves that `names` does not match are found by their components, which must be those of the parameter's name: as they
+  are; without the index of a stacked layer; or after one beginning that the tree or the file lacks (`transformer.h.0`
+  and `h/0`), the same one for all parameters.
   """
-  wanted = list(wanted)
+  keys = list(keys)
   given = {path: target for path in paths if (target := given_target(path, names)) is not None}
-  candidates = _by_given_names(wanted, given)
-  rest = [key for key in wanted if key not in candidates]
-  candidates |= _by_likeness(rest, [path for path in paths if path not in given])
-  places, problems = {}, {}
+  candidates = _places_by_given_names(keys, given)
+  rest = [key for key in keys if key not in candidates]
+  candidates |= _places_by_components(rest, [path for path in paths if path not in given])
+  places: dict[Key, Place] = {}
+  problems: dict[Key, str] = {}
   owners: dict[Place, list[Key]] = {}
-  for key in wanted:
+  for key in keys:
     found = candidates.get(key, [])
     if len(found) == 1:
       places[key] = found[0]
@@ -42,17 +43,18 @@ def find_places(wanted: Iterable[Key], paths: Collection[str], names: Names) -> 
     else:
       near = ", ".join(nearest(key[0].replace(".", "/"), paths)) if len(problems) < _MOST_NEAR else "not looked for"
       problems[key] = f"{'.'.join(key)}: no leaf of the tree is called so. Nearest: {near}. Say which by names="
-  for place, keys in owners.items():
-    if len(keys) > 1:
-      listed = ", ".join(".".join(key) for key in keys)
-      problems[keys[0]] = f"{place.path}: {listed} all have its name. Tell them apart by names="
+  for place, owning in owners.items():
+    if len(owning) > 1:
+      listed = ", ".join(".".join(key) for key in owning)
+      problems[owning[0]] = f"{place.path}: {listed} all have its name. Tell them apart by names="
   return places, problems
 
 
-_MOST_NEAR = 5  # likeness is slow to tell, and a file may hold any number of names
+_MOST_NEAR = 5  # finding the nearest names is slow, and a file may hold any number of names
 
 
-def _by_given_names(wanted: Sequence[Key], given: Mapping[str, Target]) -> dict[Key, list[Place]]:
+def _places_by_given_names(keys: Sequence[Key], given: Mapping[str, Target]) -> dict[Key, list[Place]]:
+  """The candidates among leaves that the user named."""
   exact: dict[Key, list[Place]] = {}
   stacks = []
   for path, target in given.items():
@@ -61,67 +63,76 @@ def _by_given_names(wanted: Sequence[Key], given: Mapping[str, Target]) -> dict[
       stacks.append((path, *_index_pattern(target.module), parameter))
     else:
       exact.setdefault((target.module, parameter), []).append(Place(path))
-  result = {}
-  for key in wanted:
+  candidates = {}
+  for key in keys:
     found = list(exact.get(key, []))
     for path, regex, order, parameter in stacks:
       if parameter == key[1] and (match := regex.fullmatch(key[0])):
         found.append(Place(path, tuple(int(match.group(1 + order.index(k))) for k in range(len(order)))))
     if found:
-      result[key] = found
-  return result
+      candidates[key] = found
+  return candidates
 
 
 def _index_pattern(template: str) -> tuple[re.Pattern[str], list[int]]:
-  """A regex for the names that a template makes, and which index each of its groups is."""
+  """A regex for the names that a template makes, and the number of the index that each group of it holds."""
   pieces = re.split(r"\{(\d*)\}", template)
   order = [int(number) if number else k for k, number in enumerate(pieces[1::2])]
   return re.compile(r"(\d{1,6})".join(re.escape(piece) for piece in pieces[::2])), order
 
 
-def _by_likeness(wanted: Sequence[Key], paths: Collection[str]) -> dict[Key, list[Place]]:
-  leaves: dict[tuple[tuple[str, ...], str], list[str]] = {}
+Parts = tuple[str, ...]  # the components of a name
+
+_Leaves = Mapping[tuple[Parts, str], list[str]]  # by components and parameter: paths
+
+
+def _places_by_components(keys: Sequence[Key], paths: Collection[str]) -> dict[Key, list[Place]]:
+  """The candidates among leaves whose names are not given, by the components of their paths."""
+  leaves: dict[tuple[Parts, str], list[str]] = {}
   for path in paths:
     module, parameter = split_path(path)
-    leaves.setdefault((tuple(name_tokens(module)), parameter or "weight"), []).append(path)
-  tokens = {key: tuple(name_tokens(key[0])) for key in wanted}
-
-  def look_up(key: Key, drop: tuple[str, ...] = (), add: tuple[str, ...] = ()) -> list[Place]:
-    """The leaves of a name, once it begins otherwise."""
-    if tokens[key][: len(drop)] != drop:
-      return []
-    parts = (*add, *tokens[key][len(drop) :])
-    if (parts, key[1]) in leaves:
-      return [Place(path) for path in leaves[parts, key[1]]]
-    numbers = [k for k, part in enumerate(parts) if part.isdecimal() and len(part) <= 6]
-    for count in (1, 2):
-      several = [
-        Place(path, tuple(int(parts[k]) for k in out))
-        for out in itertools.combinations(numbers[:4], count)
-        for path in leaves.get((tuple(part for k, part in enumerate(parts) if k not in out), key[1]), [])
-      ]
-      if several:
-        return several
-    return []
-
-  found = {key: places for key in wanted if (places := look_up(key))}
-  rest = [key for key in wanted if key not in found]
-  sides = ([tokens[key] for key in rest], [parts for parts, _ in leaves])
-  file, tree = ({parts[:k] for parts in side for k in (1, 2)} for side in sides)
-  ways = [(way, ()) for way in file if not _has_number(way)] + [((), way) for way in tree if not _has_number(way)]
-  if len(ways) * len(rest) > _MOST_TRIALS:  # names without a beginning in common are not those of one model
-    return found
-  results = [{key: places for key in rest if (places := look_up(key, *way))} for way in ways]
-  most = max(map(len, results), default=0)
+    leaves.setdefault((tuple(name_parts(module)), parameter or "weight"), []).append(path)
+  parts = {key: tuple(name_parts(key[0])) for key in keys}
+  candidates = {key: found for key in keys if (found := _leaves_called(parts[key], key[1], leaves))}
+  rest = [key for key in keys if key not in candidates]
+  # Each change takes a beginning off the file's names, or puts one of the tree's before them.
+  file_beginnings = _beginnings(parts[key] for key in rest)
+  tree_beginnings = _beginnings(leaf_parts for leaf_parts, _ in leaves)
+  changes: list[tuple[Parts, Parts]] = [*((b, ()) for b in file_beginnings), *(((), b) for b in tree_beginnings)]
+  if len(changes) * len(rest) > _MOST_TRIALS:  # one model's names have few beginnings
+    return candidates
+  trials = []
+  for removed, added in changes:
+    renamed = {key: (*added, *parts[key][len(removed) :]) for key in rest if parts[key][: len(removed)] == removed}
+    trials.append({key: found for key in renamed if (found := _leaves_called(renamed[key], key[1], leaves))})
+  most = max(map(len, trials), default=0)
   for key in rest:
-    best = [place for result in results if len(result) == most for place in result.get(key, [])]
+    best = {place for trial in trials if len(trial) == most for place in trial.get(key, [])}
     if best:
-      found[key] = sorted(set(best), key=lambda place: (place.path, place.index))
-  return found
+      candidates[key] = sorted(best, key=lambda place: (place.path, place.index))
+  return candidates
 
 
 _MOST_TRIALS = 10**6
 
 
-def _has_number(parts: Sequence[str]) -> bool:
-  return any(part.isdecimal() for part in parts)
+def _beginnings(names: Iterable[Parts]) -> set[Parts]:
+  """The first one or two components of names, without those that hold an index."""
+  found = {parts[:k] for parts in names for k in (1, 2)}
+  return {beginning for beginning in found if not any(part.isdecimal() for part in beginning)}
+
+
+def _leaves_called(parts: Parts, parameter: str, leaves: _Leaves) -> list[Place]:
+  """The leaves with these components: all of them, or all but one or two numbers, which are indices of a stack."""
+  if (parts, parameter) in leaves:
+    return [Place(path) for path in leaves[parts, parameter]]
+  numbers = [k for k, part in enumerate(parts) if part.isdecimal() and len(part) <= 6]
+  for count in (1, 2):
+    found = [
+      Place(path, tuple(int(parts[k]) for k in left_out))
+      for left_out in itertools.combinations(numbers[:4], count)
+      for path in leaves.get((tuple(part for k, part in enumerate(parts) if k not in left_out), parameter), [])
+    ]
+    if found:
+      return found
+  return []

@@ -1,4 +1,4 @@
-"""A PEFT adapter as records: modules in torch's layouts, what is trained whole, the configuration."""
+"""A PEFT adapter as records: modules in torch's layouts, parameters trained whole, the configuration."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -9,8 +9,6 @@ import numpy as np
 from jaxlora._weight.weight import SCALINGS
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-
-PREFIX = "base_model.model."
 
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # GPT-2's modules with weights of shape (in, out)
 
@@ -49,7 +47,14 @@ class Module:
 
   @property
   def scale(self) -> float:
+    """The factor in front of `B A`."""
     return SCALINGS[self.scaling](self.alpha, self.rank)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the module's weight: (out, in, *kernel), or (vocabulary, features)."""
+    inputs, out = self.a.shape[1:], self.b.shape[0]
+    return (*inputs, out) if self.kind == "embedding" else (out, *inputs)
 
   @property
   def b_matrix(self) -> np.ndarray:
@@ -57,7 +62,7 @@ class Module:
     return self.b.reshape(self.b.shape[:2])
 
   def delta(self) -> np.ndarray:
-    """`scale * B A` as the module's weight: (out, in, *kernel), or (vocabulary, features)."""
+    """`scale * B A` as an array of the weight's shape, in float32 or wider."""
     wide = np.result_type(np.float32, *(x.dtype for x in (self.a, self.b) if x.dtype.itemsize > 2))
     a, b = self.a.astype(wide), self.b_matrix.astype(wide) * wide.type(self.scale)
     return (b @ a).T if self.kind == "embedding" else np.tensordot(b, a, 1)
@@ -65,14 +70,14 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-  """What a PEFT folder holds.
+  """A PEFT adapter: what a folder of PEFT's holds, in memory.
 
   Attributes:
     modules: the adapted modules by name.
     whole: tensors that replace a parameter, by its name: `modules_to_save`, trained biases, resized embeddings.
-    bases: base weights of adapted modules that PEFT saved with them, by parameter name.
-    config: the whole `adapter_config.json`.
-    unsupported: options that make another function of these tensors than LoRA's: reasons not to use them.
+    bases: base weights of adapted modules that PEFT saved beside their factors, by parameter name.
+    config: the content of `adapter_config.json`.
+    unsupported: reasons not to use the adapter: options that make the tensors parts of another method than LoRA.
   """
 
   modules: dict[str, Module]
@@ -86,7 +91,7 @@ class Adapter:
     return float(self.config.get("lora_dropout") or 0.0)
 
   def stores_inputs_first(self, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether the base holds weights as GPT-2's Conv1D does, (in, out), told by those that are not square.
+    """Whether a base stores the weights of GPT-2's Conv1D as (in, out), which those that are not square show.
 
     Args:
       shapes: the shapes of the base's parameters by name.
@@ -98,16 +103,19 @@ class Adapter:
     return False
 
   def merged(self, name: str, tensor: np.ndarray, *, inputs_first: bool | None = None) -> np.ndarray:
-    """The parameter `name` of the torch model with this adapter folded in; itself where the adapter leaves it alone.
+    """One parameter of the torch model with this adapter folded in; the same array where it is not adapted.
 
     Args:
-      name: such as `model.layers.0.self_attn.q_proj.weight`.
+      name: of the parameter, such as `model.layers.0.self_attn.q_proj.weight`.
       tensor: its value in the base model.
-      inputs_first: what `stores_inputs_first` says of the base, for weights that are square; `None` goes by the
-        adapter's `fan_in_fan_out`.
+      inputs_first: how the base stores square weights of GPT-2's Conv1D, as `stores_inputs_first` returns it; with
+        `None` the adapter's `fan_in_fan_out` decides.
+
+    Returns:
+      An array of the tensor's shape and dtype.
 
     Raises:
-      PeftError: where the adapter does not fit it.
+      PeftError: if the shapes differ, or the adapter is `unsupported`.
     """
     if self.unsupported:
       raise fail(f"{name}", self.unsupported)
@@ -118,33 +126,42 @@ class Adapter:
     module = self.modules.get(name.removesuffix(".weight"))
     if module is None or not name.endswith(".weight"):
       return tensor
-    delta = module.delta()
-    if module.kind == "linear":
-      if inputs_first is None:
-        inputs_first = bool(self.config.get("fan_in_fan_out"))
-      square = delta.shape == delta.T.shape
-      turned = inputs_first and name.split(".")[-2] in CONV1D if square else delta.T.shape == tensor.shape
-      delta = delta.T if turned else delta
-    if delta.shape != tensor.shape:
-      raise PeftError(f"{name}: shape {tensor.shape} in the base, {delta.shape} by the adapter. It is another model's.")
+    transposed = module.kind == "linear" and self._is_transposed(module, tensor.shape, inputs_first)
+    shape = module.shape[::-1] if transposed else module.shape
+    if shape != tensor.shape:
+      raise PeftError(f"{name}: shape {tensor.shape} in the base, {shape} by the adapter. It is another model's.")
+    delta = module.delta().T if transposed else module.delta()
     wide = np.result_type(delta.dtype, np.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
-    whole = tensor.astype(wide) + delta
+    weight = tensor.astype(wide) + delta
     if module.magnitude is not None:
-      output = 1 if module.kind == "embedding" or (module.kind == "linear" and turned) else 0
-      whole = _with_norms(whole, module.magnitude, output)
-    return whole.astype(tensor.dtype)
+      weight = _with_norms(weight, module.magnitude, output=1 if transposed or module.kind == "embedding" else 0)
+    return weight.astype(tensor.dtype)
+
+  def _is_transposed(self, module: Module, shape: Sequence[int], inputs_first: bool | None) -> bool:
+    """Whether a base stores a linear module's weight as (in, out)."""
+    if module.shape[0] != module.shape[1]:
+      return module.shape[::-1] == tuple(shape)
+    if inputs_first is None:
+      inputs_first = bool(self.config.get("fan_in_fan_out"))
+    return inputs_first and module.name.rpartition(".")[2] in CONV1D
 
 
-def _with_norms(weight: np.ndarray, norms: np.ndarray, axis: int) -> np.ndarray:
+def _with_norms(weight: np.ndarray, norms: np.ndarray, output: int) -> np.ndarray:
   """The weight with other norms along the axis of its outputs; outputs of norm zero stay zero."""
-  others = tuple(d for d in range(weight.ndim) if d != axis)
+  others = tuple(d for d in range(weight.ndim) if d != output)
   found = np.sqrt(np.sum(weight * weight, axis=others, keepdims=True))
   gain = norms.astype(weight.dtype).reshape(found.shape) / np.where(found == 0, 1, found)
   return weight * gain
 
 
 def fail(subject: str, problems: Sequence[str], remedy: str = "") -> PeftError:
-  """One error for all that is wrong."""
+  """One error that lists all problems."""
   shown = [f"\n  - {problem if len(problem) < 1000 else problem[:1000] + ' ...'}" for problem in problems[:200]]
   more = f"\n  - and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
   return PeftError(f"{subject}: {len(problems)} problem(s):{''.join(shown)}{more}{remedy and chr(10) + remedy}")
+
+
+def raise_problems(subject: str, problems: Sequence[str]) -> None:
+  """Raises one `PeftError` if there are problems."""
+  if problems:
+    raise fail(subject, problems)

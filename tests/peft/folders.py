@@ -9,7 +9,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from jaxlora._base.paths import flatten
-from jaxlora.peft import _records, _write
+from jaxlora.peft import Adapter, Module
+from jaxlora.peft._config import config_of
+from jaxlora.peft._write import write as write_adapter
 from tests import helpers
 
 KEY = jax.random.key(0)
@@ -59,7 +61,7 @@ def assert_equal(found, expected):
 def write(folder, modules, whole=None, **config):
   """A folder with random factors: name -> (rank, in, out)."""
   records = [
-    _records.Module(
+    Module(
       name,
       "linear",
       RANDOM.normal(size=(r, i)).astype("float32"),
@@ -68,8 +70,14 @@ def write(folder, modules, whole=None, **config):
     )
     for name, (r, i, o) in modules.items()
   ]
-  _write.write(folder, records, whole or {})
+  write_modules(folder, records, whole)
   edit(folder, **config)
+
+
+def write_modules(folder, modules, whole=None):
+  """A folder with these modules, and the configuration that they need."""
+  by_name = {module.name: module for module in modules}
+  write_adapter(folder, Adapter(by_name, whole or {}, {}, config_of(by_name, whole or {})))
 
 
 def edit(folder, tensors=None, **config):

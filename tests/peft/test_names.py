@@ -7,7 +7,8 @@ import pytest
 
 import jaxlora
 from jaxlora import peft
-from jaxlora.peft import _names, _patterns, _places, _read
+from jaxlora.peft import _names, _patterns, _places
+from jaxlora.peft._read import read
 from tests.peft.folders import AXES, adapted, assert_equal, normal, params, write
 
 
@@ -57,7 +58,7 @@ def test_kernels_of_three_axes_are_convolutions_where_the_name_says_so(tmp_path)
   }
   tree = adapted(base, axes={".*": "iio"})
   peft.save(tmp_path, tree, names={"temporal": "time_conv1d"})
-  shapes = {name: module.a.shape for name, module in _read.read(tmp_path).modules.items()}
+  shapes = {name: module.a.shape for name, module in read(tmp_path).modules.items()}
   assert shapes == {"conversation.out": (2, 6), "Conv_0": (2, 3, 2), "time_conv1d": (2, 3, 2)}
   assert_equal(peft.load(tmp_path, base, names={"temporal": "time_conv1d"}), tree)
 
@@ -66,7 +67,7 @@ def test_names_of_ones_own(tmp_path):
   base = params()
   tree = adapted(base, targets=".*(query|out)/kernel|embed.*", train="head/.*")
   peft.save(tmp_path, tree, names=NAMES)
-  adapter = _read.read(tmp_path)
+  adapter = read(tmp_path)
   assert sorted(adapter.modules) == ["net.0.out", "net.0.q", "net.1.out", "net.1.q", "tokens"]
   assert sorted(adapter.whole) == ["top.bias", "top.weight"]
   assert_equal(peft.load(tmp_path, base, names=NAMES, axes=AXES), tree)
@@ -77,13 +78,13 @@ def test_names_of_scanned_layers_and_of_experts_in_them(tmp_path):
   names = {"tower/w": "deep.{0}.expert.{1}.w", "tower/norm": "deep.{}.norm"}
   tree = adapted(base, axes={"tower/w.*": "ssio"}, targets="tower/w.*", train="tower/norm/.*")
   peft.save(tmp_path, tree, names=names)
-  adapter = _read.read(tmp_path)
+  adapter = read(tmp_path)
   assert "deep.1.expert.2.w" in adapter.modules
   assert "deep.1.norm.weight" in adapter.whole
   assert_equal(peft.load(tmp_path, base, names=names), tree)
   swapped = {**names, "tower/w": "expert.{1}.of.{0}.w"}
   peft.save(tmp_path, tree, names=swapped)
-  assert "expert.2.of.1.w" in _read.read(tmp_path).modules
+  assert "expert.2.of.1.w" in read(tmp_path).modules
   assert_equal(peft.load(tmp_path, base, names=swapped), tree)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import jaxlora
 from jaxlora import peft
-from jaxlora.peft import _read
+from jaxlora.peft._read import read
 from tests.peft.folders import PREFIX, RANDOM, adapted, assert_equal, edit, normal, params, write
 
 
@@ -116,7 +116,7 @@ def test_doras_magnitude_is_read(ending, tmp_path):
   write(tmp_path, {"head": (2, 8, 7)}, use_dora=True)
   magnitude = RANDOM.normal(size=7).astype("float32")
   edit(tmp_path, {f"{PREFIX}head.lora_magnitude_vector{ending}": magnitude})
-  adapter = _read.read(tmp_path)
+  adapter = read(tmp_path)
   np.testing.assert_array_equal(adapter.modules["head"].magnitude, magnitude)
   base = params()
   tree = peft.load(tmp_path, base)
@@ -185,7 +185,7 @@ def test_what_peft_has_no_place_for(tmp_path):
 def test_modules_to_save_that_peft_would_mistake(tmp_path):
   base = {"head": {"kernel": normal(8, 7)}, "pre_head": {"kernel": normal(8, 8)}, "q": {"kernel": normal(8, 8)}}
   peft.save(tmp_path, adapted(base, targets="q/.*", train="head/.*"))
-  assert sorted(_read.read(tmp_path).whole) == ["head.weight", "pre_head.weight"]  # PEFT saves both by this name
+  assert sorted(read(tmp_path).whole) == ["head.weight", "pre_head.weight"]  # PEFT saves both by this name
   with pytest.raises(peft.PeftError, match="pre_head: PEFT would save it whole, too, as its name ends like head"):
     peft.save(tmp_path, adapted(base, targets="pre_head/.*", train="head/.*"))
 

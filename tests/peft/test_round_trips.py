@@ -9,8 +9,9 @@ import pytest
 
 import jaxlora
 from jaxlora import peft
-from jaxlora.peft import _read, _records, _write
-from tests.peft.folders import AXES, PREFIX, RANDOM, adapted, assert_equal, normal, params, tensors_of
+from jaxlora.peft import Module
+from jaxlora.peft._read import read
+from tests.peft.folders import AXES, PREFIX, RANDOM, adapted, assert_equal, normal, params, tensors_of, write_modules
 
 
 @pytest.mark.parametrize(
@@ -80,12 +81,12 @@ def test_layers_of_a_scan_are_written_one_by_one_whichever_axis_they_are_on(tmp_
 def test_layers_with_ranks_and_scales_of_their_own_meet_in_one_stack(tmp_path):
   base = {"layers": {"q": {"kernel": normal(3, 8, 6)}}}
   modules = [
-    _records.Module(
+    Module(
       f"model.layers.{k}.q", "linear", RANDOM.normal(size=(rank, 8)), RANDOM.normal(size=(6, rank)), alpha
     )
     for k, rank, alpha in ((0, 2, 3.0), (2, 4, 5.0))
   ]
-  _write.write(tmp_path, modules, {})
+  write_modules(tmp_path, modules)
   loaded = peft.load(tmp_path, base)["layers"]["q"]["kernel"]
   assert loaded.a.shape == (3, 4, 8)
   for module, k in zip(modules, (0, 2), strict=True):
@@ -102,8 +103,8 @@ def test_a_folder_is_replaced_in_whole(tmp_path):
 
 
 def test_factors_keep_the_files_dtype_and_wider_ones_are_narrowed(tmp_path):
-  module = _records.Module("head", "linear", np.ones((2, 8)), np.ones((7, 2)), 2.0)
-  _write.write(tmp_path, [module], {})
+  module = Module("head", "linear", np.ones((2, 8)), np.ones((7, 2)), 2.0)
+  write_modules(tmp_path, [module])
   assert peft.load(tmp_path, params())["head"]["kernel"].a.dtype == jnp.float32
   with jax.enable_x64(True):
     assert peft.load(tmp_path, params())["head"]["kernel"].a.dtype == jnp.float64
@@ -113,7 +114,7 @@ def test_a_base_on_disk_is_merged_tensor_by_tensor(tmp_path):
   """What a merge that streams needs: no tree, no JAX."""
   tree = adapted(targets="(head|conv)/kernel|embed/embedding", train="head/bias", axes=AXES)
   peft.save(tmp_path, tree)
-  adapter = _read.read(tmp_path)
+  adapter = read(tmp_path)
   whole = jaxlora.merge(tree)
   head, conv = np.asarray(tree["head"]["kernel"].base).T, np.asarray(tree["conv"]["kernel"].base).transpose(3, 2, 0, 1)
   close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -128,8 +129,8 @@ def test_a_base_on_disk_is_merged_tensor_by_tensor(tmp_path):
 
 def test_weights_of_conv1d_are_told_by_those_that_are_not_square(tmp_path):
   a, b = RANDOM.normal(size=(2, 8)).astype("float32"), RANDOM.normal(size=(8, 2)).astype("float32")
-  _write.write(tmp_path, [_records.Module("h.0.c_proj", "linear", a, b, 2.0)], {})
-  adapter = _read.read(tmp_path)
+  write_modules(tmp_path, [Module("h.0.c_proj", "linear", a, b, 2.0)])
+  adapter = read(tmp_path)
   gpt2 = {"h.0.c_attn.weight": (8, 24), "h.0.c_attn.bias": (24,), "h.0.c_proj.weight": (8, 8)}
   other = {"h.0.c_attn.weight": (24, 8), "h.0.c_attn.bias": (24,), "h.0.c_proj.weight": (8, 8)}
   base = np.zeros((8, 8), np.float32)

@@ -1,0 +1,129 @@
+"""Files: content that appears whole or not at all, and where a safetensors file holds its tensors."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+  """Yields a path to write a file or a new folder to; `target` becomes it once the block has ended without an error.
+
+  Missing parents are made. The new content is flushed to the disk before one rename puts it in place, so that a process
+  or a machine that dies at any moment leaves the old content or the new one. After an error nothing is left beside
+  `target`. A folder replaces nothing but an empty folder, as `os.replace` does.
+
+  Raises:
+    OSError: if it cannot be written.
+  """
+  partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    yield partial
+    _flush(partial)
+    os.replace(partial, target)
+  finally:
+    if partial.is_dir():
+      shutil.rmtree(partial)
+    else:
+      partial.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+  """Waits until a file, or every file below a folder, is on the disk."""
+  for file in path.rglob("*") if path.is_dir() else (path,):
+    if file.is_file():
+      with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
+_DTYPES = {
+  "F64": "float64",
+  "F32": "float32",
+  "F16": "float16",
+  "BF16": "bfloat16",
+  "F8_E4M3": "float8_e4m3fn",
+  "F8_E5M2": "float8_e5m2",
+  "I64": "int64",
+  "I32": "int32",
+  "I16": "int16",
+  "I8": "int8",
+  "U64": "uint64",
+  "U32": "uint32",
+  "U16": "uint16",
+  "U8": "uint8",
+  "BOOL": "bool",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """A tensor of a safetensors file that has not been read.
+
+  Attributes:
+    file: the file.
+    code: its dtype as the format writes it, such as `"BF16"`.
+    shape: its shape.
+    begin, end: its bytes in the file.
+  """
+
+  file: Path
+  code: str
+  shape: tuple[int, ...]
+  begin: int
+  end: int
+
+  @property
+  def dtype(self) -> np.dtype | None:
+    """Its dtype in NumPy; `None` for a dtype that NumPy does not have."""
+    return jnp.dtype(_DTYPES[self.code]) if self.code in _DTYPES else None
+
+  @property
+  def nbytes(self) -> int:
+    return self.end - self.begin
+
+  def read(self) -> np.ndarray:
+    """Its values, in memory."""
+    with open(self.file, "rb") as stream:
+      stream.seek(self.begin)
+      return np.frombuffer(stream.read(self.nbytes), self.dtype).reshape(self.shape)
+
+  def mapped(self) -> np.ndarray:
+    """Its values as a read-only view of the file: the operating system reads what is used, when it is used."""
+    dtype = self.dtype
+    if dtype is None or self.begin % dtype.itemsize or not self.nbytes:
+      return self.read()
+    return np.asarray(np.memmap(self.file, dtype, "r", self.begin, self.shape))
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+  """The tensors of a safetensors file by name, in the order of their bytes. Only the header is read.
+
+  The safetensors library checks the header first: byte ranges that overlap, leave the file or contradict a shape are
+  its errors.
+
+  Raises:
+    ImportError: without safetensors, which the extra `jaxlora[peft]` installs.
+    OSError, ValueError, safetensors.SafetensorError: if the file cannot be read as safetensors.
+  """
+  import safetensors
+
+  with safetensors.safe_open(file, framework="np"):
+    pass
+  with open(file, "rb") as stream:
+    length = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(length))
+  entries = [(name, about) for name, about in header.items() if name != "__metadata__"]
+  return {
+    name: StoredTensor(
+      file, about["dtype"], tuple(about["shape"]), *(8 + length + offset for offset in about["data_offsets"])
+    )
+    for name, about in sorted(entries, key=lambda entry: entry[1]["data_offsets"])
+  }

@@ -1,0 +1,125 @@
+"""`adapter_config.json`: made for an adapter, and checked where one is read."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlora._base.text import short
+from jaxlora.peft._patterns import exact_patterns, is_number, target_modules
+from jaxlora.peft._records import CONV1D, Module
+
+
+def config_of(
+  modules: Mapping[str, Module],
+  whole: Mapping[str, np.ndarray],
+  *,
+  bias: str = "none",
+  known: Collection[str] | None = None,
+  dropout: float = 0.0,
+) -> dict[str, Any]:
+  """The configuration with which `PeftModel.from_pretrained` builds an adapter of these modules and parameters.
+
+  Args:
+    modules: the adapted modules by name; all of them have a magnitude, or none.
+    whole: tensors that replace a parameter, by parameter name: biases of adapted modules, and every parameter of each
+      module to save.
+    bias: PEFT's option of that name, which says which biases are saved.
+    known: the names of all modules that the torch model has, to find short names that only the adapted modules have;
+      `None` if they are not known.
+    dropout: of all modules.
+
+  Raises:
+    PeftError: if PEFT's patterns cannot tell the adapted modules from others.
+  """
+  saved = _modules_to_save(whole, modules, bias)
+  scalings = {module.scaling for module in modules.values()}
+  # One option says how alpha becomes a scale; where the modules differ, alpha is told as the standard one takes it.
+  alphas = {
+    name: module.alpha if len(scalings) == 1 else module.scale * module.rank for name, module in modules.items()
+  }
+  settings = {name: (module.rank, _integral(alphas[name])) for name, module in modules.items()}
+  rank, alpha = max(settings.values(), key=list(settings.values()).count, default=(8, 8))
+  others = set(modules if known is None else known) | set(modules)
+  return {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "auto_mapping": None,
+    "revision": None,
+    "inference_mode": True,
+    "r": rank,
+    "lora_alpha": alpha,
+    "lora_dropout": dropout,
+    "target_modules": target_modules(sorted(modules), others, saved, complete=known is not None),
+    "modules_to_save": saved or None,
+    "bias": bias,
+    "use_rslora": scalings == {"rslora"},
+    "use_dora": any(module.magnitude is not None for module in modules.values()),
+    "fan_in_fan_out": bool(modules) and all(name.rpartition(".")[2] in CONV1D for name in modules),
+    "init_lora_weights": True,  # readers such as vLLM's refuse any other; what the file holds starts from the base
+    "rank_pattern": exact_patterns({name: setting[0] for name, setting in settings.items()}, rank),
+    "alpha_pattern": exact_patterns({name: setting[1] for name, setting in settings.items()}, alpha),
+    "layers_to_transform": None,
+    "layers_pattern": None,
+  }
+
+
+def _modules_to_save(whole: Mapping[str, np.ndarray], adapted: Collection[str], bias: str) -> list[str]:
+  """The modules whose parameters are in `whole` and are no biases that the `bias` option covers."""
+  names = {name.rpartition(".")[::2] for name in whole}
+  weights = {module for module, parameter in names if parameter != "bias"}
+  biases_alone = {module for module, parameter in names if parameter == "bias"} - weights - set(adapted)
+  return sorted(weights | (biases_alone if bias != "all" else set()))
+
+
+def _integral(alpha: float) -> float:
+  """An `int` where alpha is a whole number, as PEFT writes it."""
+  return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+# Options that make another function of the factors, or that begin from another base.
+_UNSUPPORTED = {
+  "lora_bias": "a bias in lora_B",
+  "target_parameters": "LoRA on bare parameters",
+  "layer_replication": "layers that share their base",
+  "alora_invocation_tokens": "activated LoRA",
+  "use_qalora": "QALoRA",
+  "use_bdlora": "block-diagonal LoRA",
+  "arrow_config": "Arrow",
+  "kasa_config": "KaSA",
+  "monteclora_config": "MonteCLoRA",
+  "trainable_token_indices": "trainable tokens",
+}
+
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # the others change the base when they start
+
+
+def unsupported_options(config: Mapping[str, Any]) -> Iterator[str]:
+  """The options of a configuration that ask for another method than LoRA, as reasons not to use the adapter."""
+  for field, method in _UNSUPPORTED.items():
+    if config.get(field):
+      yield f"{field}: {method}: not supported; merge it in PEFT (merge_and_unload), or train it as plain LoRA"
+  init = config.get("init_lora_weights", True)
+  if not isinstance(init, bool) and init not in _PLAIN_INITS:
+    yield (
+      f"init_lora_weights: {short(init)} changes the base weights when it starts, and the file holds the factors of"
+      " that other base. Save it as plain LoRA: PEFT's save_pretrained(folder,"
+      " path_initial_model_for_weight_conversion=...)"
+    )
+
+
+def malformed_options(config: Mapping[str, Any]) -> Iterator[str]:
+  """What is wrong with the fields of a configuration. Ranks and alphas are checked where their patterns are read."""
+  if config.get("peft_type") != "LORA":
+    yield f"peft_type: found {short(config.get('peft_type'))}, expected 'LORA'"
+  choices_of: Mapping[str, Sequence[Any]] = {"use_rslora": (True, False), "bias": ("none", "all", "lora_only")}
+  for field, choices in choices_of.items():
+    if field in config and not (isinstance(config[field], type(choices[0])) and config[field] in choices):
+      yield f"{field}: found {short(config[field])}, expected one of {', '.join(map(repr, choices))}"
+  saved = config.get("modules_to_save")
+  if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+    yield f"modules_to_save: found {short(saved)}, expected a list of names"
+  dropout = config.get("lora_dropout", 0.0)
+  if not (is_number(dropout) and 0 <= dropout < 1):
+    yield f"lora_dropout: found {short(dropout)}, expected a probability in [0, 1)"
