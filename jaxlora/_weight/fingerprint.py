@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora._base.paths import flatten
-from jaxlora._weight.tree import base_of
+from jaxlora._weight.tree import base_tree
 
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive multiples of it are far apart
 
@@ -61,7 +61,7 @@ class Print(NamedTuple):
 
 def prints(params: Any) -> dict[str, Print]:
   """The digests by path. All are under way before the first is waited for."""
-  leaves, _ = flatten(base_of(params))
+  leaves, _ = flatten(base_tree(params))
   started = [(path, leaf, _started(leaf)) for path, leaf in leaves]
   found = {}
   for path, leaf, lanes in started:

@@ -40,6 +40,6 @@ def check_adapted(tree: Any, what: str) -> None:
     check_parts(node, f"{what}: {path}")
 
 
-def base_of(tree: Any) -> Any:
-  """The tree with the bases of adapted nodes in their places."""
+def base_tree(tree: Any) -> Any:
+  """The tree with the base of every adapted node in its place, `None` in a trainable half."""
   return jax.tree_util.tree_map(lambda node: node.base if is_adapted(node) else node, tree, is_leaf=is_adapted)

@@ -3,16 +3,16 @@
     from jaxlora import checkpoint
 
     checkpoint.save("adapter", tree)                     # the adapter alone, never the base
-    tree = checkpoint.restore("adapter", params)         # on the base; no config needs restating
+    tree = checkpoint.load("adapter", params)            # on the base; no config needs restating
 
     with checkpoint.Manager("run", max_to_keep=3) as manager:
       manager.save(step, tree, opt_state, data={"index": index}, key=key)   # returns while the files are being written
       state = manager.restore(params, opt_state)         # state.step, .tree, .opt_state, .data, .key
 
-What is on disk (version 1). A checkpoint is a folder with one folder per step, named by its number; it comes to be by
+What is on disk (version 1). A checkpoint is a folder with one folder per step, named by its number, which appears by
 one rename, complete. `save` keeps one step and numbers them itself, `Manager` keeps several. In a step:
 
-  `record/metadata`  JSON, UTF-8:
+  `record/metadata`  the manifest, JSON in UTF-8:
       format, version    "jaxlora-checkpoint", 1; a reader refuses a version above its own
       jaxlora, jax       the versions that wrote it
       leaves             of every adapted leaf: path, kind ("LoraWeight": roles, rank, alpha, scaling, dropout;
@@ -29,15 +29,14 @@ one rename, complete. `save` keeps one step and numbers them itself, `Manager` k
 
 Dtypes that NumPy does not have are stored as their bytes (uint8), bfloat16 aside. The delta of a leaf is
 `scale * sum_r a[..., r, in] b[..., r, out]`, as `jaxlora.LoraWeight` says. Every array is checked against its digest
-when it is read, and so is the record. What cannot be read, written or made to fit raises `CheckpointError`, and nothing
-else does; what was complete before stays complete, whenever the process dies.
+when it is read, and so is the manifest. All that cannot be read, written or made to fit is a `CheckpointError`, and no
+other error is raised; what was complete before stays complete, whenever the process dies.
 """
 
 from jaxlora._weight.fingerprint import fingerprint
-from jaxlora.checkpoint._adapter import Contents, contents, restore, save
+from jaxlora.checkpoint._adapter import Contents, contents, load, restore, save
+from jaxlora.checkpoint._errors import CheckpointError, CheckpointWarning
 from jaxlora.checkpoint._manager import Manager, State
-from jaxlora.checkpoint._manifest import CheckpointError
-from jaxlora.checkpoint._rebuild import CheckpointWarning
 
 __all__ = [
   "CheckpointError",
@@ -47,6 +46,7 @@ __all__ = [
   "State",
   "contents",
   "fingerprint",
+  "load",
   "restore",
   "save",
 ]

@@ -1,4 +1,4 @@
-"""One adapter in one folder."""
+"""`save`, `load` and `contents`: one adapter in one folder."""
 
 import contextlib
 import os
@@ -7,22 +7,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora.checkpoint._manifest import Arrays, node_of, record_of
+from jaxlora.checkpoint._arrays import Arrays
+from jaxlora.checkpoint._errors import one_error
+from jaxlora.checkpoint._manifest import manifest_of, node_of
 from jaxlora.checkpoint._rebuild import print_of, rebuilt
-from jaxlora.checkpoint._store import clear_unfinished, folder_of, items, one_error, orbax_manager, own_steps, read_step
+from jaxlora.checkpoint._store import clear_unfinished, folder_of, items, orbax_manager, own_steps, read_step
 
 
 def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | None = None) -> None:
   """Saves the adapter of a tree: factors, leaves trained whole, what each leaf is, and a fingerprint of the base.
 
   The base itself is never written. A checkpoint that is at `path` already is replaced once the new one is complete: a
-  process that dies at any moment leaves the one or the other. Arrays that are sharded or on devices are brought to the
-  host; the base is not, see `fingerprint` for what its digest costs.
+  process that dies at any moment leaves the one or the other. Factors are copied to the host, wherever they are; the
+  base is not, and `fingerprint` says what its digest costs.
 
   Args:
     path: the folder; missing parents are made.
     tree: what `adapt` returned, trained or not; the whole tree, not a half.
-    metadata: anything JSON gives back as it is, for you to find again in `contents(path).metadata`.
+    metadata: a dict of what JSON gives back as it is; `contents(path).metadata` returns it.
 
   Raises:
     CheckpointError: if the tree has no adapter or is a half, if `metadata` is not JSON, if `path` holds other files or
@@ -35,7 +37,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
     >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   save(folder + "/adapter", tree, metadata={"task": "summaries"})
-    ...   back = restore(folder + "/adapter", params)
+    ...   back = load(folder + "/adapter", params)
     >>> back["dense"]["kernel"].rank, bool((back["dense"]["kernel"].a == tree["dense"]["kernel"].a).all())
     (2, True)
   """
@@ -43,21 +45,21 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
 
 
 def save_part(path: Any, tree: Any, *, metadata: dict[str, Any] | None, whole_base: bool) -> None:
-  """`save` of a tree that may hold a part of its base alone: what else a base holds is no difference then."""
+  """`save` of a tree that may hold only a part of its base: leaves beside that part are then no difference."""
   folder = folder_of(path)
   arrays: Arrays = {}
-  record = record_of(tree, metadata or {}, arrays) | {"training": None, "whole_base": whole_base}
+  manifest = manifest_of(tree, metadata or {}, arrays) | {"training": None, "whole_base": whole_base}
   with one_error(f"save: {folder}: cannot be written; what was there before stands", lambda: clear_unfinished(folder)):
     steps = own_steps(folder)
     with contextlib.closing(orbax_manager(folder, max_to_keep=1, asynchronous=False)) as manager:
-      manager.save(max(steps, default=-1) + 1, args=items(record, arrays), force=True)
+      manager.save(max(steps, default=-1) + 1, args=items(manifest, arrays), force=True)
 
 
-def restore(path: str | os.PathLike[str], params: Any, *, step: int | None = None, strict: bool = True) -> Any:
-  """Rebuilds an adapted tree from a checkpoint and its base.
+def load(path: str | os.PathLike[str], params: Any, *, step: int | None = None, strict: bool = True) -> Any:
+  """Loads an adapted tree from a checkpoint, onto its base.
 
-  The base's leaves are those of `params`, untouched. Factors are sharded as their base is: an axis of a factor goes
-  where the base's axis goes, the rank on every device; leaves trained whole go where their base is.
+  The base's leaves are those of `params`, untouched. Factors are sharded as their base is: A along its contracted axes,
+  B along its free ones, the rank whole on every device; leaves trained whole go where their base is.
 
   Args:
     path: the folder that `save` or `Manager` wrote, or one step in it.
@@ -65,8 +67,8 @@ def restore(path: str | os.PathLike[str], params: Any, *, step: int | None = Non
       `jax.ShapeDtypeStruct`s are checked by shape and dtype alone.
     step: which step of a training run; `None` means the latest.
     strict: whether a base that differs is an error. If not, whatever fits its place is loaded, and a
-      `CheckpointWarning` lists the rest: adapted leaves that are missing or have another shape are left out, bases of
-      another dtype or with other values are taken all the same.
+      `CheckpointWarning` lists the rest: adapted leaves that are missing or have another shape are left out; bases of
+      another dtype or with other values are used in spite of it.
 
   Returns:
     A tree of `params`' nesting, as `adapt` returns it.
@@ -75,8 +77,11 @@ def restore(path: str | os.PathLike[str], params: Any, *, step: int | None = Non
     CheckpointError: if there is no checkpoint, if it is damaged, or if the base is another one, naming the leaves; if
       no adapted leaf fits, even where not strict.
   """
-  record, arrays, _ = read_step(path, step)
-  return rebuilt(record, arrays, params, strict, f"restore: {os.fspath(path)}")
+  manifest, arrays, _ = read_step(path, step)
+  return rebuilt(manifest, arrays, params, strict, f"load: {os.fspath(path)}")
+
+
+restore = load  # the older name
 
 
 class Contents(NamedTuple):
@@ -103,20 +108,20 @@ def contents(path: str | os.PathLike[str], *, step: int | None = None) -> Conten
   """Reads a checkpoint without its base.
 
   Args:
-    path, step: as for `restore`.
+    path, step: as for `load`.
 
   Raises:
     CheckpointError: if there is no checkpoint, or it is damaged.
   """
-  record, arrays, number = read_step(path, step)
-  known = {leaf["path"]: leaf for leaf in record["base"]}
+  manifest, arrays, number = read_step(path, step)
+  known = {leaf["path"]: leaf for leaf in manifest["base"]}
   leaves = {
     leaf["path"]: node_of(leaf, arrays, _abstract(leaf["shape"], known.get(leaf["path"], {}).get("dtype", "float32")))
-    for leaf in record["leaves"]
+    for leaf in manifest["leaves"]
   }
   base = {name: str(print_of(leaf)) for name, leaf in known.items()}
-  versions = {name: record[name] for name in ("version", "jaxlora", "jax")}
-  return Contents(leaves, base, record["metadata"], number, record["training"] is not None, versions)
+  versions = {name: manifest[name] for name in ("version", "jaxlora", "jax")}
+  return Contents(leaves, base, manifest["metadata"], number, manifest["training"] is not None, versions)
 
 
 def _abstract(shape: Any, dtype: str) -> jax.ShapeDtypeStruct:

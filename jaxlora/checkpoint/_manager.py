@@ -1,30 +1,16 @@
-"""Training state."""
+"""`Manager`: the checkpoints of a training run."""
 
-from collections.abc import Mapping
 import os
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._base.paths import flatten
-from jaxlora._base.text import listed
-from jaxlora._weight.fingerprint import dtype_name, shape_of
-from jaxlora._weight.placement import put_on
-from jaxlora.checkpoint._manifest import (
-  Arrays,
-  CheckpointError,
-  check_json,
-  entry_of,
-  keys_of,
-  keys_record,
-  record_of,
-  value_of,
-  wrapped,
-)
+from jaxlora.checkpoint._arrays import Arrays
+from jaxlora.checkpoint._errors import CheckpointError, one_error
+from jaxlora.checkpoint._manifest import manifest_of
 from jaxlora.checkpoint._rebuild import rebuilt
-from jaxlora.checkpoint._store import clear_unfinished, folder_of, items, one_error, orbax_manager, read_step
+from jaxlora.checkpoint._store import clear_unfinished, folder_of, items, orbax_manager, read_step
+from jaxlora.checkpoint._training import key_of, optimizer_state, training_entry
 
 
 class State(NamedTuple):
@@ -50,8 +36,11 @@ class State(NamedTuple):
 class Manager:
   """An orbax `CheckpointManager` set up for adapters: adapter, optimizer state, step, data position and random keys.
 
-  Saving returns as soon as the values are copied to the host; the files are written behind your back, one step at a
-  time, and a step comes to be by one rename. The last error of a write is raised by the next call, `wait` or `close`.
+  Saving returns as soon as the values are copied to the host; the files are written in the background, one step at a
+  time, and a step appears by one rename, complete. An error of a write is raised by the next call, `wait` or `close`.
+
+  Its verbs are orbax's, `save` and `restore`: it restores a run to where it stood, step number, optimizer, data and
+  keys included, where `checkpoint.load` loads an adapter alone.
 
   Args:
     path: the folder of the run; missing parents are made.
@@ -108,7 +97,7 @@ class Manager:
       step: its number; larger than the latest one.
       tree: what `adapt` returned, in training; the whole tree.
       opt_state: any pytree of arrays: the optimizer's state, or a tuple of it and others (batch statistics, averages).
-      data: where the data stand: anything JSON gives back as it is, such as `{"epoch": 1, "index": 640}`, a grain
+      data: the position in the data: anything JSON gives back as it is, such as `{"epoch": 1, "index": 640}`, a grain
         iterator's state, or `rng.bit_generator.state` of a NumPy generator.
       key: the random key, or a dict of them.
       metadata: as for `save`.
@@ -133,44 +122,35 @@ class Manager:
         )
       if not (force or self.orbax.should_save(step)):
         return False
-      record = record_of(tree, metadata or {}, arrays) | {"whole_base": True}
-      check_json(data, "data")
-      state: Arrays = {"step": np.asarray(step)}
-      record["training"] = {
-        "step": step,
-        "data": data,
-        "keys": None if key is None else keys_record(key, "key", state),
-        "optimizer": [
-          {"path": path, "array": _state_entry(path, leaf, f"optimizer_{k}", state)}
-          for k, (path, leaf) in enumerate(flatten(opt_state)[0])
-        ],
-      }
-      return bool(self.orbax.save(step, args=items(record, arrays, state), force=True))
+      manifest = manifest_of(tree, metadata or {}, arrays) | {"whole_base": True}
+      state: Arrays = {}
+      manifest["training"] = training_entry(step, opt_state, data, key, state)
+      return bool(self.orbax.save(step, args=items(manifest, arrays, state), force=True))
 
   def restore(self, params: Any, opt_state: Any = None, *, step: int | None = None, strict: bool = True) -> State:
     """Restores a step, bit for bit.
 
     Args:
-      params: the base, as for `restore`.
+      params: the base, as for `load`.
       opt_state: a template of the optimizer state: one of the same structure, or a function that makes one of the
         restored tree, such as `lambda tree: tx.init(jaxlora.split(tree)[1])`. Leaves get the template's shardings.
         `None` leaves the optimizer state out.
       step: `None` means the latest.
-      strict: as for `restore`.
+      strict: as for `load`.
 
     Raises:
-      CheckpointError: as `restore`; if the template is of another structure, naming the leaves.
+      CheckpointError: as `load`; if the template is of another structure, naming the leaves.
     """
     self.wait()
-    record, arrays, number = read_step(self._folder, step, training=True)
+    manifest, arrays, number = read_step(self._folder, step, training=True)
     what = f"Manager.restore: {self._folder}: step {number}"
-    training = record["training"]
-    tree = rebuilt(record, arrays, params, strict, what)
+    training = manifest["training"]
+    tree = rebuilt(manifest, arrays, params, strict, what)
     with one_error(f"{what}: cannot be read"):
       template = opt_state(tree) if callable(opt_state) else opt_state
-      state = None if template is None else _filled(template, training["optimizer"], arrays, what)
-      key = None if training["keys"] is None else keys_of(training["keys"], arrays)
-    return State(number, tree, state, training["data"], key, record["metadata"])
+      state = None if template is None else optimizer_state(template, training["optimizer"], arrays, what)
+      key = key_of(training, arrays)
+    return State(number, tree, state, training["data"], key, manifest["metadata"])
 
   def latest_step(self) -> int | None:
     """The latest complete step, or `None`."""
@@ -203,13 +183,13 @@ class Manager:
     self.close()
 
   def _reload(self) -> None:
-    """After a failure orbax still lists the step that failed, and its files still take room."""
+    """Forgets a step whose write failed: orbax still lists it, and its files still take room."""
     self.orbax.reload()
     clear_unfinished(self._folder)
 
 
 def _step_number(step: Any) -> int:
-  """Counters of training loops are arrays, often."""
+  """A step that is an array, as counters of training loops often are, as a number."""
   try:
     number = int(np.asarray(step).item() if np.asarray(step).dtype.kind in "iu" else -1)
   except (TypeError, ValueError):
@@ -217,48 +197,3 @@ def _step_number(step: Any) -> int:
   if number < 0:
     raise CheckpointError(f"Manager.save: step is {step!r}, expected a whole number of at least 0.")
   return number
-
-
-def _state_entry(path: str, leaf: Any, key: str, arrays: Arrays) -> dict[str, Any]:
-  try:
-    return entry_of(leaf, key, arrays)
-  except CheckpointError as error:
-    raise CheckpointError(f"Manager.save: opt_state: {path}: {error}") from error
-
-
-def _filled(template: Any, saved: list[Any], arrays: Mapping[str, Any], what: str) -> Any:
-  """The saved optimizer state in the structure of a template."""
-  leaves, treedef = flatten(template)
-  entries = {item["path"]: item["array"] for item in saved}
-  found = {path: (tuple(entry["shape"]), entry["dtype"], entry.get("impl")) for path, entry in entries.items()}
-  expected = {path: _signature(leaf) for path, leaf in leaves}
-  if found != expected:
-    differing = [path for path in {**found, **expected} if found.get(path) != expected.get(path)]
-    raise CheckpointError(
-      f"{what}: the optimizer state is of another structure than opt_state. Differing: "
-      + listed([f"{p} (saved {_said(found.get(p))}, expected {_said(expected.get(p))})" for p in differing])
-      + ". Make the template with the optimizer that was saved, for the same tree."
-    )
-  return jax.tree_util.tree_unflatten(
-    treedef, [_like(leaf, entries[path], value_of(entries[path], arrays, path)) for path, leaf in leaves]
-  )
-
-
-def _signature(leaf: Any) -> tuple[tuple[int, ...], str, str | None]:
-  if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    return tuple(data.shape), str(data.dtype), str(jax.random.key_impl(leaf))
-  return shape_of(leaf), dtype_name(leaf), None
-
-
-def _said(signature: Any) -> str:
-  return "nothing" if signature is None else f"{signature[1]}{list(signature[0])}"
-
-
-def _like(leaf: Any, entry: Mapping[str, Any], value: np.ndarray) -> Any:
-  if isinstance(leaf, bool | int | float | complex):
-    return type(leaf)(value.item())
-  if isinstance(leaf, np.ndarray | np.generic):
-    return value
-  array = wrapped(entry, value)
-  return put_on(array, leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None)

@@ -11,33 +11,23 @@ from jaxlora._base.paths import flatten
 from jaxlora._weight.fingerprint import Print, prints, shape_of
 from jaxlora._weight.placement import put_on, sharding_of
 from jaxlora._weight.weight import is_adapted, parts, with_parts
-from jaxlora.checkpoint._manifest import CheckpointError, node_of, wrapped
-from jaxlora.checkpoint._store import one_error
+from jaxlora.checkpoint._arrays import as_jax_array
+from jaxlora.checkpoint._errors import CheckpointError, CheckpointWarning, one_error
+from jaxlora.checkpoint._manifest import node_of
 
 
-class CheckpointWarning(UserWarning):
-  """What `restore(..., strict=False)` left out or took with doubts.
-
-  Attributes:
-    problems: one line per leaf.
-  """
-
-  def __init__(self, message: str, problems: tuple[str, ...] = ()):
-    super().__init__(message)
-    self.problems = problems
-
-
-def rebuilt(record: Mapping[str, Any], arrays: Mapping[str, Any], params: Any, strict: bool, what: str) -> Any:
+def rebuilt(manifest: Mapping[str, Any], arrays: Mapping[str, Any], params: Any, strict: bool, what: str) -> Any:
+  """The adapted tree on the base `params`; `strict` decides whether a base that differs is an error or a warning."""
   nodes, treedef = flatten(params, is_leaf=is_adapted)
   if adapted := [path for path, node in nodes if is_adapted(node)]:
     raise CheckpointError(
       f"{what}: {adapted[0]} is adapted; expected the base alone. Pass jaxlora.strip(tree), or the original parameters."
     )
   leaves = dict(nodes)
-  problems = list(_differences(record, params))
+  problems = list(_differences(manifest, params))
   new = dict(leaves)
   with one_error(f"{what}: cannot be read"):
-    for leaf in record["leaves"]:
+    for leaf in manifest["leaves"]:
       base = leaves.get(leaf["path"])
       if leaf["path"] in leaves and list(shape_of(base)) == leaf["shape"]:
         new[leaf["path"]] = _on_base(node_of(leaf, arrays, base))
@@ -61,10 +51,10 @@ def _lines(problems: list[str]) -> str:
   return "; ".join(shown) + (f"; and {len(problems) - len(shown)} more." if len(problems) > len(shown) else ".")
 
 
-def _differences(record: Mapping[str, Any], params: Any) -> Iterator[str]:
-  """How a base differs from the recorded one, a line per leaf."""
-  adapted = {leaf["path"] for leaf in record["leaves"]}
-  expected = {leaf["path"]: print_of(leaf) for leaf in record["base"]}
+def _differences(manifest: Mapping[str, Any], params: Any) -> Iterator[str]:
+  """How a base differs from that of the manifest, a line per leaf."""
+  adapted = {leaf["path"] for leaf in manifest["leaves"]}
+  expected = {leaf["path"]: print_of(leaf) for leaf in manifest["base"]}
   found = prints(params)
   for path, old in expected.items():
     role = "adapted" if path in adapted else "frozen"
@@ -78,7 +68,7 @@ def _differences(record: Mapping[str, Any], params: Any) -> Iterator[str]:
     elif new.digest and old.digest and new.digest != old.digest:
       yield f"{path} ({role}): other values (fingerprint {new.digest}, expected {old.digest})"
   for path in found:
-    if record["whole_base"] and path not in expected:
+    if manifest["whole_base"] and path not in expected:
       yield f"{path}: only in the base given, not in the one of the checkpoint"
 
 
@@ -89,7 +79,7 @@ def print_of(leaf: Mapping[str, Any]) -> Print:
 def _on_base(node: Any) -> Any:
   """The node with its NumPy arrays on the base's devices."""
   held = {name: part for name, part in parts(node).items() if name != "base" and part is not None}
-  placed = {
-    name: put_on(wrapped({"key": name}, part), sharding_of(node, name, np.ndim(part))) for name, part in held.items()
-  }
+  placed = {}
+  for name, part in held.items():
+    placed[name] = put_on(as_jax_array({"key": name}, part), sharding_of(node, name, np.ndim(part)))
   return with_parts(node, placed)

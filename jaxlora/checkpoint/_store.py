@@ -1,7 +1,6 @@
 """Folders and steps on disk, by orbax."""
 
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Mapping
 import os
 from typing import Any
 
@@ -11,24 +10,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlora._base.text import listed
-from jaxlora.checkpoint._manifest import Arrays, CheckpointError, opened, sealed
+from jaxlora.checkpoint._arrays import Arrays
+from jaxlora.checkpoint._errors import CheckpointError, one_error
+from jaxlora.checkpoint._manifest import verified, with_digest
 
-ADAPTER, RECORD, TRAINING = "adapter", "record", "training"
-
-
-@contextlib.contextmanager
-def one_error(doing: str, after: Callable[[], None] | None = None) -> Iterator[None]:
-  """Turns whatever goes wrong on disk, in orbax or in tensorstore into a `CheckpointError` that says what was tried."""
-  try:
-    yield
-  except CheckpointError:
-    raise
-  except Exception as error:
-    if after is not None:
-      with contextlib.suppress(Exception):
-        after()
-    reason = " ".join(str(error).split())[:300]
-    raise CheckpointError(f"{doing}: {type(error).__name__}: {reason}") from error
+ADAPTER, MANIFEST, TRAINING = "adapter", "record", "training"  # folders of a step
 
 
 def folder_of(path: str | os.PathLike[str]) -> epath.Path:
@@ -37,8 +23,8 @@ def folder_of(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def orbax_manager(folder: epath.Path, *, max_to_keep: int | None, asynchronous: bool, **options: Any) -> Any:
-  # What a process that died left behind goes first: orbax's own cleaning runs beside the first save, and the two meet
-  # where that save has the very step that was not finished.
+  # Unfinished steps of a process that died are removed first. Orbax's own cleaning runs beside the first save, and
+  # would race with it where that save has the number of the unfinished step.
   if jax.process_index() == 0:
     clear_unfinished(folder)
   return ocp.CheckpointManager(
@@ -51,8 +37,8 @@ def orbax_manager(folder: epath.Path, *, max_to_keep: int | None, asynchronous: 
   )
 
 
-def items(record: Mapping[str, Any], arrays: Arrays, state: Arrays | None = None) -> Any:
-  items = {ADAPTER: ocp.args.PyTreeSave(arrays), RECORD: ocp.args.JsonSave(sealed(record))}
+def items(manifest: Mapping[str, Any], arrays: Arrays, state: Arrays | None = None) -> Any:
+  items = {ADAPTER: ocp.args.PyTreeSave(arrays), MANIFEST: ocp.args.JsonSave(with_digest(manifest))}
   return ocp.args.Composite(**items | ({} if state is None else {TRAINING: ocp.args.PyTreeSave(state)}))
 
 
@@ -61,7 +47,7 @@ def _steps(folder: epath.Path) -> list[int]:
 
 
 def clear_unfinished(folder: epath.Path) -> None:
-  """Removes what a save that failed has written; what is left all the same goes when the folder is next opened."""
+  """Removes what failed saves have written. What cannot be removed now is when the folder is next opened."""
   for entry in folder.iterdir() if folder.is_dir() else ():
     if ocp.utils.is_tmp_checkpoint(entry):
       entry.rmtree(missing_ok=True)
@@ -75,7 +61,7 @@ def own_steps(folder: epath.Path) -> list[int]:
     raise CheckpointError(f"save: {folder} is a file; expected a folder of its own.")
   steps = _steps(folder)
   foreign = [entry.name for entry in folder.iterdir() if not _is_step(entry)]
-  if steps and not (folder / str(steps[-1]) / RECORD).exists():  # of earlier ones some files may be deleted already
+  if steps and not (folder / str(steps[-1]) / MANIFEST).exists():  # of earlier ones some files may be deleted already
     foreign.append(str(steps[-1]))
   if foreign:
     raise CheckpointError(
@@ -94,9 +80,9 @@ def _is_step(entry: epath.Path) -> bool:
 def read_step(
   path: str | os.PathLike[str], step: int | None, training: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-  """The record and the arrays of a step; the latest one again where a writer replaced it in between."""
+  """The manifest, the arrays and the number of a step. Reads again where a writer replaced the latest one meanwhile."""
   folder = folder_of(path)
-  if (folder / RECORD).is_dir() and folder.name.isdigit():
+  if (folder / MANIFEST).is_dir() and folder.name.isdigit():
     folder, step = folder.parent, int(folder.name)
   while True:
     steps = _steps(folder)
@@ -115,23 +101,23 @@ def read_step(
 def _read_step(folder: epath.Path, training: bool) -> tuple[dict[str, Any], dict[str, Any]]:
   with one_error(f"{folder}: cannot be read"):
     try:
-      record = opened(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / RECORD))
+      manifest = verified(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / MANIFEST))
     except CheckpointError as error:
       raise CheckpointError(f"{folder}: {error}") from error
-    if training and record["training"] is None:
+    if training and manifest["training"] is None:
       raise CheckpointError(f"{folder}: holds an adapter alone; expected the state of a training run.")
-    arrays = _read_arrays(folder / ADAPTER, _keys(record["leaves"]))
+    arrays = _read_arrays(folder / ADAPTER, _keys(manifest["leaves"]))
     if training:
-      arrays |= _read_arrays(folder / TRAINING, _keys(record["training"]))
-  return record, arrays
+      arrays |= _read_arrays(folder / TRAINING, _keys(manifest["training"]))
+  return manifest, arrays
 
 
-def _keys(record: Any) -> set[str]:
-  """The keys of the arrays that a piece of a record names."""
-  if isinstance(record, dict):
-    own = {record["key"]} if "sha256" in record and 0 not in record["shape"] else set()
-    return own.union(*map(_keys, record.values()))
-  return set().union(*map(_keys, record)) if isinstance(record, list) else set()
+def _keys(manifest: Any) -> set[str]:
+  """The keys of the arrays that a piece of a manifest names."""
+  if isinstance(manifest, dict):
+    own = {manifest["key"]} if "sha256" in manifest and 0 not in manifest["shape"] else set()
+    return own.union(*map(_keys, manifest.values()))
+  return set().union(*map(_keys, manifest)) if isinstance(manifest, list) else set()
 
 
 def _read_arrays(folder: epath.Path, keys: set[str]) -> dict[str, Any]:
