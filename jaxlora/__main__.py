@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxlora._cli import main
+from jaxlora._cli.main import main
 
 if __name__ == "__main__":
   sys.exit(main())

@@ -1,4 +1,4 @@
-"""`jaxlora convert`."""
+"""`jaxlora convert`: each file is read once, and what comes of it is written once."""
 
 from pathlib import Path
 import re
@@ -7,55 +7,66 @@ from typing import Any
 import jax
 
 from jaxlora._base.text import listed
-from jaxlora._cli.main import Result
-from jaxlora._cli.sources import BadFile, contents_of, flax_shapes, is_peft, names_of, read_peft, shape_of_print
+from jaxlora._cli.result import BadFile, Result
+from jaxlora._cli.sources import existing, is_peft, names_of, shapes_of_base, shapes_of_files
 from jaxlora._cli.tensors import open_files
+from jaxlora.checkpoint._adapter import contents, save_part
+from jaxlora.peft._folder import save
+from jaxlora.peft._from_modules import from_modules
+from jaxlora.peft._read import read
+from jaxlora.peft._records import Adapter
+
+_METADATA = ("base_model_name_or_path", "task_type")  # what a checkpoint's metadata keeps of adapter_config.json
 
 
 def run_convert(options: Any) -> Result:
-  from jaxlora import peft
-  from jaxlora.checkpoint import _adapter
-
-  names = names_of(options)
-  if is_peft(options.source):
-    params, axes = (_base_shapes(options.base), None) if options.base else _shapes_by_adapter(options.source)
-    tree = peft.load(options.source, params, names=names, axes=axes)
-    config = read_peft(options.source).config
-    metadata = {"peft": {name: config.get(name) for name in ("base_model_name_or_path", "task_type")}}
-    _adapter.save_part(options.target, tree, metadata=metadata, whole_base=bool(options.base))
-    formats = ("peft", "jaxlora")
-  else:
-    found = contents_of(options.source)
-    base = {path: shape_of_print(text) for path, text in found.base.items()}
-    about = found.metadata.get("peft") if isinstance(found.metadata.get("peft"), dict) else {}
-    model = options.base_model or about.get("base_model_name_or_path")
-    task = options.task_type or about.get("task_type")
-    peft.save(options.target, base | found.leaves, names=names, base_model_name_or_path=model, task_type=task)
-    formats = ("jaxlora", "peft")
+  """Converts FROM, whose format decides, to TO."""
+  formats = ("peft", "jaxlora") if is_peft(options.source) else ("jaxlora", "peft")
+  (_to_checkpoint if formats[0] == "peft" else _to_peft)(options)
   report = {"from": options.source, "to": options.target, "formats": list(formats)}
   return report, [f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]})"]
 
 
-def _base_shapes(path: str) -> dict[str, Any]:
-  """The leaves of a Flax base, without their values."""
-  if Path(path).is_dir() and not any(Path(path).glob("*.safetensors*")):
-    return {path: shape_of_print(text) for path, text in contents_of(path).base.items()}
-  return flax_shapes(open_files(path))
+def _to_checkpoint(options: Any) -> None:
+  """A PEFT folder -> a checkpoint of jaxlora's."""
+  adapter = read(options.source)
+  params, axes = (_shapes_of(options.base), None) if options.base else _flax_shapes(adapter, options.source)
+  tree = from_modules(adapter, params, names=names_of(options), axes=axes)
+  metadata = {"peft": {name: adapter.config.get(name) for name in _METADATA}}
+  save_part(options.target, tree, metadata=metadata, whole_base=bool(options.base))
 
 
-def _shapes_by_adapter(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-  """Leaves as Flax would hold the adapted modules under their torch names, and the roles of their axes."""
-  adapter = read_peft(path)
+def _to_peft(options: Any) -> None:
+  """A checkpoint of jaxlora's -> a PEFT folder."""
+  found = contents(existing(options.source))
+  kept = found.metadata.get("peft")
+  about = {name: kept.get(name) if isinstance(kept, dict) else None for name in _METADATA}
+  about |= {
+    name: given for name, given in zip(_METADATA, (options.base_model, options.task_type), strict=True) if given
+  }
+  save(options.target, shapes_of_base(found) | found.leaves, names=names_of(options), **about)
+
+
+def _shapes_of(base: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """The leaves of a Flax base, without their values: those of safetensors files, or those a checkpoint knows."""
+  if Path(base).is_dir() and not any(Path(base).glob("*.safetensors*")):
+    return shapes_of_base(contents(existing(base)))
+  return shapes_of_files(open_files(base))
+
+
+def _flax_shapes(adapter: Adapter, source: str) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, str]]:
+  """The leaves that Flax would have for the adapted modules, under their torch names, and the roles of their axes."""
   if adapter.whole:
     raise BadFile(
-      f"{path}: holds parameters trained whole ({listed(sorted(adapter.whole))}), whose layout in Flax only the base"
+      f"{source}: holds parameters trained whole ({listed(sorted(adapter.whole))}), whose layout in Flax only the base"
       " tells. Pass --base FILE."
     )
   params, axes = {}, {}
   for name, module in adapter.modules.items():
-    out, inputs, *kernel = module.delta().shape
-    shape = (out, inputs) if module.kind == "embedding" else (*kernel, inputs, out)
-    leaf = f"{name.replace('.', '/')}/{'embedding' if module.kind == 'embedding' else 'kernel'}"
+    kind = "embedding" if module.kind == "embedding" else "kernel"
+    leaf = f"{name.replace('.', '/')}/{kind}"
+    out, inputs, *kernel = module.shape
+    shape = (out, inputs) if kind == "embedding" else (*kernel, inputs, out)
     params[leaf] = jax.ShapeDtypeStruct(shape, module.a.dtype)
     axes[re.escape(leaf)] = "i" * (len(shape) - 1) + "o"
   return params, axes

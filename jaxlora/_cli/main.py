@@ -7,13 +7,11 @@ import logging
 import sys
 from typing import Any
 
-import jaxlora
 from jaxlora._cli.convert import run_convert
 from jaxlora._cli.inspect import run_inspect
 from jaxlora._cli.merge import run_merge
-from jaxlora._cli.sources import BadFile
-from jaxlora._cli.tensors import TensorFileError
-from jaxlora.checkpoint._manifest import CheckpointError
+from jaxlora._cli.result import Result
+from jaxlora._version import __version__
 
 _EXIT = """
 exit codes: 0 done; 1 the file is bad, or does not fit; 2 usage, or an extra that is missing
@@ -29,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except ImportError as error:
     print(f"jaxlora: {error}. Install the extra: pip install 'jaxlora[peft]'", file=sys.stderr)
     return 2
-  except (BadFile, CheckpointError, TensorFileError, ValueError, OSError) as error:
+  except (ValueError, OSError) as error:  # all that the library raises of files and what they hold are ValueErrors
     if options.json:
       print(json.dumps({"error": str(error)}))
     print(f"jaxlora: {error}", file=sys.stderr)
@@ -38,14 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return int(bool(report.get("nan")))
 
 
-Result = tuple[dict[str, Any], list[str]]  # for --json, and for people
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="jaxlora", description="Adapters in files: jaxlora's checkpoints and PEFT folders.", epilog=_EXIT
   )
-  parser.add_argument("--version", action="version", version=jaxlora.__version__)
+  parser.add_argument("--version", action="version", version=__version__)
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
   def command(name: str, run: Callable[[Any], Result], about: str, detail: str, example: str) -> Any:

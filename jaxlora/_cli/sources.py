@@ -1,4 +1,4 @@
-"""Adapters in files of either format."""
+"""Adapters and bases in files of either format."""
 
 from collections.abc import Iterable
 import json
@@ -9,11 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._cli.result import BadFile
 from jaxlora._cli.tensors import TensorFiles
-
-
-class BadFile(ValueError):
-  """What a command says of a file before it gives up."""
 
 
 def is_peft(path: str) -> bool:
@@ -21,21 +18,15 @@ def is_peft(path: str) -> bool:
   return any((Path(path) / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
-def read_peft(path: str) -> Any:
-  from jaxlora.peft import _read
-
-  return _read.read(path)
-
-
-def contents_of(path: str) -> Any:
-  from jaxlora import checkpoint
-
+def existing(path: str) -> str:
+  """The path of a checkpoint, once it is known to be there; remote ones are taken as they are."""
   if not Path(path).exists() and "://" not in path:
     raise BadFile(f"{path}: there is no such folder.")
-  return checkpoint.contents(path)
+  return path
 
 
 def names_of(options: Any) -> dict[str, str] | None:
+  """The regexes and torch names of `--names FILE`."""
   if options.names is None:
     return None
   try:
@@ -44,8 +35,13 @@ def names_of(options: Any) -> dict[str, str] | None:
     raise BadFile(f"{options.names}: cannot be read as JSON: {error}") from error
 
 
-def shape_of_print(text: str) -> jax.ShapeDtypeStruct:
-  """`"float32[2,3]:0f3c..."` -> its shape and dtype; random keys and the like are no parameters: bytes."""
+def shapes_of_base(contents: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  """The leaves of a checkpoint's base, by path, without their values."""
+  return {path: _shape_of_print(text) for path, text in contents.base.items()}
+
+
+def _shape_of_print(text: str) -> jax.ShapeDtypeStruct:
+  """`"float32[2,3]:0f3c..."` -> its shape and dtype; random keys and the like, which are no parameters, are bytes."""
   dtype, shape = text.split(":")[0].rstrip("]").rsplit("[", 1)
   try:
     kind = jnp.dtype(dtype)
@@ -54,7 +50,8 @@ def shape_of_print(text: str) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), kind)
 
 
-def flax_shapes(files: TensorFiles) -> dict[str, Any]:
+def shapes_of_files(files: TensorFiles) -> dict[str, jax.ShapeDtypeStruct]:
+  """The leaves of a Flax tree in safetensors files, by path, without their values."""
   return {
     path: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype or np.uint8)
     for path, tensor in zip(flax_paths(files.tensors).values(), files.tensors.values(), strict=True)

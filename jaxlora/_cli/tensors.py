@@ -1,62 +1,25 @@
-"""Safetensors files tensor by tensor: what they hold, and copies with some tensors changed, in bounded memory."""
+"""Models in safetensors files: what they hold, and copies with some tensors changed, one tensor in memory at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import jax.numpy as jnp
 import numpy as np
+
+from jaxlora._base.files import StoredTensor, replacing, stored_tensors
 
 INDEX = "model.safetensors.index.json"
 
 _PIECE = 1 << 22  # bytes copied at a time
-
-
-_DTYPES = {
-  "F64": "float64",
-  "F32": "float32",
-  "F16": "float16",
-  "BF16": "bfloat16",
-  "F8_E4M3": "float8_e4m3fn",
-  "F8_E5M2": "float8_e5m2",
-  "I64": "int64",
-  "I32": "int32",
-  "I16": "int16",
-  "I8": "int8",
-  "U64": "uint64",
-  "U32": "uint32",
-  "U16": "uint16",
-  "U8": "uint8",
-  "BOOL": "bool",
-}
-
 
 Change = Callable[[np.ndarray], np.ndarray]
 
 
 class TensorFileError(ValueError):
   """A safetensors file, or an index of several, that cannot be read or written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """Where a tensor is.
-
-  Attributes:
-    file: the file.
-    dtype: as NumPy has it; `None` where it has none.
-    shape: its shape.
-    begin, end: its bytes in the file.
-  """
-
-  file: Path
-  dtype: Any
-  shape: tuple[int, ...]
-  begin: int
-  end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +32,13 @@ class TensorFiles:
     index: the index file, where there is one.
   """
 
-  tensors: dict[str, Tensor]
+  tensors: dict[str, StoredTensor]
   files: tuple[Path, ...]
   index: Path | None
 
   @property
   def size(self) -> int:
-    return sum(tensor.end - tensor.begin for tensor in self.tensors.values())
+    return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def open_files(path: str | os.PathLike[str]) -> TensorFiles:
@@ -91,19 +54,21 @@ def open_files(path: str | os.PathLike[str]) -> TensorFiles:
       raise TensorFileError(f"{place}: expected {INDEX} or one .safetensors file, found {len(single)} files.")
     place = place / INDEX if (place / INDEX).exists() else single[0]
   index = place if place.name.endswith(".json") else None
-  files = _indexed(place) if index is not None else (place,)
-  tensors: dict[str, Tensor] = {}
+  indexed = _weight_map(index) if index is not None else {}
+  files = _files_of_index(index, indexed) if index is not None else (place,)
+  tensors: dict[str, StoredTensor] = {}
   for file in files:
-    for name, tensor in _header(file):
+    for name, tensor in _tensors_of_file(file).items():
       if name in tensors:
         raise TensorFileError(f"{file}: {name!r} is in {tensors[name].file.name}, too.")
       tensors[name] = tensor
-  if index is not None and (lost := sorted(set(_weight_map(index)) - set(tensors))):
+  if lost := sorted(set(indexed) - set(tensors)):
     raise TensorFileError(f"{index}: names {lost[0]!r}, which none of its files holds ({len(lost)} such).")
   return TensorFiles(tensors, files, index)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+  """The file of each tensor, by an index."""
   try:
     found = json.loads(index.read_text("utf-8"))["weight_map"]
   except (OSError, ValueError, KeyError, TypeError) as error:
@@ -113,41 +78,20 @@ def _weight_map(index: Path) -> dict[str, str]:
   return found
 
 
-def _indexed(index: Path) -> tuple[Path, ...]:
-  names = sorted(set(_weight_map(index).values()))
+def _files_of_index(index: Path, indexed: Mapping[str, str]) -> tuple[Path, ...]:
+  names = sorted(set(indexed.values()))
   if outside := [name for name in names if Path(name).name != name]:
     raise TensorFileError(f"{index}: names {outside[0]!r}; expected files in its own folder.")
   return tuple(index.parent / name for name in names)
 
 
-def _header(file: Path) -> Iterator[tuple[str, Tensor]]:
-  """The tensors of a file, once the safetensors library has found it sound."""
+def _tensors_of_file(file: Path) -> dict[str, StoredTensor]:
   import safetensors  # an extra: jaxlora[peft]
 
   try:
-    with safetensors.safe_open(file, framework="np"):
-      pass
-    with open(file, "rb") as stream:
-      length = int.from_bytes(stream.read(8), "little")
-      header = json.loads(stream.read(length))
+    return stored_tensors(file)
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise TensorFileError(f"{file}: cannot be read as safetensors: {type(error).__name__}: {error}") from error
-  entries = [(name, about) for name, about in header.items() if name != "__metadata__"]
-  for name, about in sorted(entries, key=lambda item: item[1]["data_offsets"]):
-    begin, end = (8 + length + offset for offset in about["data_offsets"])
-    dtype = _DTYPES.get(about["dtype"])
-    yield name, Tensor(file, None if dtype is None else jnp.dtype(dtype), tuple(about["shape"]), begin, end)
-
-
-def read(tensor: Tensor) -> np.ndarray:
-  """The values of one tensor."""
-  with open(tensor.file, "rb") as stream:
-    return _array(stream, tensor)
-
-
-def _array(stream: BinaryIO, tensor: Tensor) -> np.ndarray:
-  stream.seek(tensor.begin)
-  return np.frombuffer(stream.read(tensor.end - tensor.begin), tensor.dtype).reshape(tensor.shape)
 
 
 def rewrite(source: TensorFiles, target: Path, changes: Mapping[str, Change], progress: Callable[[int], None]) -> None:
@@ -164,36 +108,17 @@ def rewrite(source: TensorFiles, target: Path, changes: Mapping[str, Change], pr
   Raises:
     TensorFileError: where the copy cannot be written; nothing is left of it then.
   """
-  if source.index is None:
-    _replace(target, lambda new: _rewrite_file(source, source.files[0], new, changes, progress))
-    return
-  if target.exists():
+  if source.index is not None and target.exists():
     raise TensorFileError(f"{target}: exists; expected a new folder, as the base has several files.")
-
-  def write(folder: Path) -> None:
-    folder.mkdir()
-    for file in source.files:
-      _rewrite_file(source, file, folder / file.name, changes, progress)
-    assert source.index is not None
-    (folder / INDEX).write_bytes(source.index.read_bytes())
-
-  _replace(target, write)
-
-
-def _replace(target: Path, write: Callable[[Path], None]) -> None:
-  """Has the target written beside its place, and puts it there."""
-  new = target.with_name(f"{target.name}.{os.getpid()}.partial")
   try:
-    try:
-      target.parent.mkdir(parents=True, exist_ok=True)
-      write(new)
-      os.replace(new, target)
-    finally:
-      for leftover in (*(new.iterdir() if new.is_dir() else ()), new):
-        if leftover.is_dir():
-          leftover.rmdir()
-        elif leftover.exists():
-          leftover.unlink()
+    with replacing(target) as new:
+      if source.index is None:
+        _rewrite_file(source, source.files[0], new, changes, progress)
+        return
+      new.mkdir()
+      for file in source.files:
+        _rewrite_file(source, file, new / file.name, changes, progress)
+      (new / INDEX).write_bytes(source.index.read_bytes())
   except OSError as error:
     raise TensorFileError(f"{target}: cannot be written: {error}") from error
 
@@ -206,18 +131,17 @@ def _rewrite_file(
     for name, tensor in source.tensors.items():
       if tensor.file == file and name in changes:
         _copy(old, new, position, tensor.begin, progress)
-        value = np.ascontiguousarray(changes[name](_array(old, tensor)))
+        value = np.ascontiguousarray(changes[name](tensor.read()))
         if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
           raise TensorFileError(f"{name}: became {value.dtype}{value.shape}, was {tensor.dtype}{tensor.shape}.")
         new.write(value.reshape(-1).view(np.uint8).data)
-        progress(tensor.end - tensor.begin)
+        progress(tensor.nbytes)
         position = tensor.end
     _copy(old, new, position, os.fstat(old.fileno()).st_size, progress)
-    new.flush()
-    os.fsync(new.fileno())
 
 
 def _copy(old: BinaryIO, new: BinaryIO, begin: int, end: int, progress: Callable[[int], None]) -> None:
+  """Copies a range of bytes to the end of another file."""
   old.seek(begin)
   while begin < end:
     piece = old.read(min(_PIECE, end - begin))

@@ -21,7 +21,7 @@ _FACTOR_KEYS = {  # of A and B, by kind of module
 
 def state_of(adapter: Adapter) -> dict[str, np.ndarray]:
   """The tensors of an adapter under PEFT's keys."""
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for name, module in adapter.modules.items():
     held = dict(zip(_FACTOR_KEYS[module.kind], (module.a, module.b), strict=True))
     if module.magnitude is not None:
