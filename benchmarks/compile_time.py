@@ -1,9 +1,9 @@
-"""An adapted step traces, lowers and compiles in little more time than the base's, and each layer adds the same.
+"""An adapted step is traced, lowered and compiled in little more time than full fine-tuning's, linearly in layers.
 
-Seconds of tracing, lowering and compiling one training step, from cleared caches and a new function object each time,
-over those of the base's full fine-tuning step and the frozen floor's; the same over the number of layers, which must
-grow linearly, and for a scanned model, which must stay flat. Then what a cached call costs in Python: the same program
-called with an adapted tree and with the same leaves in plain dicts.
+Measured are the seconds of tracing, lowering and compiling one training step, with caches cleared and a new function
+object each time. They are compared with those of full fine-tuning and of the frozen floor, over the number of layers
+(the growth must be linear), and for a scanned model (it must be flat). Then the Python overhead of a cached call: the
+same program is called with an adapted tree and with the same leaves in plain dicts.
 """
 
 import argparse
@@ -13,10 +13,11 @@ import time
 from typing import Any, NamedTuple
 
 import contestants
-from contestants import FLOOR, FULL, Contestant, Settings
+from contestants import FLOOR, FULL, Contestant
 import harness
 import jax
 from matplotlib.figure import Figure
+from settings import Settings, add_sizes, make_base
 
 import jaxlora
 
@@ -27,7 +28,7 @@ BASE_CALL, TREE_CALL, DICT_CALL = "base", "adapted tree", "the same leaves in di
 
 
 class Entry(NamedTuple):
-  """A contestant at a number of layers, and the seconds that its phases took, round by round."""
+  """A contestant at a number of layers, and the seconds of its phases, round by round."""
 
   name: str
   settings: Settings
@@ -35,15 +36,15 @@ class Entry(NamedTuple):
 
   @property
   def key(self) -> str:
-    """Its name among the others."""
+    """Its name in the rounds."""
     return f"{self.name}, {'scanned, ' * self.settings.scan}{self.settings.layers} layers"
 
 
 def make_run(contestant: Contestant, entry: Entry) -> Callable[[], None]:
-  """One compilation from nothing; a new function object finds nothing cached."""
-  base = contestants.make_base(entry.settings)
+  """A function that compiles the contestant's step with nothing cached."""
+  base = make_base(entry.settings)
   program = contestant.build(base)
-  args = jax.eval_shape(lambda: (program.state, program.frozen, base.batch))  # keeps no parameters in memory
+  args = jax.eval_shape(lambda: (program.state, program.frozen, base.batch))  # shapes only
   step = program.step
 
   def run() -> None:
@@ -63,7 +64,7 @@ def make_run(contestant: Contestant, entry: Entry) -> Callable[[], None]:
 def make_entries(
   settings: Settings, layers: Sequence[int]
 ) -> tuple[dict[str, Entry], dict[str, Contestant], list[str]]:
-  """Everybody at the most layers, and the swept at fewer, and scanned."""
+  """All contestants at the largest number of layers; those of `SWEPT` also at fewer layers, and scanned."""
   here, absent = contestants.present(contestants.contestants(), settings)
   by_name = {one.name: one for one in here}
   most = settings._replace(layers=layers[-1])
@@ -77,7 +78,7 @@ def make_entries(
 
 
 def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], Any]) -> dict[str, Any]:
-  """Compiles everybody again and again, in interleaved rounds."""
+  """Compiles all entries, in interleaved rounds."""
   entries, by_name, absent = make_entries(settings, args.layers)
   runs = {key: make_run(by_name[entry.name], entry) for key, entry in entries.items()}
   top = {name: Entry(name, settings._replace(layers=args.layers[-1]), []).key for name in by_name}
@@ -107,7 +108,7 @@ def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], 
 
 
 def sweep(seconds: dict[str, list[float]], entries: dict[str, Entry], scan: bool) -> dict[str, dict[str, Any]]:
-  """Seconds over the number of layers, and how a late layer compares with an early one."""
+  """Seconds by the number of layers, and the ratio of a late layer's to an early one's."""
   found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in SWEPT}
   for key, entry in entries.items():
     if entry.name in SWEPT and entry.settings.scan == scan:
@@ -123,7 +124,7 @@ def sweep(seconds: dict[str, list[float]], entries: dict[str, Entry], scan: bool
 
 
 def late_over_early(by_count: dict[int, dict[str, Any]]) -> float | None:
-  """Seconds per layer in the last stretch over those in the first: 1 where the cost is linear."""
+  """Seconds per layer at the largest numbers over those at the smallest: 1 if the cost is linear."""
   counts = sorted(by_count)
   if len(counts) < 3:
     return None
@@ -136,15 +137,15 @@ def late_over_early(by_count: dict[int, dict[str, Any]]) -> float | None:
 
 
 def to_dicts(tree: Any) -> Any:
-  """The tree with plain dicts in the place of its nodes."""
+  """The tree with plain dicts in place of its `LoraWeight` nodes."""
   is_node = lambda leaf: isinstance(leaf, jaxlora.LoraWeight)
   fields = lambda w: {"base": w.base, "a": w.a, "b": w.b} if is_node(w) else w
   return jax.tree.map(fields, tree, is_leaf=is_node)
 
 
 def compare_calls(rounds: int, tick: Callable[[str], Any]) -> dict[str, Any]:
-  """A model that takes no time to run, called through `jit`: what is left is Python and the leaves."""
-  base = contestants.make_base(Settings(width=64, layers=2, batch=1, seq=1, vocabulary=8))
+  """Times cached calls of a tiny model under `jit`: nearly all of it is the overhead of Python and of the leaves."""
+  base = make_base(Settings(width=64, layers=2, batch=1, seq=1, vocabulary=8))
   tree, x = contestants.adapt(base), base.batch.x
   structure = jax.tree.structure(tree)
   wrapped = contestants.wrap(base.model.apply)
@@ -178,7 +179,7 @@ def compare_calls(rounds: int, tick: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
-  """The head and the rows of the first table."""
+  """The head of the first table, then its rows."""
   rows: list[tuple[str, ...]] = [("one step", "/ full", "/ floor", *PHASES, "all")]
   for name, row in results["rows"].items():
     phases = (f"{row['phases'][phase]['median']:.2f} s" for phase in PHASES)
@@ -188,7 +189,7 @@ def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def describe(results: dict[str, Any]) -> str:
-  """The three tables."""
+  """The tables, for a terminal."""
   head, *rows = cells(results)
   lines = [
     results["title"],
@@ -211,13 +212,13 @@ def describe(results: dict[str, Any]) -> str:
 
 
 def describe_layers(layers: dict[str, dict[str, Any]]) -> str:
-  """Seconds over the number of layers."""
+  """The table of seconds by the number of layers."""
   head, *rows = layer_cells(layers)
   return harness.table(head, rows)
 
 
 def layer_cells(layers: dict[str, dict[str, Any]], kind: str = "layers") -> list[tuple[str, ...]]:
-  """The head and the rows of seconds over the number of layers."""
+  """The head of the table of seconds by the number of layers, then its rows."""
   counts = list(next(iter(layers.values()))["seconds"])
   rows = [
     (
@@ -249,7 +250,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Any) -> None:
-  """Phases of each contestant, and seconds over the number of layers."""
+  """The phases of each contestant, and seconds over the number of layers."""
   figure = Figure(figsize=(11, 4.2), layout="constrained")
   left, right = figure.subplots(1, 2)
   names = list(results["rows"])
@@ -277,9 +278,9 @@ def plot(results: dict[str, Any], path: Any) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """The options; each round compiles everything once, so there are fewer."""
+  """The options; a round compiles everything, so the default is few rounds."""
   parser = harness.make_parser(__file__, __doc__, "--layers 2,4,8", rounds=5)
-  contestants.add_sizes(parser)
+  add_sizes(parser)
   counts = harness.several(harness.positive(int))
   parser.add_argument("--layers", type=counts, default="2,4,8,12", help="numbers of blocks, separated by commas")
   return parser
@@ -290,9 +291,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   parser = make_parser()
   args = harness.parse(parser, argv, d=64, layers="1,2", rounds=2)
   settings = Settings.parse(parser, args, layers=args.layers[-1])
-  everybody = len(contestants.present(contestants.contestants(), settings)[0])
+  count = len(contestants.present(contestants.contestants(), settings)[0])
   swept = len(SWEPT) * (len(args.layers) - 1 + (0 if settings.scan else len({args.layers[0], args.layers[-1]})))
-  with harness.progress((everybody + swept + 1 + 4) * (args.rounds + 1), "turn", args.quiet) as bar:
+  with harness.progress((count + swept + 1 + 4) * (args.rounds + 1), "turn", args.quiet) as bar:
     comparison = compare(settings, args, harness.ticker(bar))
     calls = compare_calls(args.rounds, harness.ticker(bar))
   results = {**harness.provenance(args), **comparison, "calls": calls}

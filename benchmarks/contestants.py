@@ -1,17 +1,11 @@
-"""Who is compared: ways to train the same model on the same batch with the same optimizer, and the floor under them.
+"""The contestants: ways to train the same model on the same batch with the same optimizer, and the floor below them.
 
-All adapt the same kernels (`models.TARGETS`) at the same rank, start where the base model is, and use AdamW. The frozen
-floor is no trainer: it is the forward pass and the gradient with respect to the embedded input.
+All adapt the same kernels (`models.TARGETS`) at the same rank, start from the base model, and use AdamW. The frozen
+floor trains nothing: it is the forward pass and the gradient with respect to the embedded input.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 import functools
-import json
-from pathlib import Path
-import subprocess
-import sys
-import tempfile
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -20,10 +14,11 @@ import harness
 import jax
 import jax.numpy as jnp
 import models
-from models import LanguageModel, Params
+from models import Params
 import models_nnx
 import numpy as np
 import optax
+from settings import Base, Batch, Settings, loss_of
 
 import jaxlora
 
@@ -31,75 +26,15 @@ LEARNING_RATE = 1e-3
 FLOOR, FULL = "frozen floor", "full fine-tuning"
 
 
-class Settings(NamedTuple):
-  """The sizes of one comparison."""
-
-  width: int = 512
-  layers: int = 6
-  batch: int = 8
-  seq: int = 128
-  rank: int = 8
-  alpha: float = 16.0
-  vocabulary: int = 4096
-  scan: bool = False
-  remat: bool = False
-  bf16: bool = False
-
-  @classmethod
-  def parse(cls, parser: argparse.ArgumentParser, args: argparse.Namespace, **changes: Any) -> "Settings":
-    """The options of `add_sizes`; ends the program with a line where no such model exists."""
-    given = {field: getattr(args, field) for field in cls._fields if hasattr(args, field)}
-    self = cls(**{**given, "width": args.d, **changes})
-    if self.width % models.HEAD_WIDTH:
-      parser.error(f"--d {self.width}: heads are {models.HEAD_WIDTH} wide, d must be a multiple of that")
-    if self.rank > self.width:
-      parser.error(f"--rank {self.rank} is larger than the smallest side of a kernel, {self.width}")
-    return self
-
-  def model(self) -> LanguageModel:
-    """The model of these sizes."""
-    dtype = jnp.bfloat16 if self.bf16 else jnp.float32
-    return LanguageModel(self.vocabulary, self.width, self.layers, self.seq, dtype, self.scan, self.remat)
-
-  def title(self) -> str:
-    """A short name."""
-    marks = [mark for mark, on in (("scanned", self.scan), ("remat", self.remat), ("bf16", self.bf16)) if on]
-    sizes = f"d={self.width}, {self.layers} layers, {self.batch} x {self.seq} tokens, rank {self.rank}"
-    return ", ".join([sizes, *marks])
-
-
-def add_sizes(parser: argparse.ArgumentParser) -> None:
-  """The options that decide a comparison's sizes, but for the number of layers."""
-  harness.add_sizes(parser)
-  parser.add_argument("--scan", action="store_true", help="one block, scanned over stacked parameters")
-  parser.add_argument("--remat", action="store_true", help="blocks are recomputed in the backward pass")
-
-
-class Batch(NamedTuple):
-  """Tokens (batch, time), and what should follow each."""
-
-  x: jax.Array
-  y: jax.Array
-
-
-class Base(NamedTuple):
-  """What all contestants share."""
-
-  settings: Settings
-  model: LanguageModel
-  params: Params
-  batch: Batch
-
-
 class Program(NamedTuple):
   """A contestant's training step, not yet compiled.
 
   Attributes:
-    step: `(state, frozen, batch) -> (state, loss)`; the state is donated, as in a real loop.
-    state: what changes from step to step.
-    frozen: what does not.
-    trained: `state -> tree`: what the optimizer moves.
-    base: `(state, frozen) -> tree`: what must stay bit for bit the same; None where everything trains.
+    step: `step(state, frozen, batch)` returns the next state and the loss; the state is donated, as in a real loop.
+    state: the arrays that change from step to step.
+    frozen: the arrays that do not.
+    trained: `trained(state)` returns the arrays that the optimizer updates.
+    base: `base(state, frozen)` returns the arrays that must stay bit for bit the same; None if everything trains.
   """
 
   step: Callable[[Any, Any, Batch], tuple[Any, jax.Array]]
@@ -110,14 +45,14 @@ class Program(NamedTuple):
 
 
 class Contestant(NamedTuple):
-  """One row of a table.
+  """A way to train: one row of a table.
 
   Attributes:
-    name: what the row is called.
-    build: makes its program.
-    trainable: how many parameters it should train.
-    package: what must be installed for it.
-    misfit: why it cannot take these settings, or None.
+    name: of the row.
+    build: `build(base)` makes its program.
+    trainable: `trainable(base)` is the number of parameters that it has to train.
+    package: the package that it needs.
+    misfit: `misfit(settings)` says why it does not support these settings; None if it does.
   """
 
   name: str
@@ -127,20 +62,8 @@ class Contestant(NamedTuple):
   misfit: Callable[[Settings], str | None] = lambda settings: None
 
 
-def make_base(settings: Settings) -> Base:
-  """The model, its parameters and one batch, drawn once for everybody."""
-  model = settings.model()
-  tokens = jax.random.randint(jax.random.key(1), (settings.batch, settings.seq + 1), 0, settings.vocabulary)
-  return Base(settings, model, models.init(model), Batch(tokens[:, :-1], tokens[:, 1:]))
-
-
-def loss_of(logits: jax.Array, y: jax.Array) -> jax.Array:
-  """The mean cross entropy, in float32 at least."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y).mean()
-
-
 def make_step(logits: Callable[[Any, Any, jax.Array], jax.Array], tx: optax.GradientTransformation) -> Any:
-  """The step of everybody whose state is `(trained, optimizer state)`."""
+  """The training step of all contestants whose state is `(trained, optimizer state)`."""
 
   def step(state: Any, frozen: Any, batch: Batch) -> tuple[Any, jax.Array]:
     trained, opt_state = state
@@ -169,7 +92,7 @@ def full(base: Base) -> Program:
 
 
 def floor(base: Base) -> Program:
-  """Forward and input gradient; the gradient takes the place of the input that it belongs to."""
+  """Forward pass and input gradient; the returned gradient takes the donated input's place."""
 
   def step(eps: jax.Array, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     value, grad = jax.value_and_grad(lambda eps: loss_of(base.model.apply({"params": params}, batch.x, eps), batch.y))(
@@ -200,12 +123,12 @@ def textbook(base: Base) -> Program:
 
 
 def wrap(fn: Callable[..., Any], recompute: bool = True) -> Callable[..., Any]:
-  """`jaxlora.wrap` that never materialises."""
+  """`jaxlora.wrap` that raises where it would materialise."""
   return jaxlora.wrap(fn, on_materialize="error", recompute=recompute)
 
 
 def adapt(base: Base, variant: str = "lora") -> Any:
-  """The combined tree."""
+  """The adapted tree."""
   settings = base.settings
   config = jaxlora.LoraConfig(rank=settings.rank, alpha=settings.alpha, targets=models.TARGETS, variant=variant)
   probe = lambda params: base.model.apply({"params": params}, base.batch.x[:1])
@@ -213,7 +136,7 @@ def adapt(base: Base, variant: str = "lora") -> Any:
 
 
 def jaxlora_split(base: Base, recompute: bool = True, variant: str = "lora") -> Program:
-  """The flow with two halves: the trainable one goes through the optimizer, the frozen one goes beside it."""
+  """The flow with two halves: the optimizer sees the trainable one, and the frozen one is an argument."""
   apply = wrap(base.model.apply, recompute)
   frozen, trainable = jaxlora.split(adapt(base, variant))
   return trainer(lambda half, frozen, x: apply({"params": jaxlora.join(frozen, half)}, x), trainable, frozen)
@@ -237,7 +160,7 @@ def jaxlora_train_state(base: Base, recompute: bool = True) -> Program:
 
 
 def qwix(base: Base) -> Program:
-  """Google's qwix, which intercepts the products of a Linen model as it is traced."""
+  """Google's qwix, which intercepts the products of a Linen model during tracing."""
   import qwix
 
   settings = base.settings
@@ -263,17 +186,17 @@ def nnx_lora(base: Base) -> Program:
 
 
 def no_twin(settings: Settings) -> str | None:
-  """The NNX twin has neither a scan nor a remat."""
+  """Why the NNX twin does not support these settings, or None."""
   return "its twin of the model is neither scanned nor remat" if settings.scan or settings.remat else None
 
 
 def all_parameters(base: Base) -> int:
-  """What full fine-tuning trains."""
+  """The number of parameters that full fine-tuning trains."""
   return sum(leaf.size for leaf in jax.tree.leaves(base.params))
 
 
 def factor_parameters(base: Base) -> int:
-  """What every LoRA must train, were it written right: rank x (input + output) of each adapted kernel."""
+  """The number of parameters of correct LoRA: rank x (input + output) for each adapted kernel."""
   total = 0
   for path, kernel in models.adapted_kernels(base.params).items():
     stack, size_in, size_out = models.matrix_shape(path, kernel.shape)
@@ -282,7 +205,7 @@ def factor_parameters(base: Base) -> int:
 
 
 def contestants() -> list[Contestant]:
-  """Everybody who runs in this process; PEFT has its own (`peft_torch.py`)."""
+  """All contestants on JAX; PEFT runs in a process of its own (`peft_torch.py`)."""
   return [
     Contestant(FLOOR, floor, lambda base: 0),
     Contestant(FULL, full, all_parameters),
@@ -295,7 +218,7 @@ def contestants() -> list[Contestant]:
 
 
 def recompute_contestants() -> list[Contestant]:
-  """The library with its option to recompute said aloud."""
+  """The library with `recompute=` off and on."""
   return [
     Contestant(f"jaxlora, {name}", functools.partial(jaxlora_split, recompute=on), factor_parameters)
     for name, on in (("no recompute", False), ("recompute", True))
@@ -303,7 +226,7 @@ def recompute_contestants() -> list[Contestant]:
 
 
 def variant_contestants(variants: Sequence[str]) -> list[Contestant]:
-  """The library with each variant of LoRA; what each trains is its own count, known to the tests."""
+  """The library with each variant of LoRA; the tests check how many parameters each trains."""
   return [
     Contestant(
       variant,
@@ -314,23 +237,10 @@ def variant_contestants(variants: Sequence[str]) -> list[Contestant]:
   ]
 
 
-def run_peft(script: str, settings: Settings, rounds: int, *more: str) -> dict[str, Any]:
-  """What a script for PEFT measured on these settings: torch runs in a process of its own."""
-  sizes = {"d": settings.width, **{name: getattr(settings, name) for name in ("layers", "batch", "seq", "rank")}}
-  sizes |= {"alpha": settings.alpha, "vocabulary": settings.vocabulary, "rounds": rounds}
-  options = [f"--{name}={value}" for name, value in sizes.items()] + ["--bf16"] * settings.bf16
-  with tempfile.TemporaryDirectory() as out:
-    command = [sys.executable, Path(__file__).with_name(f"{script}.py"), *options, *more, f"--out={out}", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-      raise RuntimeError(f"{script}.py failed: {done.stderr}")
-    return json.loads((Path(out) / f"{script}.json").read_text())
-
-
-def present(everybody: Sequence[Contestant], settings: Settings) -> tuple[list[Contestant], list[str]]:
-  """Who can run, and a line for each who cannot."""
+def present(candidates: Sequence[Contestant], settings: Settings) -> tuple[list[Contestant], list[str]]:
+  """The contestants that can run here, and a line for each that cannot."""
   here, absent = [], []
-  for contestant in everybody:
+  for contestant in candidates:
     reason = contestant.misfit(settings)
     if contestant.package and not harness.installed(contestant.package):
       reason = f"{contestant.package} is not installed; the extra `peers` brings it: pip install 'jaxlora[peers]'"
@@ -339,112 +249,3 @@ def present(everybody: Sequence[Contestant], settings: Settings) -> tuple[list[C
     else:
       here.append(contestant)
   return here, absent
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Compiling, running and checking a program.
-
-
-class Compiled(NamedTuple):
-  """A compiled step, and what XLA says of it.
-
-  Attributes:
-    flops: None for a scanned model: XLA counts the body of a loop once.
-    bytes: of temporaries, arguments, results, and results that take an argument's place.
-  """
-
-  program: Program
-  call: Callable[..., Any]
-  flops: float | None
-  bytes: dict[str, int]
-
-
-def compile_step(program: Program, base: Base) -> Compiled:
-  """Compiles ahead of time: one program for the check, the timing and the A/A control."""
-  compiled = jax.jit(program.step, donate_argnums=0).lower(program.state, program.frozen, base.batch).compile()
-  flops = None if base.settings.scan else compiled.cost_analysis()["flops"]
-  memory = compiled.memory_analysis()
-  sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("temp", "argument", "output", "alias")}
-  return Compiled(program, compiled, flops, sizes)
-
-
-def runner(compiled: Compiled, batch: Batch) -> Callable[[], Any]:
-  """A training loop's inside: each call takes the next step, from a state of its own."""
-  state = jax.tree.map(jnp.copy, compiled.program.state)
-
-  def run() -> Any:
-    nonlocal state
-    state, loss = compiled.call(state, compiled.program.frozen, batch)
-    return state, loss
-
-  return run
-
-
-def check_trains(contestant: Contestant, compiled: Compiled, base: Base, steps: int = 5) -> dict[str, Any]:
-  """Trains for a few steps on one batch: it must start where the base is, its loss must fall, its base must not move.
-
-  Raises:
-    RuntimeError: a contestant that does not train has no place in a comparison.
-  """
-  program = compiled.program
-  before = program.base and jax.tree.map(np.array, program.base(program.state, program.frozen))
-  first = float(
-    jax.jit(lambda params, batch: loss_of(base.model.apply({"params": params}, batch.x), batch.y))(
-      base.params, base.batch
-    )
-  )
-  run = runner(compiled, base.batch)
-  losses = []
-  for _ in range(steps):
-    state, loss = run()
-    losses.append(float(loss))
-  unchanged = None
-  if before is not None:
-    unchanged = jax.tree.all(jax.tree.map(np.array_equal, before, program.base(state, program.frozen)))
-  check = {
-    "losses": losses,
-    "base_unchanged": unchanged,
-    "starts_at_base": abs(losses[0] - first) < (2e-2 if base.settings.bf16 else 1e-4) * first,
-    "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(program.trained(program.state))),
-  }
-  faults = {
-    "its loss does not fall": not losses[-1] < losses[0],
-    "its base moves": unchanged is False,
-    "it does not start where the base is": not check["starts_at_base"],
-    "it does not train the parameters that it should": check["trainable_parameters"] != contestant.trainable(base),
-  }
-  if any(faults.values()):
-    raise RuntimeError(f"{contestant.name}: {', '.join(fault for fault, found in faults.items() if found)}: {check}")
-  return check
-
-
-class Entry(NamedTuple):
-  """A contestant that has been compiled and checked; the floor has no check."""
-
-  compiled: Compiled
-  check: dict[str, Any] | None
-
-
-def prepare(base: Base, here: Sequence[Contestant], tick: Callable[[str], Any]) -> dict[str, Entry]:
-  """Compiles and checks everybody; `tick` hears of who is next."""
-  entries = {}
-  for contestant in here:
-    tick(f"compiling {contestant.name}")
-    compiled = compile_step(contestant.build(base), base)
-    check = None if contestant.name == FLOOR else check_trains(contestant, compiled, base)
-    entries[contestant.name] = Entry(compiled, check)
-  return entries
-
-
-def time_steps(
-  base: Base, entries: dict[str, Entry], rounds: int, tick: Callable[[int], Any]
-) -> dict[str, list[float]]:
-  """Seconds per step, round by round, with the floor as its own A/A control; `tick` hears of every turn."""
-  runs = {name: runner(entry.compiled, base.batch) for name, entry in entries.items()}
-  runs = harness.with_control(runs, FLOOR, runner(entries[FLOOR].compiled, base.batch))
-  return harness.interleave(runs, rounds, harness.calls_per_turn(runs), lambda calls: tick(1))
-
-
-def turns(entries: int, rounds: int) -> int:
-  """How often `prepare` and `time_steps` tick: for the progress bar."""
-  return entries + (entries + 1) * (rounds + 1)

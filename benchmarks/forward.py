@@ -1,8 +1,8 @@
-"""An adapter that is not merged costs a forward pass next to nothing, on a whole batch and token by token.
+"""An adapter that is not merged adds next to nothing to a forward pass, on whole sequences and token by token.
 
-Four ways to run the same adapted model: the base alone (what it cannot go below), the adapted tree under `wrap`, its
-merged parameters, and merging within every call. Once on whole sequences, and once on one token beside a cache of keys
-and values.
+Four ways to run the same adapted model: the base alone (the lower limit), the adapted tree under `wrap`, its merged
+parameters, and merging within every call. Each runs on whole sequences, and on one token beside a cache of keys and
+values.
 """
 
 import argparse
@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import contestants
-from contestants import Base, Settings
 import harness
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
+from settings import Base, Settings, add_sizes, make_base
 
 import jaxlora
 
@@ -23,7 +23,7 @@ BASE, UNMERGED, MERGED, EVERY_CALL = "base", "jaxlora, unmerged", "jaxlora, merg
 
 
 class Work(NamedTuple):
-  """What a forward pass is asked to do: `fn(params, *args)` gives logits; `reach` is unmerged over base, at most."""
+  """A forward pass: `fn(params, *args)` returns logits; `reach` is the ratio of unmerged to base to stay below."""
 
   title: str
   fn: Callable[..., jax.Array]
@@ -39,7 +39,7 @@ def whole_batch(base: Base) -> Work:
 
 
 def one_token(base: Base) -> Work:
-  """The next token of every sequence, halfway through the cache; the cache's new values are part of the work."""
+  """The next token of every sequence, halfway through the cache; updating the cache is part of it."""
   settings = base.settings
   model = base.model.clone(decode=True)
   start = jnp.int32(settings.seq // 2)
@@ -56,7 +56,7 @@ def one_token(base: Base) -> Work:
 
 
 def trained(tree: Any) -> Any:
-  """The tree as training might leave it: with a B that is not zero."""
+  """The tree with random values added to its factors, so that B is not zero."""
   frozen, trainable = jaxlora.split(tree)
   leaves, structure = jax.tree.flatten(trainable)
   keys = jax.random.split(jax.random.key(3), len(leaves))
@@ -65,7 +65,7 @@ def trained(tree: Any) -> Any:
 
 
 def compare(base: Base, work: Work, rounds: int, tick: Callable[[str], Any]) -> dict[str, Any]:
-  """All ways to do one piece of work; the first is also the A/A control."""
+  """Times all ways to run one forward pass; the base taken twice is the A/A control."""
   tree = trained(contestants.adapt(base))
   merged = jax.jit(jaxlora.merge)(tree)
   wrapped = contestants.wrap(work.fn)
@@ -105,7 +105,7 @@ def check_agrees(runs: dict[str, Callable[[], Any]], bf16: bool) -> float:
   """The largest difference between unmerged and merged logits, over the largest logit.
 
   Raises:
-    RuntimeError: if it is more than rounding, or if the adapter does nothing.
+    RuntimeError: if it is more than rounding, or if the adapter has no effect.
   """
   base, unmerged, merged = (
     np.asarray(jax.tree.leaves(runs[name]())[0], np.float32) for name in (BASE, UNMERGED, MERGED)
@@ -138,7 +138,7 @@ def describe(comparison: dict[str, Any]) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-  """The table of benchmarks/README.md: a column for each piece of work."""
+  """The table of benchmarks/README.md: a column for each forward pass."""
   comparisons = results["comparisons"]
   rows = [
     (name.removeprefix("jaxlora, "), *(harness.ratio_cell(one["rows"][name]["over_base"]) for one in comparisons))
@@ -151,7 +151,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Any) -> None:
-  """A panel for each piece of work."""
+  """A panel for each forward pass."""
   panels = []
   for comparison in results["comparisons"]:
     values = {name: row["over_base"] for name, row in comparison["rows"].items()}
@@ -167,7 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
   """The options."""
   parser = harness.make_parser(__file__, __doc__, "--batch 1 --bf16")
   harness.add_layers(parser)
-  contestants.add_sizes(parser)
+  add_sizes(parser)
   return parser
 
 
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   parser = make_parser()
   args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
   settings = Settings.parse(parser, args)
-  base = contestants.make_base(settings)
+  base = make_base(settings)
   works = [whole_batch(base), one_token(base)]
   with harness.progress(len(works) * (4 + 5 * (args.rounds + 1)), "turn", args.quiet) as bar:
     comparisons = [compare(base, work, args.rounds, harness.ticker(bar)) for work in works]

@@ -1,10 +1,10 @@
-"""A LoRA step needs the frozen floor's memory and FLOPs and little more; with recomputation, at nearly the same speed.
+"""A LoRA step needs little more memory and FLOPs than the frozen floor, and recomputation takes next to no time.
 
-XLA's own figures of each compiled training step, which are exact: temporary bytes over the frozen floor's, and FLOPs
-over what a LoRA step needs. The time with and without recomputation is measured in interleaved rounds.
+Compared are XLA's figures of each compiled training step, which are exact: temporary bytes over the frozen floor's, and
+FLOPs over those that a LoRA step needs. The time with and without recomputation is measured in interleaved rounds.
 
-"Needed" FLOPs are the floor's, and the factors' own: six times tokens x rank x (input + output) of each kernel. Nothing
-upstream waits for the input gradient of the first block's query, key and value, which the floor has: it is taken off.
+"Needed" FLOPs are the floor's plus the factors' own, 6 x tokens x rank x (input + output) for each kernel, minus the
+input gradient of the first block's query, key and value: the floor computes it, but no trained parameter depends on it.
 """
 
 import argparse
@@ -12,18 +12,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import contestants
-from contestants import FLOOR, FULL, Base, Settings
+from contestants import FLOOR, FULL
 import harness
+from settings import Base, Settings, add_sizes, make_base
+import steps
 
 REACH_TEMP, REACH_FLOPS, REACH_TIME = 1.10, 1.005, 1.05
 RECOMPUTE, NO_RECOMPUTE = "jaxlora, recompute", "jaxlora, no recompute"
 
 
 def factor_flops(base: Base) -> tuple[int, int]:
-  """FLOPs of the factors, and of the input gradient of the first block's query, key and value, which nobody needs.
+  """FLOPs of the factors, and of the input gradient of the first block's query, key and value, which is not needed.
 
-  Forward are x A and (x A) B; backward both factors' gradients and the two products on the way to the input. A block
-  that is recomputed has the forward ones again, but for the last (x A) B, on which no gradient depends.
+  The forward pass has the products x A and (x A) B; the backward pass has both factors' gradients and two products for
+  the input gradient. A block under remat computes the forward products twice, except the last (x A) B, on which no
+  gradient depends.
   """
   settings = base.settings
   tokens = settings.batch * settings.seq
@@ -36,12 +39,12 @@ def factor_flops(base: Base) -> tuple[int, int]:
 
 
 def compare(settings: Settings, args: argparse.Namespace, tick: Any) -> dict[str, Any]:
-  """Everybody's compiled figures, and times."""
-  everybody = contestants.contestants() + contestants.recompute_contestants()
-  here, absent = contestants.present(everybody, settings)
-  base = contestants.make_base(settings)
-  entries = contestants.prepare(base, here, tick)
-  seconds = contestants.time_steps(base, entries, args.rounds, lambda _: tick("timing"))
+  """Compiled figures and times of all contestants."""
+  candidates = contestants.contestants() + contestants.recompute_contestants()
+  here, absent = contestants.present(candidates, settings)
+  base = make_base(settings)
+  entries = steps.prepare(base, here, tick)
+  seconds = steps.time_steps(base, entries, args.rounds, lambda _: tick("timing"))
   over_floor = harness.ratios(seconds, FLOOR)
   floor = entries[FLOOR].compiled
   factors, skipped = factor_flops(base)
@@ -75,7 +78,7 @@ def compare(settings: Settings, args: argparse.Namespace, tick: Any) -> dict[str
 
 
 def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
-  """The head and the rows of the table."""
+  """The head of the table, then its rows."""
   head = ("method", "temp", "temp / floor", "FLOPs", "/ (floor + factors)", "/ needed", "step / floor", "time")
   rows: list[tuple[str, ...]] = [head]
   for name, row in results["rows"].items():
@@ -93,7 +96,7 @@ def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def describe(results: dict[str, Any]) -> str:
-  """The table."""
+  """The table, for a terminal."""
   head, *rows = cells(results)
   lines = [results["title"], harness.table(head, rows)]
   lines.append(f"A/A control (the floor again / the floor): {harness.ratio_cell(results['control'])}")
@@ -138,11 +141,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison; returns what memory.json holds."""
   parser = harness.make_parser(__file__, __doc__, "--remat --rank 32")
   harness.add_layers(parser)
-  contestants.add_sizes(parser)
+  add_sizes(parser)
   args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
   settings = Settings.parse(parser, args)
   count = len(contestants.contestants() + contestants.recompute_contestants())
-  with harness.progress(contestants.turns(count, args.rounds), "turn", args.quiet) as bar:
+  with harness.progress(steps.turns(count, args.rounds), "turn", args.quiet) as bar:
     comparison = compare(settings, args, harness.ticker(bar))
   results = {**harness.provenance(args), **comparison}
   harness.publish(args, "memory", results, plot)

@@ -1,4 +1,4 @@
-"""The language model of the claims: a causal decoder in plain Linen that knows nothing of LoRA."""
+"""The language model of the benchmarks: a causal decoder in plain Linen, which knows nothing of LoRA."""
 
 import functools
 from typing import Any
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 Params = dict[str, Any]
 
 HEAD_WIDTH = 64
-# What every contestant adapts, and how many of a kernel's axes (after a scanned one) are its input. Not the embeddings,
-# not the vocabulary.
+# The kernels that every contestant adapts, and how many of their axes (after a scanned one) are input axes. Embeddings
+# and the head are not adapted.
 INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "mlp_in": 1, "mlp_out": 1}
 TARGETS = rf"(.*/)?({'|'.join(INPUT_AXES)})/kernel"
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
     attention = nn.MultiHeadDotProductAttention(
       max(1, width // HEAD_WIDTH), decode=self.decode, name="attention", **types
     )
-    # a decoder with a cache masks what has not come yet by itself
+    # with a cache, flax masks later positions itself
     mask = None if self.decode else nn.make_causal_mask(jnp.ones((1, x.shape[1])))
     x = x + attention(nn.LayerNorm(name="norm_attention", **types)(x), mask=mask)
     hidden = nn.Dense(4 * width, name="mlp_in", **types)(nn.LayerNorm(name="norm_mlp", **types)(x))
@@ -36,14 +36,14 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-  """A causal decoder with learned positions and an untied vocabulary.
+  """A causal decoder with learned positions and a head of its own.
 
   Attributes:
-    width: d; heads are 64 wide, the MLP is 4 d.
-    positions: the longest sequence; the length of the cache where `decode` is on.
+    width: d; heads are 64 wide, the MLP is 4 d wide.
+    positions: the longest sequence, and the length of the cache.
     scan: whether one block is scanned over stacked parameters.
     remat: whether each block is recomputed in the backward pass.
-    decode: whether attention keeps a cache, in the collection "cache".
+    decode: whether attention keeps a cache of keys and values, in the collection "cache".
   """
 
   vocabulary: int = 4096
@@ -61,8 +61,7 @@ class LanguageModel(nn.Module):
 
     Args:
       tokens: (batch, time).
-      eps: (batch, time, width), added to the embedded tokens: the gradient with respect to it is the input gradient
-        alone.
+      eps: (batch, time, width), added to the embedded tokens; the gradient with respect to it is the input gradient.
       start: the position of the first token.
     """
     types = {"dtype": self.dtype, "param_dtype": self.dtype}
@@ -75,7 +74,7 @@ class LanguageModel(nn.Module):
     return nn.Dense(self.vocabulary, use_bias=False, name="head", **types)(nn.LayerNorm(name="norm", **types)(x))
 
   def _blocks(self, x: jax.Array) -> jax.Array:
-    # a scanned body is compiled on its own: nothing to protect the recomputation from
+    # the body of a scan is compiled separately, and needs no barrier against common subexpressions
     block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
     if not self.scan:
       for k in range(self.layers):
@@ -92,26 +91,26 @@ class LanguageModel(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(model: LanguageModel, seed: int = 0) -> Params:
-  """Fresh parameters: they stand for pretrained ones, of which no cost here depends on the values."""
+  """Fresh parameters, in place of pretrained ones: no cost here depends on their values."""
   return model.clone(decode=False).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def empty_cache(model: LanguageModel, batch: int) -> Any:
-  """The cache of a decoding model, as it is before the first token."""
+  """The cache of a decoding model ahead of the first token."""
   tokens = jnp.zeros((batch, model.positions), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["cache"]
   return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def adapted_kernels(params: Params) -> dict[tuple[str, ...], jax.Array]:
-  """Every kernel that is adapted, by its path."""
+  """The adapted kernels, by path."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   named = {tuple(key.key for key in path): leaf for path, leaf in leaves}
   return {path: leaf for path, leaf in named.items() if path[-1] == "kernel" and path[-2] in INPUT_AXES}
 
 
 def matrix_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
-  """A kernel as a matrix: its stacked axes, the size of its input and the size of its output."""
+  """A kernel as a matrix: its stacked axes, its input size and its output size."""
   stack = 1 if path[0] == "blocks" else 0
   split = stack + INPUT_AXES[path[-2]]
   sizes = [1, 1]

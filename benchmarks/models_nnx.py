@@ -1,7 +1,7 @@
-"""The language model once more in flax's NNX, with an `nnx.LoRA` around every linear layer that is adapted.
+"""The language model in flax's NNX, with an `nnx.LoRA` around every adapted linear layer.
 
-`nnx.LoRA` takes layers with one input and one output axis: queries, keys and values are made by a plain `nnx.Linear`
-and reshaped into heads, which is the same product. It has no `alpha`: its scale is 1.
+`nnx.LoRA` takes layers with one input and one output axis, so queries, keys and values come from a plain `nnx.Linear`
+and are reshaped into heads, which is the same product. It has no `alpha`: its scale is 1.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def adapted(size_in: int, size_out: int, rank: int, rngs: nnx.Rngs, types: dict[
 
 
 class Attention(nnx.Module):
-  """Causal self-attention; the attention itself is the function that the Linen model calls."""
+  """Causal self-attention, by the same attention function as in the Linen model."""
 
   def __init__(self, width: int, rank: int, rngs: nnx.Rngs, types: dict[str, Any]):
     self.heads = max(1, width // HEAD_WIDTH)
@@ -50,7 +50,7 @@ class Block(nnx.Module):
 
 
 class Twin(nnx.Module):
-  """The Linen model's layers under the Linen model's names."""
+  """The same layers as the Linen model's, with the same names."""
 
   def __init__(self, model: LanguageModel, rank: int, rngs: nnx.Rngs):
     types = {"dtype": model.dtype, "param_dtype": model.dtype}
@@ -70,13 +70,13 @@ class Twin(nnx.Module):
 
 
 def split_twin(model: LanguageModel, params: Params, rank: int) -> tuple[Any, Any, Any]:
-  """The twin with the Linen model's parameters: its definition, its factors, and everything else."""
+  """The twin with the Linen model's parameters, as its graph definition, its factors and all other variables."""
   definition, factors, rest = nnx.split(Twin(model, rank, nnx.Rngs(0)), nnx.LoRAParam, ...)
 
   def theirs(path: Any, leaf: jax.Array) -> jax.Array:
     value: Any = params
     for key in path:
-      name = getattr(key, "key", None)  # the last key is the variable's own value, and has none
+      name = getattr(key, "key", None)  # the last key is of the variable's value, and has no name
       if name not in (None, "base_module"):
         value = value[name]
     return jnp.reshape(value, leaf.shape)

@@ -1,7 +1,7 @@
-"""PEFT's mixed batches on torch's CPU over torch's own base: the same shapes, each row with an adapter of its own.
+"""PEFT's mixed batches on torch's CPU over torch's own base: the same shapes, with an adapter for each row.
 
 `adapter_names=` takes one name per row and computes one adapter after the other. `serving.py` runs this in a process of
-its own. One token is one without a cache: torch's base has none either.
+its own. Single tokens run without a cache, those of torch's base, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ BASE = "base"
 
 
 def make_adapted(args: Any) -> Any:
-  """The model with as many different adapters as the largest mix needs."""
+  """The model with as many adapters as the batch with the most distinct ones needs."""
   import peft
   import torch
 
@@ -52,9 +52,7 @@ def serve(model: Any, plain: Any, x: Any, distinct: Sequence[int], rounds: int, 
   return {
     "seconds": {name: harness.summarize(values) for name, values in seconds.items()},
     "throughput": {
-      name: harness.summarize([1 / value for value in ratio["rounds"]])
-      for name, ratio in harness.ratios(seconds, BASE).items()
-      if name != BASE
+      name: harness.inverse(ratio) for name, ratio in harness.ratios(seconds, BASE).items() if name != BASE
     },
   }
 
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   model, plain = make_adapted(args), make_model(args).eval()
   tokens, _ = make_batch(args)
   difference = check_mixes(model, tokens)
-  # the model adds its positions to whole sequences: for one token it has one
+  # the model adds all of its positions: it must have as many as the sequence
   works = {str(args.seq): tokens, "1": tokens[:, :1]}
   served = {}
   with harness.progress(0, "call", args.quiet) as bar:
@@ -101,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def shorten(model: Any, plain: Any, length: int) -> None:
-  """Gives both models positions for sequences of that length."""
+  """Truncates the positions of both models to this length."""
   from torch import nn
 
   for one in (model.base_model.model, plain):

@@ -1,7 +1,7 @@
-"""PEFT on torch's CPU by its own full fine-tuning and its own frozen floor: the same shapes, batch and optimizer.
+"""PEFT on torch's CPU over its own full fine-tuning and frozen floor: the same shapes, batch and optimizer.
 
-Another framework has other kernels: its times say nothing beside JAX's, its ratios do. `train_step.py` runs this in a
-process of its own.
+Another framework has other kernels: its ratios can be compared with JAX's, its times cannot. `train_step.py` runs this
+in a process of its own.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def make_model(args: argparse.Namespace) -> Any:
   """The causal decoder of `models.py` in torch."""
   import torch
   from torch import nn
-  import torch.distributed.tensor  # which PEFT asks about, whoever has loaded it
+  import torch.distributed.tensor  # PEFT looks it up without importing it
   from torch.nn import functional
 
   class Block(nn.Module):
@@ -63,7 +63,7 @@ def make_model(args: argparse.Namespace) -> Any:
 
 
 def make_batch(args: argparse.Namespace) -> tuple[Any, Any]:
-  """Tokens, and what should follow each."""
+  """Tokens (batch, time), and the next token of each."""
   import torch
 
   tokens = torch.randint(args.vocabulary, (args.batch, args.seq + 1), generator=torch.Generator().manual_seed(1))
@@ -78,7 +78,7 @@ def loss_of(logits: Any, y: Any) -> Any:
 
 
 def trainer(model: Any, batch: tuple[Any, Any]) -> Callable[[], float]:
-  """A step of AdamW on whatever of a model requires gradients."""
+  """A step of AdamW on the parameters that require gradients."""
   import torch
 
   optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=1e-4)
@@ -94,7 +94,7 @@ def trainer(model: Any, batch: tuple[Any, Any]) -> Callable[[], float]:
 
 
 def frozen_floor(model: Any, batch: tuple[Any, Any]) -> Callable[[], float]:
-  """Forward and the gradient with respect to the embedded input."""
+  """Forward pass and the gradient with respect to the embedded input."""
   import torch
 
   model.requires_grad_(False)
@@ -118,12 +118,12 @@ def adapted(args: argparse.Namespace) -> Any:
 
 
 def base_of(model: Any) -> dict[str, Any]:
-  """A copy of what must not move."""
+  """A copy of the base's parameters, which must not change."""
   return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
 
 
 def check_trains(step: Callable[[], float], model: Any, steps: int = 5) -> dict[str, Any]:
-  """A few steps on one batch: the loss must fall, the base must not move.
+  """Takes a few steps on one batch: the loss must fall, and the base must not change.
 
   Raises:
     RuntimeError: if it does not train.

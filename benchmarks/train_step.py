@@ -1,7 +1,8 @@
-"""A LoRA step costs the frozen forward and input gradient and little more; its peers cost as much as full fine-tuning.
+"""A LoRA step takes little more than the frozen floor; the steps of other libraries take as long as full fine-tuning.
 
-Each way to train takes the same step on the same model, and its time is compared, within interleaved rounds of one run,
-with the frozen floor's (no trainer can do without it) and with full fine-tuning's.
+All contestants take the same training step of the same model. Their times are compared, within interleaved rounds of
+one run, with those of the frozen floor (forward pass and input gradient, which every trainer needs) and of full
+fine-tuning.
 """
 
 import argparse
@@ -10,28 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import contestants
-from contestants import FLOOR, FULL, Settings
+from contestants import FLOOR, FULL
 import harness
 import jax
+import peers
+from settings import Settings, add_sizes, make_base
+import steps
 
 PEFT = "PEFT (torch)"
 REACH_FLOOR, REACH_FLOOR_VARIANT, REACH_FULL = 1.03, 1.08, 0.70
 
 
 def suite(settings: Settings) -> list[Settings]:
-  """The settings themselves, and everything that is claimed to be as good."""
+  """These settings, and the variations for which the same is claimed."""
   sizes = [{"rank": 4 * settings.rank}, {"width": settings.width // 2}]
   changes = [*sizes, {"scan": True}, {"remat": True}, {"bf16": True}]
   return [settings, *(settings._replace(**change) for change in changes)]
 
 
 def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], Any]) -> dict[str, Any]:
-  """Everybody at one setting."""
-  everybody = [one for one in contestants.contestants() if wanted(one.name, args.only)]
-  here, absent = contestants.present(everybody, settings)
-  base = contestants.make_base(settings)
-  entries = contestants.prepare(base, here, tick)
-  seconds = contestants.time_steps(base, entries, args.rounds, lambda _: tick(f"timing {settings.title()}"))
+  """Compares all contestants at one setting."""
+  candidates = [one for one in contestants.contestants() if wanted(one.name, args.only)]
+  here, absent = contestants.present(candidates, settings)
+  base = make_base(settings)
+  entries = steps.prepare(base, here, tick)
+  seconds = steps.time_steps(base, entries, args.rounds, lambda _: tick(f"timing {settings.title()}"))
   over_floor, over_full = harness.ratios(seconds, FLOOR), harness.ratios(seconds, FULL)
   rows = {
     name: {
@@ -48,7 +52,7 @@ def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], 
     "title": settings.title(),
     "settings": settings._asdict(),
     "control": over_floor[FLOOR + harness.CONTROL],
-    "train_state_over_split": flows_apart(seconds),
+    "train_state_over_split": train_state_over_split(seconds),
     "rows": rows,
     "left_out": absent,
   }
@@ -58,24 +62,24 @@ def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], 
     if reason:
       absent.append(f"{PEFT} is left out: {reason}")
     else:
-      comparison["peft"] = contestants.run_peft("peft_torch", settings, args.rounds)
+      comparison["peft"] = peers.run_peft("peft_torch", settings, args.rounds)
       rows[PEFT] = peft_row(comparison["peft"])
   return comparison
 
 
-def flows_apart(seconds: dict[str, list[float]]) -> dict[str, Any] | None:
-  """What the `TrainState` flow takes over the `split` flow, where both ran."""
+def train_state_over_split(seconds: dict[str, list[float]]) -> dict[str, Any] | None:
+  """The time of the `TrainState` flow over that of the `split` flow, if both ran."""
   split, train_state = "jaxlora", "jaxlora, TrainState"
   return harness.ratios(seconds, split)[train_state] if split in seconds and train_state in seconds else None
 
 
 def wanted(name: str, only: Sequence[str] | None) -> bool:
-  """Whether `--only` lets a contestant in; the two that ratios are taken over always run."""
+  """Whether `--only` includes a contestant; the floor and full fine-tuning are always included."""
   return not only or name in (FLOOR, FULL) or any(name.startswith(start) for start in only)
 
 
 def peft_misfit(settings: Settings) -> str | None:
-  """Why PEFT cannot run beside the others, or None."""
+  """Why PEFT cannot run at these settings, or None."""
   if not (harness.installed("torch") and harness.installed("peft")):
     return "torch and peft are not installed; the extra `peers` brings them: pip install 'jaxlora[peers]'"
   if settings.scan or settings.remat:
@@ -96,7 +100,7 @@ def peft_row(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def cells(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
-  """The head and the rows of one setting's table."""
+  """The head of one setting's table, then its rows."""
   rows: list[tuple[str, ...]] = [("method", "step / floor", "step / full", "time", "FLOPs", "temp")]
   for name, row in comparison["rows"].items():
     flops = "-" if row["flops"] is None else f"{row['flops'] / 1e9:.2f} G"
@@ -107,7 +111,7 @@ def cells(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def describe(comparison: dict[str, Any]) -> str:
-  """One setting's table."""
+  """One setting's table, for a terminal."""
   head, *rows = cells(comparison)
   lines = [comparison["title"], harness.table(head, rows)]
   lines.append(f"A/A control (the floor again / the floor): {harness.ratio_cell(comparison['control'])}")
@@ -117,7 +121,7 @@ def describe(comparison: dict[str, Any]) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-  """The table of benchmarks/README.md: everybody, at the first setting."""
+  """The table of benchmarks/README.md: all contestants at the first setting."""
   comparison = results["comparisons"][0]
   head, *rows = cells(comparison)
   lines = (
@@ -147,7 +151,7 @@ def suite_table(results: dict[str, Any]) -> str:
 
 
 def setting_name(settings: dict[str, Any], first: dict[str, Any]) -> str:
-  """What tells one setting of the suite from the first."""
+  """The name of a setting of the suite: where it differs from the first."""
   names = {"rank": f"rank {settings['rank']}", "width": f"d={settings['width']}"}
   names |= {"scan": "scanned", "remat": "remat", "bf16": "bf16"}
   changed = [name for field, name in names.items() if settings[field] != first[field]]
@@ -196,12 +200,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def names() -> list[str]:
-  """Everybody, installed or not."""
+  """Names of all contestants, installed or not."""
   return [*(one.name for one in contestants.contestants()), PEFT]
 
 
 def beginnings(text: str) -> list[str]:
-  """A comma list of what names begin with."""
+  """A parser of beginnings of names, separated by commas."""
   for start in text.split(","):
     if not any(name.startswith(start) for name in names()):
       raise argparse.ArgumentTypeError(f"no contestant begins with {start!r}; there are: {'; '.join(names())}")
@@ -212,9 +216,9 @@ def make_parser() -> argparse.ArgumentParser:
   """The options."""
   parser = harness.make_parser(__file__, __doc__, "--suite")
   harness.add_layers(parser)
-  contestants.add_sizes(parser)
+  add_sizes(parser)
   parser.add_argument("--suite", action="store_true", help="also 4 x the rank, d / 2, scanned, remat, and bf16")
-  parser.add_argument("--only", type=beginnings, help="names to let in, by how they begin: jaxlora,qwix")
+  parser.add_argument("--only", type=beginnings, help="contestants whose names begin so: jaxlora,qwix")
   return parser
 
 
@@ -229,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   for one in everything:
     Settings.parse(parser, args, **one._asdict())
   count = sum(wanted(name, args.only) for name in names())
-  with harness.progress(len(everything) * contestants.turns(count, args.rounds), "turn", args.quiet) as bar:
+  with harness.progress(len(everything) * steps.turns(count, args.rounds), "turn", args.quiet) as bar:
     comparisons = [compare(one, args, harness.ticker(bar)) for one in everything]
   results = {**harness.provenance(args), "comparisons": comparisons}
   harness.publish(args, "train_step", results, plot)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import adapt_digits
 from adapt_digits import Setup
 import contestants
-from contestants import FLOOR, Settings
+from contestants import FLOOR
 import digits
 from digits import ViT
 import harness
@@ -24,6 +24,8 @@ import methods
 from methods import Method, Program
 import numpy as np
 import optax
+from settings import Settings, add_sizes, make_base
+import steps
 
 import jaxlora
 
@@ -40,10 +42,10 @@ PLUS_RATIO = 16
 
 def compare_cost(settings: Settings, args: argparse.Namespace, tick: Callable[[str], Any]) -> dict[str, Any]:
   """Every variant's step over plain LoRA's."""
-  base = contestants.make_base(settings)
+  base = make_base(settings)
   floor = next(one for one in contestants.contestants() if one.name == FLOOR)
-  entries = contestants.prepare(base, [floor, *contestants.variant_contestants(args.variants)], tick)
-  seconds = contestants.time_steps(base, entries, args.rounds, lambda _: tick("timing"))
+  entries = steps.prepare(base, [floor, *contestants.variant_contestants(args.variants)], tick)
+  seconds = steps.time_steps(base, entries, args.rounds, lambda _: tick("timing"))
   over_lora = harness.ratios(seconds, LORA)
   lora = entries[LORA].compiled
   rows = {
@@ -66,7 +68,7 @@ def compare_cost(settings: Settings, args: argparse.Namespace, tick: Callable[[s
 
 
 class Way(NamedTuple):
-  """One row of the comparison: a method whose learning rate is yet to be chosen."""
+  """A way to train: a variant and an optimizer, ahead of the choice of a learning rate."""
 
   name: str
   variant: str
@@ -80,23 +82,23 @@ class Way(NamedTuple):
     return made._replace(name=self.name)
 
   def tx(self, rate: float, steps: int) -> optax.GradientTransformation:
-    """Its optimizer, with the rate in the state: one program for all rates."""
+    """Its optimizer, with the rate in its state, so that all rates share one program."""
     return optax.chain(self.make(1.0, steps), optax.inject_hyperparams(optax.scale)(step_size=rate))
 
 
 def lora_plus(rate: float, steps: int) -> optax.GradientTransformation:
-  """LoRA+ around the schedule that all others have."""
+  """LoRA+ with the schedule of all other ways."""
   schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
   return jaxlora.lora_plus(schedule, PLUS_RATIO, optax.adam)
 
 
 def ways(variants: Sequence[str]) -> list[Way]:
-  """Each variant, and LoRA with an optimizer of its own."""
+  """Each variant with Adam, and LoRA with LoRA+."""
   return [*(Way(name, name, digits.adam) for name in variants), Way("lora, LoRA+", LORA, lora_plus)]
 
 
 def compare_quality(args: argparse.Namespace, steps_done: Callable[[int], Any]) -> dict[str, Any]:
-  """The rate of each method by its loss on validation images, then its seeds on test images."""
+  """Chooses each way's learning rate by its accuracy on validation images, then trains its seeds for the test."""
   model = ViT()
   old, new = digits.load_task(0), digits.load_task(5)
   pretrained, name = digits.pretrain(model, old.train, args.pretrain_steps, args.batch_size, args.cache, steps_done)
@@ -127,7 +129,7 @@ def compare_quality(args: argparse.Namespace, steps_done: Callable[[int], Any]) 
 
   rows = {}
   for way in ways(args.variants):
-    # Seeds that the result does not use choose the rate.
+    # The rate is chosen with other seeds than the result's.
     others = range(args.seeds, args.seeds + args.tuning_seeds)
     tried = {rate: runs(way, rate, "validation", others) for rate in args.rates}
     rate = max(tried, key=lambda rate: np.mean([run["new"] for run in tried[rate]]))
@@ -145,12 +147,12 @@ def compare_quality(args: argparse.Namespace, steps_done: Callable[[int], Any]) 
 
 
 def paired(row: dict[str, Any], lora: dict[str, Any]) -> dict[str, Any]:
-  """How much better than LoRA a method is, seed by seed: head and batches are the same."""
+  """The interval of accuracy minus LoRA's, paired by seed: heads and batches are the same."""
   return harness.interval([mine["new"] - its["new"] for mine, its in zip(row["seeds"], lora["seeds"], strict=True)])
 
 
 def distinguishable(row: dict[str, Any]) -> bool:
-  """Whether the interval of the difference to LoRA leaves out zero."""
+  """Whether the interval of the difference to LoRA excludes zero."""
   gap = row["less_than_lora"]
   return gap["half"] is not None and abs(gap["mean"]) > gap["half"]
 
@@ -189,7 +191,7 @@ def quality_rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, ..
 
 
 def tables(results: dict[str, Any]) -> str:
-  """Both tables as a README has them."""
+  """The tables of benchmarks/README.md."""
   seeds = results["settings"]["seeds"]
   return "\n\n".join(
     [
@@ -204,7 +206,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-  """Cost beside quality."""
+  """Step times, and accuracies."""
   figure = Figure(figsize=(11, 4.5), layout="constrained")
   cost, quality = figure.subplots(1, 2)
   rows = {name: row for name, row in results["cost"]["rows"].items() if name != FLOOR}
@@ -233,7 +235,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def some(text: str) -> list[str]:
-  """A comma list of variants, LoRA the first."""
+  """A parser of variants, separated by commas; LoRA is always first."""
   asked = text.split(",")
   if unknown := sorted(set(asked) - set(VARIANTS)):
     raise argparse.ArgumentTypeError(f"there is no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
@@ -244,11 +246,11 @@ def make_parser() -> argparse.ArgumentParser:
   """The options."""
   parser = harness.make_parser(__file__, __doc__, "--rank 16 --seeds 10", caches=True)
   harness.add_layers(parser)
-  contestants.add_sizes(parser)
+  add_sizes(parser)
   count = harness.positive(int)
   parser.add_argument("--seeds", type=count, default=5, help="seeds of the quality table")
-  parser.add_argument("--tuning-seeds", type=count, default=2, help="further seeds, that choose each learning rate")
-  parser.add_argument("--variants", type=some, default=list(VARIANTS), help="which to compare with lora, by commas")
+  parser.add_argument("--tuning-seeds", type=count, default=2, help="other seeds, to choose learning rates")
+  parser.add_argument("--variants", type=some, default=list(VARIANTS), help="to compare with lora")
   rates = ",".join(map(str, RATES))
   parser.add_argument("--rates", type=harness.several(harness.positive(float)), default=rates, help="to choose from")
   parser.add_argument("--steps", type=count, default=150, help="steps of adaptation")
@@ -274,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
       quality = compare_quality(args, bar.update)
   except KeyboardInterrupt:
     harness.say_interrupted(args.out / "runs.json")
-  with harness.progress(contestants.turns(1 + len(args.variants), args.rounds), "turn", args.quiet) as bar:
+  with harness.progress(steps.turns(1 + len(args.variants), args.rounds), "turn", args.quiet) as bar:
     cost = compare_cost(settings, args, harness.ticker(bar))
   results = {**harness.provenance(args), "cost": cost, "quality": quality, "seconds": time.perf_counter() - begin}
   harness.publish(args, "variants", results, plot)

@@ -98,23 +98,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     harness.rename(parser, args, f"finetune_{args.model}")
   model = MODELS[args.model]()
   try:
-    everybody = make_methods(model, args)
+    compared = make_methods(model, args)
     harness.check_folders(args)
   except ValueError as error:
     parser.error(str(error))
   try:
-    return compare(model, everybody, args)
+    return compare(model, compared, args)
   except KeyboardInterrupt:
     harness.say_interrupted(args.out / "runs.json")
 
 
-def compare(model: digits.Model, everybody: Sequence[methods.Method], args: argparse.Namespace) -> dict[str, Any]:
+def compare(model: digits.Model, compared: Sequence[methods.Method], args: argparse.Namespace) -> dict[str, Any]:
   """Pretrains, trains and times every method, and writes the results."""
   begin = time.perf_counter()
   old, new = digits.load_task(0), digits.load_task(5)
   old_eval, new_eval = getattr(old, args.evaluate_on), getattr(new, args.evaluate_on)
 
-  steps = args.pretrain_steps + len(everybody) * (args.seeds * args.steps + (args.rounds + 1) * STEPS_PER_ROUND)
+  steps = args.pretrain_steps + len(compared) * (args.seeds * args.steps + (args.rounds + 1) * STEPS_PER_ROUND)
   with harness.progress(steps, "step", args.quiet) as bar:
     bar.set_description("pretraining")
     cache = None if args.no_cache else args.cache
@@ -122,7 +122,7 @@ def compare(model: digits.Model, everybody: Sequence[methods.Method], args: argp
     setup = adapt_digits.Setup(model, pretrained, new.train, new_eval, old_eval, args.steps, args.batch_size, args.out)
 
     programs = []
-    for method in everybody:
+    for method in compared:
       bar.set_description(f"compiling {method.name}")
       programs.append(adapt_digits.compile_step(method, setup))
     runs = train_all(programs, setup, name, args, bar)

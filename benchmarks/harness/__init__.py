@@ -22,7 +22,7 @@ from .plots import Panel, plot_bars
 from .provenance import PEERS, cpu, digest, hardware, installed, provenance, settings, source_digest, versions
 from .results import Runs, progress, publish, say_interrupted, ticker, write
 from .tables import conditions, exact_cell, markdown, milliseconds, percent_cell, ratio_cell, table
-from .timing import CONTROL, calls_per_turn, interleave, ratios, summarize, with_control
+from .timing import CONTROL, calls_per_turn, interleave, inverse, ratios, summarize, with_control
 
 __all__ = [
   "CONTROL",
@@ -44,6 +44,7 @@ __all__ = [
   "installed",
   "interleave",
   "interval",
+  "inverse",
   "make_parser",
   "markdown",
   "milliseconds",

@@ -69,3 +69,8 @@ def ratios(seconds: Mapping[str, Sequence[float]], over: str) -> dict[str, dict[
   return {
     name: summarize([a / b for a, b in zip(values, seconds[over], strict=True)]) for name, values in seconds.items()
   }
+
+
+def inverse(ratio: Mapping[str, Any]) -> dict[str, Any]:
+  """The ratio of throughputs that belongs to a ratio of times."""
+  return summarize([1 / value for value in ratio["rounds"]])

@@ -17,6 +17,10 @@ MODULES = (
   *SCRIPTS,
   "harness",
   "contestants",
+  "settings",
+  "steps",
+  "peers",
+  "serving_ways",
   "models",
   "models_nnx",
   "peft_torch",
@@ -71,8 +75,8 @@ def test_train_step(bench, run):
 
 
 def test_the_suite_covers_the_settings_of_the_claim(bench):
-  first, *others = bench.train_step.suite(bench.contestants.Settings())
-  assert first == bench.contestants.Settings()
+  first, *others = bench.train_step.suite(bench.settings.Settings())
+  assert first == bench.settings.Settings()
   changes = [
     {field: value for field, value in one._asdict().items() if value != getattr(first, field)} for one in others
   ]
@@ -89,7 +93,7 @@ def test_forward(run):
 
 
 def test_memory(bench, run, monkeypatch):
-  monkeypatch.setattr(bench.contestants, "check_trains", lambda *_: {})  # test_train_step has it
+  monkeypatch.setattr(bench.steps, "check_trains", lambda *_: {})  # test_train_step has it
   everybody = [
     one for one in bench.contestants.contestants() if one.name in ("frozen floor", "full fine-tuning", *OURS)
   ]
@@ -146,8 +150,8 @@ def test_serving(run):
 
 
 def test_the_ways_of_a_product_agree(bench):
-  settings = bench.contestants.Settings(width=64, batch=4, seq=8, rank=2)
-  found = bench.serving.ways_of(settings, 2, 3, 1, lambda _: None)  # raises where one differs
+  settings = bench.settings.Settings(width=64, batch=4, seq=8, rank=2)
+  found = bench.serving_ways.ways_of(settings, 2, 3, 1, lambda _: None)  # raises where one differs
   assert set(found["throughput"]) == {"base", "gathered", "row by row", "wide", "ragged_dot"}
   assert found["chosen"] in found["throughput"]
 
@@ -161,10 +165,10 @@ def test_layers_late_and_early(bench):
 @pytest.mark.parametrize("options", [{}, {"scan": True}, {"bf16": True}])
 def test_qwix_trains(bench, options):
   pytest.importorskip("qwix", reason="the peers need jaxlora[peers]")
-  settings = bench.contestants.Settings(64, 1, 2, 8, 2, vocabulary=32, **options)
-  base = bench.contestants.make_base(settings)
+  settings = bench.settings.Settings(64, 1, 2, 8, 2, vocabulary=32, **options)
+  base = bench.settings.make_base(settings)
   here = [one for one in bench.contestants.contestants() if one.name == "qwix"]
-  check = bench.contestants.prepare(base, here, lambda _: None)["qwix"].check
+  check = bench.steps.prepare(base, here, lambda _: None)["qwix"].check
   assert check["base_unchanged"] is True
   assert check["starts_at_base"]
 
@@ -173,13 +177,11 @@ def test_peft_in_a_process_of_its_own(bench):
   for peer in ("torch", "peft"):
     if not bench.harness.installed(peer):
       pytest.skip("the peers need jaxlora[peers]")
-  settings = bench.contestants.Settings(64, 1, 2, 8, 2, vocabulary=32)
-  results = bench.contestants.run_peft("peft_torch", settings, rounds=1)
+  settings = bench.settings.Settings(64, 1, 2, 8, 2, vocabulary=32)
+  results = bench.peers.run_peft("peft_torch", settings, rounds=1)
   row = bench.train_step.peft_row(results)
   assert row["check"]["base_unchanged"]
-  assert row["check"]["trainable_parameters"] == bench.contestants.factor_parameters(
-    bench.contestants.make_base(settings)
-  )
+  assert row["check"]["trainable_parameters"] == bench.contestants.factor_parameters(bench.settings.make_base(settings))
   assert results["over_floor"]["frozen floor"]["median"] == 1
 
 
@@ -187,7 +189,7 @@ def test_peft_serves_in_a_process_of_its_own(bench):
   for peer in ("torch", "peft"):
     if not bench.harness.installed(peer):
       pytest.skip("the peers need jaxlora[peers]")
-  settings = bench.contestants.Settings(64, 1, 4, 8, 2, vocabulary=32)
+  settings = bench.settings.Settings(64, 1, 4, 8, 2, vocabulary=32)
   comparison = {"distinct": [1, 2], "tokens": 8, "throughput": {}, "seconds": {}}
   results = {"comparisons": [comparison]}
   assert bench.serving.add_peft(results, settings, rounds=1) is None
@@ -197,7 +199,7 @@ def test_peft_serves_in_a_process_of_its_own(bench):
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_line(bench, monkeypatch):
   monkeypatch.setattr(bench.harness, "installed", lambda package: False)
-  here, absent = bench.contestants.present(bench.contestants.contestants(), bench.contestants.Settings())
+  here, absent = bench.contestants.present(bench.contestants.contestants(), bench.settings.Settings())
   assert [one.name for one in here] == HERE
   assert len(absent) == 1
   assert "qwix is left out" in absent[0]
@@ -205,15 +207,15 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_line(bench, monkeypatch
 
 
 def test_what_does_not_train_is_an_error(bench):
-  contestants = bench.contestants
-  base = contestants.make_base(contestants.Settings(64, 1, 2, 8, 2, vocabulary=32))
+  contestants, steps = bench.contestants, bench.steps
+  base = bench.settings.make_base(bench.settings.Settings(64, 1, 2, 8, 2, vocabulary=32))
   program = contestants.textbook(base)
   idle = program._replace(step=lambda state, frozen, batch: (state, program.step(state, frozen, batch)[1]))
   for broken, message in ((idle, "does not fall"), (program._replace(trained=lambda state: ()), "parameters that it")):
     with pytest.raises(RuntimeError, match=message):
-      contestants.check_trains(
+      steps.check_trains(
         contestants.Contestant("broken", contestants.textbook, contestants.factor_parameters),
-        contestants.compile_step(broken, base),
+        steps.compile_step(broken, base),
         base,
       )
 
