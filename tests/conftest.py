@@ -16,6 +16,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from jaxlora._jax import trace_cache  # noqa: E402
+from tests.helpers import profiles  # noqa: E402
 from tests.helpers.forks import Forks  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -24,7 +25,33 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
 hypothesis.settings.register_profile("ci", max_examples=150, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("nightly", max_examples=5000, **_COMMON)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--nightly", action="store_true", help="full products of builders and wrappers, and thousands of random programs"
+  )
+
+
+def pytest_configure(config):
+  if config.getoption("--nightly"):
+    os.environ[profiles.VARIABLE] = "nightly"  # for the modules of tests, and for xdist's workers
+  by_default = "nightly" if profiles.is_nightly() else "ci"
+  hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", by_default))
+
+
+def pytest_report_header():
+  if profiles.is_nightly():
+    return "profile: nightly"
+  return "profile: default; full products and larger counts are left out (--nightly or JAXLORA_TESTS=nightly runs them)"
+
+
+def pytest_collection_modifyitems(config, items):
+  if profiles.is_nightly():
+    return
+  left_out = [item for item in items if item.get_closest_marker("nightly")]
+  items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+  config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture

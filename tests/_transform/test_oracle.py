@@ -9,8 +9,9 @@ import pytest
 
 import jaxlora
 from tests import helpers
+from tests.helpers import profiles
 
-CROSS = [(b, w) for b in helpers.BUILDERS for w in helpers.WRAPPERS if helpers.legal(b, w)]
+CROSS = profiles.product(helpers.WRAPPERS, helpers.legal)
 # The gradient of a grouped convolution inside the function reshapes groups out of one axis into another.
 MATERIALISES = {(build, "grad") for build in ("conv_grouped", "conv_depthwise", "vmapped_convs")}
 
@@ -27,6 +28,16 @@ def test_factored_equals_merged(build, wrap, x64):
     reverse=wrap not in helpers.FORWARD_ONLY,
     on_materialize="ignore" if (build, wrap) in MATERIALISES else "error",
   )
+
+
+def test_the_default_run_thins_the_product_evenly():
+  """Every wrapper meets every family, and every builder meets several wrappers."""
+  kept = profiles.thinned(list(helpers.WRAPPERS), helpers.legal)
+  for builds in helpers.FAMILIES.values():
+    for wrap in helpers.WRAPPERS:
+      assert any((build, wrap) in kept for build in builds) == any(helpers.legal(build, wrap) for build in builds)
+  for build in helpers.BUILDERS:
+    assert len([wrap for wrap in helpers.WRAPPERS if (build, wrap) in kept]) in (3, 4, 5), build
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

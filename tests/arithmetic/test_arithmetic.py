@@ -11,7 +11,7 @@ import pytest
 
 import jaxlora
 from jaxlora._weight.variant import VARIANTS
-from tests.helpers import adapted, normal, traced
+from tests.helpers import adapted, normal, traced, trained
 
 KEY = jax.random.key(0)
 SHAPE = (9, 7)
@@ -28,9 +28,11 @@ def base(dtype=np.float64):
 
 
 def adapter(seed, rank, alpha=None, scaling="standard", dtype=np.float64, **fields):
-  """An adapter of one base with moved factors."""
+  """An adapter of one base with random factors."""
   fields = {"targets": "w|stack", "train": "bias", "axes": {"stack": "sio"}} | fields
-  return adapted(base(dtype), seed=seed, rank=rank, alpha=alpha, scaling=scaling, **fields)
+  tree = adapted(base(dtype), seed=None, rank=rank, alpha=alpha, scaling=scaling, **fields)
+  frozen, trainable = jaxlora.split(tree)
+  return trained(jaxlora.join(frozen, jax.tree.map(jnp.zeros_like, trainable)), seed, width=1.0)
 
 
 def deltas(tree):

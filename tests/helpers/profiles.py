@@ -1,0 +1,60 @@
+"""Two profiles of the suite: the default run, and the nightly one with full products and larger counts.
+
+A product is thinned evenly for the default run, so that each of its factors is still met in full: every wrapper meets
+every family of builders, and every builder meets several wrappers.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import math
+import os
+from typing import Any
+
+import pytest
+
+from tests.helpers.builders import BUILDERS, FAMILIES
+
+VARIABLE = "JAXLORA_TESTS"
+EACH = 3  # wrappers for each builder
+STRIDE = 4  # wrappers that are listed side by side are alike
+
+
+def is_nightly() -> bool:
+  return os.environ.get(VARIABLE) == "nightly"
+
+
+def count(by_default: int, nightly: int) -> int:
+  """How often to do something: of kills, say, or of damaged files."""
+  return nightly if is_nightly() else by_default
+
+
+def product(wrappers: Iterable[str], legal: Callable[[str, str], bool]) -> list[Any]:
+  """Every legal pair of a builder and a wrapper; those that the default run leaves out are marked."""
+  wrappers = list(wrappers)
+  kept = thinned(wrappers, legal)
+  return [_param((build, wrap) in kept, build, wrap) for build in BUILDERS for wrap in wrappers if legal(build, wrap)]
+
+
+def thinned(wrappers: Sequence[str], legal: Callable[[str, str], bool]) -> set[tuple[str, str]]:
+  """Diagonals of each family's product: `EACH` or more wrappers for a builder, and as many builders for each wrapper."""
+  kept = set()
+  for builds in FAMILIES.values():
+    for j, wrap in enumerate(wrappers):
+      fitting = [build for build in builds if legal(build, wrap)]
+      share = math.ceil(EACH * len(fitting) / len(wrappers))
+      kept |= {(fitting[(j + STRIDE * k) % len(fitting)], wrap) for k in range(share)}
+  return kept
+
+
+def alternating(cases: Iterable[Any], ways: Sequence[Any]) -> list[Any]:
+  """Every pair of a case and a way to run it; by default the ways take turns, one for each case."""
+  return [_param(k % len(ways) == j, case, way) for k, case in enumerate(cases) for j, way in enumerate(ways)]
+
+
+def every_other(builds: Iterable[str] = BUILDERS) -> list[Any]:
+  """Builders, of which the default run takes every second of each family."""
+  kept = {build for family in FAMILIES.values() for build in family[::2]}
+  return [_param(build in kept, build) for build in builds]
+
+
+def _param(kept: bool, *values: Any) -> Any:
+  return pytest.param(*values, marks=() if kept else pytest.mark.nightly)
