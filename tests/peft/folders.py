@@ -45,6 +45,20 @@ def params():
 
 AXES = {".*query/kernel": "ioo", ".*out/kernel": "iio", "conv/kernel": "iiio"}
 
+# Configurations that cover what a PEFT folder can hold of the tree above.
+FIELDS = [
+  {},
+  {"alpha": 3.5, "dropout": 0.25},
+  {"scaling": "rslora"},
+  {"overrides": {".*query.*": {"rank": 4}, "embed.*": {"alpha": 9}, ".*_1/attn/out.*": {"alpha": 0.5, "rank": 1}}},
+  {"targets": ".*query/kernel", "train": ["head", "norm"]},
+  {"targets": ".*query/kernel", "train": ".*query/bias"},
+  {"targets": ".*query/kernel", "train": ".*bias"},
+  {"targets": ".*out/kernel", "train": "(conv|layers_1/attn/query)/.*"},
+  {"dtype": "bfloat16"},
+  {"dtype": "float16", "targets": "head/kernel"},
+]
+
 
 def adapted(tree=None, targets=r".*(kernel|embedding)", axes=AXES, **fields):
   """An adapted tree with random factors and trained leaves."""

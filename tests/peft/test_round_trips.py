@@ -11,25 +11,21 @@ import jaxlora
 from jaxlora import peft
 from jaxlora.peft import Module
 from jaxlora.peft._read import read
-from tests.peft.folders import AXES, PREFIX, RANDOM, adapted, assert_equal, normal, params, tensors_of, write_modules
-
-
-@pytest.mark.parametrize(
-  "fields",
-  [
-    {},
-    {"alpha": 3.5, "dropout": 0.25},
-    {"scaling": "rslora"},
-    {"overrides": {".*query.*": {"rank": 4}, "embed.*": {"alpha": 9}, ".*_1/attn/out.*": {"alpha": 0.5, "rank": 1}}},
-    {"targets": ".*query/kernel", "train": ["head", "norm"]},
-    {"targets": ".*query/kernel", "train": ".*query/bias"},
-    {"targets": ".*query/kernel", "train": ".*bias"},
-    {"targets": ".*out/kernel", "train": "(conv|layers_1/attn/query)/.*"},
-    {"dtype": "bfloat16"},
-    {"dtype": "float16", "targets": "head/kernel"},
-  ],
-  ids=str,
+from tests.peft.folders import (
+  AXES,
+  FIELDS,
+  PREFIX,
+  RANDOM,
+  adapted,
+  assert_equal,
+  normal,
+  params,
+  tensors_of,
+  write_modules,
 )
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_what_was_saved_is_loaded_again(fields, tmp_path):
   base = params()
   tree = adapted(base, **fields)
@@ -81,9 +77,7 @@ def test_layers_of_a_scan_are_written_one_by_one_whichever_axis_they_are_on(tmp_
 def test_layers_with_ranks_and_scales_of_their_own_meet_in_one_stack(tmp_path):
   base = {"layers": {"q": {"kernel": normal(3, 8, 6)}}}
   modules = [
-    Module(
-      f"model.layers.{k}.q", "linear", RANDOM.normal(size=(rank, 8)), RANDOM.normal(size=(6, rank)), alpha
-    )
+    Module(f"model.layers.{k}.q", "linear", RANDOM.normal(size=(rank, 8)), RANDOM.normal(size=(6, rank)), alpha)
     for k, rank, alpha in ((0, 2, 3.0), (2, 4, 5.0))
   ]
   write_modules(tmp_path, modules)
