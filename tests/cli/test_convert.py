@@ -1,0 +1,73 @@
+"""`jaxlora convert`: either format becomes the other, by one reading and one writing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxlora import checkpoint, peft
+from tests.cli.files import PARAMS, flat
+from tests.helpers import adapted, array
+
+
+def test_convert_to_peft_and_back_without_the_bases_values(run, tmp_path, folders, tree):
+  report = run("convert", folders / "checkpoint", tmp_path / "p", "--base-model", "org/base", "--task-type", "X")
+  assert report["formats"] == ["jaxlora", "peft"]
+  config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+  assert (config["base_model_name_or_path"], config["task_type"]) == ("org/base", "X")
+  for file in (folders / "flax.safetensors", folders / "checkpoint"):  # names and shapes from either
+    target = tmp_path / f"from {file.name}"
+    run("convert", tmp_path / "p", target, "--base", file)
+    restored = checkpoint.restore(target, PARAMS)
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
+      assert np.array_equal(x, y)
+    assert checkpoint.contents(target).metadata["peft"] == {"base_model_name_or_path": "org/base", "task_type": "X"}
+  run("convert", target, tmp_path / "again")  # what the first PEFT folder said goes along
+  assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == config
+
+
+def test_convert_from_peft_by_torchs_names(run, tmp_path):
+  kernel = {"h": {"0": {"attn": {"c_attn": {"kernel": array(1, (4, 12), jnp.float32)}}}}}
+  conv = {"stem": {"conv": {"kernel": array(2, (3, 3, 2, 5), jnp.float32)}}}
+  params = {"transformer": {"wte": {"embedding": array(3, (7, 4), jnp.float32)}, **kernel, **conv}}
+  tree = adapted(params, targets=["attn", "conv", "wte"], axes={".*conv/kernel": "iiio"})
+  peft.save(tmp_path / "p", tree)
+  run("convert", tmp_path / "p", tmp_path / "c")
+  more = {"transformer": params["transformer"] | {"ln_f": {"scale": jnp.ones(4)}}}  # no part of what was known
+  restored = checkpoint.restore(tmp_path / "c", more)
+  del restored["transformer"]["ln_f"]
+  for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
+    assert np.array_equal(x, y)
+
+
+def test_convert_needs_the_base_where_a_layout_is_not_told(run, tmp_path):
+  params = {"layers_0": {"q_proj": {"kernel": jnp.ones((6, 4))}}, "head": {"kernel": jnp.ones((4, 3))}}
+  peft.save(tmp_path / "p", adapted(params, targets=["q_proj"], train=["head"]))
+  assert "Pass --base FILE" in run("convert", tmp_path / "p", tmp_path / "c", code=1)["error"]
+  save_file(flat(params, "."), tmp_path / "base.safetensors")
+  run("convert", tmp_path / "p", tmp_path / "c", "--base", tmp_path / "base.safetensors")
+  assert list(checkpoint.contents(tmp_path / "c").leaves) == ["head/kernel", "layers_0/q_proj/kernel"]
+
+
+def test_convert_reads_once_and_writes_once(run, tmp_path, folders, touched):
+  for base in (["--base", folders / "flax.safetensors"], []):
+    touched.clear()
+    run("convert", folders / "peft", tmp_path / f"c{len(base)}", *base)
+    labels = [label for label in touched if not label.startswith("read adapter_model.safetensors from byte")]
+    assert set(touched.values()) == {1}
+    assert len(touched) - len(labels) == 6  # two factors of three modules, each read once
+    assert sorted(labels) == [
+      "read adapter_config.json",
+      "read the header of adapter_model.safetensors",
+      "wrote a checkpoint",
+    ]
+  touched.clear()
+  run("convert", folders / "checkpoint", tmp_path / "p")
+  assert dict(touched) == {
+    "read a checkpoint": 1,
+    "wrote adapter_model.safetensors": 1,
+    "wrote adapter_config.json": 1,
+  }
