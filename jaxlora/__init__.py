@@ -2,6 +2,13 @@
 
 A tree of parameters becomes a tree with frozen bases and trainable low-rank factors; `wrap` makes any function take it,
 without touching the function; gradients, optimizer state and checkpoints hold only the factors.
+
+    tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=8), key)
+    apply = jaxlora.wrap(model.apply)
+    logits = apply({"params": tree}, x)
+
+What belongs together has a face of its own as well: `jaxlora.svd`, `jaxlora.arithmetic`, `jaxlora.init`,
+`jaxlora.serving`, and, imported where they are used, `jaxlora.checkpoint` and `jaxlora.peft`.
 """
 
 from jaxlora import arithmetic, init, serving, svd
@@ -9,49 +16,60 @@ from jaxlora._adapt.adapt import adapt
 from jaxlora._adapt.config import LoraConfig
 from jaxlora._adapt.halves import join, split
 from jaxlora._adapt.merge import merge, strip
-from jaxlora._adapt.summary import summary
+from jaxlora._adapt.summary import LeafSummary, Summary, summary
 from jaxlora._base.matrix import LowRank
 from jaxlora._train.adalora import prune, sensitivity
 from jaxlora._train.gradients import grad, value_and_grad
 from jaxlora._train.optimizer import labels, lora_plus, mask, optimizer
-from jaxlora._transform.explain import explain
-from jaxlora._transform.record import MaterializeError, MaterializeWarning
+from jaxlora._transform.explain import Explanation, explain
+from jaxlora._transform.record import MaterializeError, MaterializeWarning, Use
 from jaxlora._transform.wrap import wrap
-from jaxlora._version import __version__
+from jaxlora._version import __version__ as __version__
+from jaxlora._weight.register import register_variant, unregister_variant, variants
+from jaxlora._weight.variant import Start, Variant
 from jaxlora._weight.weight import FullWeight, LoraWeight
-from jaxlora.arithmetic._combine import combine
-from jaxlora.arithmetic._measures import cosine, norms
-from jaxlora.arithmetic._scale import interpolate, scale, subtract
-from jaxlora.init._from_data import init_from_data
-from jaxlora.serving._adapters import pad
-from jaxlora.serving._bank import Bank
-from jaxlora.serving._route import route
-from jaxlora.serving._stack import stack
-from jaxlora.svd._compress import compress
-from jaxlora.svd._extract import extract
-from jaxlora.svd._low_rank import low_rank
-from jaxlora.svd._ranks import allocate
-from jaxlora.svd._truncation import Truncation
-from jaxlora.svd._update import spectrum
+from jaxlora.arithmetic import combine, combine_with_report, cosine, interpolate, norms, scale, subtract
+from jaxlora.init import init_from_data
+from jaxlora.serving import Bank, pad, route, stack
+from jaxlora.svd import (
+  LeafTruncation,
+  Truncation,
+  allocate,
+  compress,
+  compress_with_report,
+  extract,
+  extract_with_report,
+  low_rank,
+  spectrum,
+)
 
 __all__ = [
   "Bank",
+  "Explanation",
   "FullWeight",
+  "LeafSummary",
+  "LeafTruncation",
   "LoraConfig",
   "LoraWeight",
   "LowRank",
   "MaterializeError",
   "MaterializeWarning",
+  "Start",
+  "Summary",
   "Truncation",
-  "__version__",
+  "Use",
+  "Variant",
   "adapt",
   "allocate",
   "arithmetic",
   "combine",
+  "combine_with_report",
   "compress",
+  "compress_with_report",
   "cosine",
   "explain",
   "extract",
+  "extract_with_report",
   "grad",
   "init",
   "init_from_data",
@@ -66,6 +84,7 @@ __all__ = [
   "optimizer",
   "pad",
   "prune",
+  "register_variant",
   "route",
   "scale",
   "sensitivity",
@@ -77,6 +96,8 @@ __all__ = [
   "subtract",
   "summary",
   "svd",
+  "unregister_variant",
   "value_and_grad",
+  "variants",
   "wrap",
 ]

@@ -25,8 +25,9 @@ def factor_spec(spec: PartitionSpec, roles: str, own: str) -> PartitionSpec:
     The spec of the factor, `(*stack, rank, *own)`, with an entry for each of its axes.
 
   Example:
-    >>> factor_spec(PartitionSpec("data", "model"), "io", "i"), factor_spec(PartitionSpec("data", "model"), "io", "o")
-    (PartitionSpec(None, 'data'), PartitionSpec(None, 'model'))
+    >>> base = PartitionSpec("data", "model")
+    >>> tuple(factor_spec(base, "io", "i")), tuple(factor_spec(base, "io", "o"))
+    ((None, 'data'), (None, 'model'))
   """
   entries = (*spec, *[None] * (len(roles) - len(spec)))
   return PartitionSpec(*(None if axis == RANK else entries[axis] for axis in factor_axes(roles, own)))

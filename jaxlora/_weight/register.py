@@ -1,7 +1,6 @@
 """`register_variant`: a user's own member of the family, in one record."""
 
-from collections.abc import Mapping
-import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +11,24 @@ from jaxlora._weight.variant import VARIANTS, Shapes, Start, Variant, over_outpu
 
 LABELS = ("a", "b", "magnitude")  # what `labels` and optimizers that are made by it know
 
-variants: Mapping[str, Variant] = types.MappingProxyType(VARIANTS)  # the registered ones, by name; read-only
+
+class _Registered(Mapping[str, Variant]):
+  """The variants that `LoraConfig(variant=...)` takes, by name; read-only, `register_variant` adds one."""
+
+  def __getitem__(self, name: str) -> Variant:
+    return VARIANTS[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(VARIANTS)
+
+  def __len__(self) -> int:
+    return len(VARIANTS)
+
+  def __repr__(self) -> str:
+    return f"<variants {', '.join(VARIANTS)}>"
+
+
+variants = _Registered()
 
 _TRIAL = (6, 4), "io", 2  # shape, roles and rank of the weight that a new record is tried on
 
