@@ -55,7 +55,7 @@ def from_modules(
     >>> module = jaxlora.peft.Module("model.layers.0.q_proj", "linear", a, b, alpha=4.0)
     >>> adapter = jaxlora.peft.Adapter({module.name: module}, whole={}, bases={}, config={})
     >>> jaxlora.peft.from_modules(adapter, {"layers_0": {"q_proj": {"kernel": jnp.ones((16, 8))}}})
-    {'layers_0': {'q_proj': {'kernel': LoraWeight(16x8 io, rank 2, f32)}}}
+    {'layers_0': {'q_proj': {'kernel': LoraWeight(16x8 io, rank 2, f32, scale 2)}}}
 
   Source: the format is that of `peft` 0.21, `peft/utils/save_and_load.py` and `peft/tuners/lora/`.
   """
