@@ -77,7 +77,7 @@ def unknown(aval: Any, last: frozenset[Any]) -> Seen:
   return Seen(None, (NONE,) * len(getattr(aval, "shape", ())), last)
 
 
-def merged(values: Sequence[Seen]) -> Seen:
+def joined(values: Sequence[Seen]) -> Seen:
   """What is known of a value that is one of several: a branch's result, a loop's carry."""
   first = values[0]
   same = all(v.leaf == first.leaf and v.axes == first.axes for v in values)

@@ -1,4 +1,11 @@
-"""Learns from one abstract trace what each axis of each parameter is for."""
+"""The probe: learns from one abstract trace what each axis of each parameter is for.
+
+The probe is a function of the parameters alone. Its jaxpr is interpreted with, for every value, what is known of it
+(`Seen`): whether it is a rearranged parameter, which parameter axes its own axes index, and which parameter it was last
+multiplied by. Nothing is computed.
+
+Reading order: the study -> the handler.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -8,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlora._adapt.evidence import INPUT, NONE, Evidence, Label, Seen, merged, unknown
-from jaxlora._base.reshape import reshape_groups
-from jaxlora._jax.control_flow import scan_counts
-from jaxlora._jax.jaxpr import Literal, open_jaxpr
+from jaxlora._adapt.evidence import INPUT, NONE, Evidence, Seen, joined, unknown
+from jaxlora._adapt.observer import Observer
+from jaxlora._jax.control_flow import Branches, Scan, Structure, Unreadable, While
+from jaxlora._transform.interpreter import Handler, interpret
 
 
 def study(probe: Callable[[Any], Any], params: Any) -> list[Evidence]:
@@ -36,17 +43,14 @@ def study(probe: Callable[[Any], Any], params: Any) -> list[Evidence]:
     if type(error) is not TypeError:  # JAX's own, which say what is wrong with the program
       raise
     raise TypeError(f"adapt: probe raised TypeError on the parameters: {error}; {_EXPECTED}") from error
-  study_ = _Study([Evidence(ndim=np.ndim(leaf)) for leaf in leaves])
-  jaxpr, consts = open_jaxpr(traced)
+  observer = Observer([Evidence(ndim=np.ndim(leaf)) for leaf in leaves])
   inputs = [
     Seen(leaf, tuple(frozenset({(leaf, d)}) for d in range(np.ndim(array))), NONE) for leaf, array in arrays.items()
   ]
-  captured = [unknown(var.aval, INPUT if var.aval.shape else NONE) for var in jaxpr.constvars]
-  del consts
-  for out in study_.run(jaxpr, captured, inputs):
+  for out in interpret(traced, inputs, Probe(observer)):
     if len(out.last) == 1 and isinstance(only := next(iter(out.last)), int):
-      study_.evidence[only].final = True
-  return study_.evidence
+      observer.evidence[only].final = True
+  return observer.evidence
 
 
 _EXPECTED = "expected a function of the parameters alone, such as lambda p: model.apply({'params': p}, x)."
@@ -66,287 +70,54 @@ def _check_callable(probe: Any, params: Any) -> None:
     raise TypeError(f"adapt: probe cannot be called with the parameters alone: {error}; {_EXPECTED}") from error
 
 
-class _Study:
-  """The walk and the evidence that it gathers."""
+class Probe(Handler):
+  """The handler of a probe's program: values are what is known of them, and control flow is entered with that."""
 
-  def __init__(self, evidence: list[Evidence]):
-    self.evidence = evidence
-    self.indirect: set[int] = set()  # leaves known only by what is made of them
+  def __init__(self, observer: Observer):
+    self.observer = observer
 
-  def run(self, jaxpr: Any, consts: Sequence[Seen], args: Sequence[Seen]) -> list[Seen]:
-    env: dict[Any, Seen] = {}
-    env.update(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
+  def literal(self, atom: Any) -> Seen:
+    return unknown(atom.aval, NONE)
 
-    def read(atom: Any) -> Seen:
-      return unknown(atom.aval, NONE) if isinstance(atom, Literal) else env[atom]
+  def constant(self, var: Any, value: Any) -> Seen:
+    return unknown(var.aval, INPUT if var.aval.shape else NONE)
 
-    for eqn in jaxpr.eqns:
-      out = self.equation(eqn, [read(atom) for atom in eqn.invars])
-      env.update(zip(eqn.outvars, out, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+  def primitive(self, eqn: Any, values: Sequence[Seen]) -> list[Seen]:
+    return self.observer.observe(eqn, values)
 
-  def closed(self, jaxpr: Any, args: Sequence[Seen]) -> list[Seen]:
-    inner, _ = open_jaxpr(jaxpr)
-    return self.run(inner, [unknown(var.aval, INPUT if var.aval.shape else NONE) for var in inner.constvars], args)
+  def unreadable(self, eqn: Any, values: Sequence[Seen], why: Unreadable) -> list[Seen]:
+    return self.observer.elementwise(eqn, list(values))
 
-  def equation(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    handler = _HANDLERS.get(eqn.primitive.name)
-    if handler is not None:
-      try:
-        return handler(self, eqn, values)
-      except KeyError:  # parameters of an unknown form: forget instead of guessing
-        pass
-    return self.elementwise(eqn, values)
+  def control(self, eqn: Any, found: Structure, values: Sequence[Seen]) -> list[Seen]:
+    if isinstance(found, Branches):
+      branches = [interpret(jaxpr, values[1:], self) for jaxpr in found.branches]
+      return [joined(group) for group in zip(*branches, strict=True)]
+    if isinstance(found, Scan):
+      return self._scan(found, values)
+    if isinstance(found, While):
+      first, last = found.condition_constants, found.condition_constants + found.body_constants
+      _, carry = self._loop(found.body, values[first:last], values[last:], [])
+      return carry
+    return interpret(found.jaxpr, values, self)
 
-  # Anything without a handler: a value of the same shape keeps its axes, everything else is forgotten.
-
-  def elementwise(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    last = frozenset().union(*(value.last for value in values)) if values else NONE
-    shapes = [getattr(atom.aval, "shape", ()) for atom in eqn.invars]
-    for value in values:
-      if value.leaf is not None and not value.picked:
-        self.evidence[value.leaf].used.append(eqn.primitive.name)
-    out = []
-    for var in eqn.outvars:
-      alike = [v.axes for v, shape in zip(values, shapes, strict=True) if shape == getattr(var.aval, "shape", ())]
-      axes = tuple(frozenset().union(*group) for group in zip(*alike, strict=True)) if alike else None
-      out.append(Seen(None, axes, last) if axes is not None else unknown(var.aval, last))
-    return out
-
-  # Layout: the parameter stays the parameter.
-
-  def same(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    return [dataclasses.replace(value) for value in values]
-
-  def scaled(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    """A product or quotient by a scalar leaves a parameter one; any other is elementwise."""
-    arrays = [v for v, atom in zip(values, eqn.invars, strict=True) if getattr(atom.aval, "shape", ())]
-    if len(arrays) == 1 and arrays[0].leaf is not None:
-      return arrays
-    return self.elementwise(eqn, values)
-
-  def transpose(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    (value,) = values
-    return [dataclasses.replace(value, axes=tuple(value.axes[d] for d in eqn.params["permutation"]))]
-
-  def reshape(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    value, shape, new = values[0], eqn.invars[0].aval.shape, eqn.params["new_sizes"]
-    order = eqn.params.get("dimensions") or range(len(shape))  # some reshapes transpose first
-    axes: list[frozenset[Label]] = [NONE] * len(new)
-    if 0 not in shape:
-      for left, right in reshape_groups([shape[d] for d in order], new):
-        labels = frozenset().union(*(value.axes[order[d]] for d in left))
-        for d in right:
-          axes[d] = labels
-    return [dataclasses.replace(value, axes=tuple(axes))]
-
-  def squeeze(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    (value,) = values
-    gone = set(eqn.params["dimensions"])
-    return [dataclasses.replace(value, axes=tuple(labels for d, labels in enumerate(value.axes) if d not in gone))]
-
-  def broadcast(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    value = values[0]
-    axes: list[frozenset[Label]] = [NONE] * len(eqn.params["shape"])
-    for d, out in enumerate(eqn.params["broadcast_dimensions"]):
-      axes[int(out)] = value.axes[d]
-    return [dataclasses.replace(value, axes=tuple(axes))]
-
-  def first(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    return [dataclasses.replace(values[0]) for _ in eqn.outvars]
-
-  def reduce(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    value, gone = values[0], set(eqn.params["axes"])
-    if value.leaf is not None and not value.picked:
-      self.evidence[value.leaf].used.append(eqn.primitive.name)
-    axes = tuple(labels for d, labels in enumerate(value.axes) if d not in gone)
-    return [Seen(None, axes, value.last) for _ in eqn.outvars]
-
-  # Products: this is where roles come from.
-
-  def product(self, weight: Seen, contracted: set[Label], batched: set[Label], data: frozenset[Any]) -> frozenset[Any]:
-    """Notes one product of a parameter; returns what the result was last multiplied by."""
-    leaf = weight.leaf
-    assert leaf is not None
-    evidence = self.evidence[leaf]
-    for other in data:
-      if isinstance(other, int) and other != leaf:
-        self.evidence[other].feeds = True
-    own = {axis for owner, axis in contracted if owner == leaf}
-    stacked = {axis for owner, axis in batched if owner == leaf}
-    present = {axis for labels in weight.axes for owner, axis in labels if owner == leaf}
-    absent = set(range(evidence.ndim)) - present  # sliced or scanned away before the product
-    if evidence.contracted is None and own:
-      evidence.contracted = frozenset(own - stacked - absent)
-      evidence.stacked |= stacked | absent
-    return frozenset({leaf})
-
-  def dot_general(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    lhs, rhs = values
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    free = [
-      [d for d in range(len(value.axes)) if d not in (*contract, *batch)]
-      for value, contract, batch in ((lhs, lhs_contract, lhs_batch), (rhs, rhs_contract, rhs_batch))
-    ]
-    last = lhs.last | rhs.last
-    sides = ((lhs, rhs, lhs_contract, lhs_batch, free[0]), (rhs, lhs, rhs_contract, rhs_batch, free[1]))
-    weights = [side for side in sides if self._is_weight(side[0], side[3], side[4])]
-    if weights:
-      last = NONE
-    for made, other, contract, _, _ in sides:
-      self._made_of_parameters(made, other, contract)
-    for weight, other, contract, batch, _ in weights:
-      contracted = {label for d in contract for label in weight.axes[d]}
-      batched = {label for d in batch for label in weight.axes[d]}
-      if weight.picked and weight.leaf is not None:  # experts that were looked up: a stack, not a table
-        evidence = self.evidence[weight.leaf]
-        evidence.looked_up, evidence.stacked = None, evidence.stacked | {axis for _, axis in batched}
-      last |= self.product(weight, contracted, batched, other.last)
-      self._stack_of_activations(weight, other, batch, lhs_batch if other is lhs else rhs_batch)
-    axes = (
-      *(lhs.axes[i] | rhs.axes[j] for i, j in zip(lhs_batch, rhs_batch, strict=True)),
-      *(lhs.axes[d] for d in free[0]),
-      *(rhs.axes[d] for d in free[1]),
-    )
-    return [Seen(None, axes, last)]
-
-  def _made_of_parameters(self, made: Seen, other: Seen, contract: Sequence[int]) -> None:
-    """A kernel computed from parameters (concatenated gates, a normalised weight) says what is contracted of each."""
-    if made.leaf is not None or made.last or not other.last:
-      return
-    for leaf, axis in {label for d in contract for label in made.axes[d]}:
-      evidence = self.evidence[leaf]
-      if evidence.contracted is None or leaf in self.indirect:
-        self.indirect.add(leaf)
-        evidence.contracted = (evidence.contracted or frozenset()) | {axis}
-
-  def concatenate(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    """Axis by axis, whatever lies side by side there."""
-    for value in values:
-      if value.leaf is not None and not value.picked:
-        self.evidence[value.leaf].used.append(eqn.primitive.name)
-    axes = tuple(frozenset().union(*group) for group in zip(*(value.axes for value in values), strict=True))
-    return [Seen(None, axes, frozenset().union(*(value.last for value in values)))]
-
-  def _is_weight(self, value: Seen, batch: Sequence[int], free: Sequence[int]) -> bool:
-    """A parameter; or looked-up parts of one that meet their inputs row by row, and still have an output axis."""
-    if value.leaf is None or not value.picked:
-      return value.leaf is not None
-    row = self.evidence[value.leaf].looked_up
-    batched = any((value.leaf, row) in value.axes[d] for d in batch)
-    return batched and any(value.axes[d] for d in free)
-
-  def _stack_of_activations(self, weight: Seen, other: Seen, batch: Sequence[int], other_batch: Sequence[int]) -> None:
-    """Experts: an output axis of one parameter that is the batch axis of the next is a stack of both.
-
-    Only where it leads that parameter, before what it contracts; heads, in the middle of a kernel, are no stack.
-    """
-    for _, k in zip(batch, other_batch, strict=True):
-      for leaf, axis in other.axes[k]:
-        evidence = self.evidence[leaf]
-        if evidence.contracted and leaf != weight.leaf and axis < min(evidence.contracted):
-          evidence.stacked.add(axis)
-
-  def conv(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    data, weight = values
-    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-    if weight.leaf is None:
-      return self.elementwise(eqn, values)
-    if self.evidence[weight.leaf].contracted is None:
-      self.evidence[weight.leaf].convolved = True
-    contracted = {label for d, labels in enumerate(weight.axes) if d != out_axis for label in labels}
-    last = self.product(weight, contracted, set(), data.last)
-    return [unknown(eqn.outvars[0].aval, last)]
-
-  def gather(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    table, numbers = values[0], eqn.params["dimension_numbers"]
-    index_map = tuple(numbers.start_index_map)
-    if table.leaf is None or len(index_map) != 1 or tuple(numbers.collapsed_slice_dims) != index_map:
-      return self.elementwise(eqn, values)
-    evidence, batching = self.evidence[table.leaf], tuple(numbers.operand_batching_dims)
-    row = table.axes[index_map[0]]
-    if not table.picked and evidence.looked_up is None and evidence.contracted is None and len(row) == 1:
-      evidence.looked_up = next(iter(row))[1]
-      present = {axis for labels in table.axes for _, axis in labels}
-      evidence.stacked |= set(range(evidence.ndim)) - present
-      evidence.stacked |= {axis for d in batching for _, axis in table.axes[d]}
-    whole = [d for d in range(len(table.axes)) if d not in index_map and d not in batching]
-    offsets = dict(zip(numbers.offset_dims, whole, strict=True))
-    axes = tuple(table.axes[offsets[k]] if k in offsets else row for k in range(len(eqn.outvars[0].aval.shape)))
-    return [Seen(table.leaf, axes, frozenset({table.leaf}), picked=True)]
-
-  # Control flow: in, with what is known, and out again.
-
-  def inner(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    return self.closed(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), values)
-
-  def cond(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    branches = [self.closed(jaxpr, values[1:]) for jaxpr in eqn.params["branches"]]
-    return [merged(group) for group in zip(*branches, strict=True)]
-
-  def scan(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    counts = scan_counts(eqn.params)
-    if counts is None:
-      return self.elementwise(eqn, values)
-    n_consts, n_carry = counts
-    consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
+  def _scan(self, scan: Scan, values: Sequence[Seen]) -> list[Seen]:
+    first, last = scan.constants, scan.constants + scan.carries
     slices = []
-    for x in values[n_consts + n_carry :]:
+    for x in values[last:]:
       if x.leaf is not None and not x.picked:
-        self.evidence[x.leaf].stacked |= {axis for _, axis in x.axes[0]}
+        self.observer.evidence[x.leaf].stacked |= {axis for _, axis in x.axes[0]}
       slices.append(dataclasses.replace(x, axes=x.axes[1:]))
-    out, carry = self.loop(eqn.params["jaxpr"], consts, carry, slices)
-    return [*carry, *(dataclasses.replace(y, leaf=None, axes=(NONE, *y.axes)) for y in out[n_carry:])]
+    out, carry = self._loop(scan.jaxpr, values[:first], values[first:last], slices)
+    return [*carry, *(dataclasses.replace(y, leaf=None, axes=(NONE, *y.axes)) for y in out[scan.carries :])]
 
-  def while_(self, eqn: Any, values: list[Seen]) -> list[Seen]:
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    _, carry = self.loop(eqn.params["body_jaxpr"], values[n_cond : n_cond + n_body], values[n_cond + n_body :], [])
-    return list(carry)
-
-  def loop(
+  def _loop(
     self, jaxpr: Any, consts: Sequence[Seen], carry: Sequence[Seen], slices: Sequence[Seen]
   ) -> tuple[list[Seen], list[Seen]]:
     """A body, run until nothing more is learnt of its carry; that takes few rounds, as knowledge only grows or goes."""
     carry = list(carry)
     while True:
-      out = self.closed(jaxpr, [*consts, *carry, *slices])
-      new = [merged(pair) for pair in zip(carry, out, strict=False)]
+      out = interpret(jaxpr, [*consts, *carry, *slices], self)
+      new = [joined(pair) for pair in zip(carry, out, strict=False)]
       if new == carry:
         return out, carry
       carry = new
-
-
-_KEEPS = (
-  "convert_element_type", "neg", "rev", "copy", "copy_p", "name", "stop_gradient", "pvary", "sharding_constraint",
-  "optimization_barrier", "reshard", "mesh_cast",
-)  # fmt: skip
-
-
-_CALLS = (
-  "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
-  "shard_map",
-)  # fmt: skip
-
-
-_REDUCES = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin")
-
-
-_HANDLERS: dict[str, Callable[[_Study, Any, list[Seen]], list[Seen]]] = {
-  "transpose": _Study.transpose,
-  "reshape": _Study.reshape,
-  "squeeze": _Study.squeeze,
-  "broadcast_in_dim": _Study.broadcast,
-  "dot_general": _Study.dot_general,
-  "conv_general_dilated": _Study.conv,
-  "gather": _Study.gather,
-  "concatenate": _Study.concatenate,
-  "cond": _Study.cond,
-  "scan": _Study.scan,
-  "while": _Study.while_,
-  **dict.fromkeys(("slice", "dynamic_slice", "split"), _Study.first),
-  **dict.fromkeys(("mul", "div"), _Study.scaled),
-  **dict.fromkeys(_KEEPS, _Study.same),
-  **dict.fromkeys(_REDUCES, _Study.reduce),
-  **dict.fromkeys(_CALLS, _Study.inner),
-}

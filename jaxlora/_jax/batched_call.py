@@ -11,7 +11,9 @@ import jax.numpy as jnp
 try:
   from jax.extend.core import Primitive
   from jax.interpreters import ad, batching, mlir
-except ImportError:  # a JAX that moved them: a batched call is computed plainly
+
+  _ = ad.primitive_jvps, batching.primitive_batchers, mlir.register_lowering, mlir.lower_fun
+except (ImportError, AttributeError):  # a JAX that moved them: a batched call is computed plainly
   Primitive = None  # type: ignore[assignment,misc]
 
 

@@ -18,7 +18,12 @@ from jaxlora._jax.trace_cache import traced_once
 try:
   from jax.extend.core import Primitive
   from jax.interpreters import ad, batching, mlir
-except ImportError:  # a JAX that moved them: a linear call gives way to a plain one, and memory is saved no longer
+
+  _ = ad.primitive_jvps, ad.primitive_transposes, batching.primitive_batchers, mlir.register_lowering, mlir.lower_fun
+except (
+  ImportError,
+  AttributeError,
+):  # a JAX that moved them: a linear call gives way to a plain one, and memory is saved no longer
   Primitive = None  # type: ignore[assignment,misc]
 
 

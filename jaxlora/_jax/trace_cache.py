@@ -21,9 +21,7 @@ def staged(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=512)
-def _once(fn: Callable[..., Any], *where: Any) -> Callable[..., Any]:
-  del where
-
+def _once(fn: Callable[..., Any]) -> Callable[..., Any]:
   def call(*args: Any) -> Any:
     return fn(*args)
 
@@ -38,5 +36,5 @@ def traced_once(fn: Callable[..., Any], *args: Any) -> Any:
   outside of `jax.jit`, `fn` is called plainly.
   """
   if all(staged(leaf) for leaf in jax.tree.leaves(args)):
-    return _once(fn, jax.default_backend(), jax.device_count())(*args)
+    return _once(fn)(*args)
   return fn(*args)

@@ -1,4 +1,4 @@
-"""The second thin product."""
+"""The second thin product, `h B`, at inference on XLA's CPU backend."""
 
 from collections.abc import Hashable, Sequence
 import functools
@@ -10,33 +10,48 @@ import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.labelled import Labelled, Result, contract
-from jaxlora._weight.roles import RANK
+from jaxlora._jax.by_platform import Form, by_platform
 
-# Up to this rank XLA's CPU backend does better with the second product as a sum of outer products, at inference: it
-# computes that sum inside what comes after, and writes no array of the output's size.
+# Up to this rank XLA's CPU backend does better with a sum of outer products: it computes that sum inside of what comes
+# after, and writes no array of the output's size.
 _SUMMED_RANK = 16
 
 
-def second_product(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
-  """`y = h B`, whichever of the two is on the left."""
-  two_matrices = x.array.ndim == y.array.ndim == 2 and list(summed) == [RANK] and len({*x.labels, *y.labels}) == 3
-  if two_matrices and result.sharding is None and not result.looping and jax.default_backend() == "cpu":
-    rank = x.array.shape[x.labels.index(RANK)]
-    if rank <= _SUMMED_RANK and jnp.issubdtype(result.dtype, jnp.floating):
-      return rank_sum(x, y, result)
-  return contract(x, y, summed, result)
+def expand(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Result) -> Labelled:
+  """`h B`, whichever of the two is on the left; a sum of outer products where that is cheaper at inference."""
+  two_matrices = x.array.ndim == y.array.ndim == 2 and len(summed) == 1 and len({*x.labels, *y.labels}) == 3
+  if not two_matrices or result.sharding is not None or result.looping:
+    return contract(x, y, summed, result)
+  (over,) = summed
+  if x.array.shape[x.labels.index(over)] > _SUMMED_RANK or not jnp.issubdtype(result.dtype, jnp.floating):
+    return contract(x, y, summed, result)
+  return _fused(x, y, over, result)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def rank_sum(x: Labelled, y: Labelled, result: Result) -> Labelled:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _fused(x: Labelled, y: Labelled, over: Hashable, result: Result) -> Labelled:
   """`sum_r x[:, r] y[r, :]` as one elementwise sum, which fuses; a dot where it is differentiated.
 
   d(x . y) = dx . y + x . dy
   """
-  (row,) = (label for label in x.labels if label != RANK)
-  (column,) = (label for label in y.labels if label != RANK)
+  dot = functools.partial(_as_dot, over=over, result=result)
+  return by_platform(dot, {"cpu": Form(functools.partial(_as_sum, over=over, result=result))}, x, y)
+
+
+@_fused.defjvp
+def _(over: Hashable, result: Result, primals: Any, tangents: Any) -> tuple[Labelled, Labelled]:
+  return jax.jvp(functools.partial(_as_dot, over=over, result=result), primals, tangents)
+
+
+def _as_dot(x: Labelled, y: Labelled, over: Hashable, result: Result) -> Labelled:
+  return contract(x, y, [over], result)
+
+
+def _as_sum(x: Labelled, y: Labelled, over: Hashable, result: Result) -> Labelled:
+  (row,) = (label for label in x.labels if label != over)
+  (column,) = (label for label in y.labels if label != over)
   dtype = wider_dtype(result.dtype, jnp.float32)
-  total = _outer_sum(x.ordered((row, RANK)).astype(dtype), y.ordered((RANK, column)).astype(dtype))
+  total = _outer_sum(x.ordered((row, over)).astype(dtype), y.ordered((over, column)).astype(dtype))
   return Labelled(total.astype(result.dtype), (row, column))
 
 
@@ -46,8 +61,3 @@ def _outer_sum(rows: jax.Array, columns: jax.Array) -> jax.Array:
     lax.slice_in_dim(rows, r, r + 1, axis=1) * lax.slice_in_dim(columns, r, r + 1, axis=0) for r in range(rows.shape[1])
   )
   return functools.reduce(jnp.add, terms)
-
-
-@rank_sum.defjvp
-def _(result: Result, primals: Any, tangents: Any) -> tuple[Labelled, Labelled]:
-  return jax.jvp(lambda x, y: contract(x, y, [RANK], result), primals, tangents)

@@ -1,4 +1,9 @@
-"""How to rematerialise a value from residuals that are kept anyway."""
+"""Recipes: how the backward pass rematerialises the input of a product from residuals that it keeps anyway.
+
+The gradient of A needs the input x of its product, which a frozen weight alone would not; and x is mostly a few cheap
+operations away from values that are kept in any case. The transform notes what made each value (`Origins`), and a
+`Recipe` says how to make x again.
+"""
 
 from collections.abc import Callable, Sequence
 import math
@@ -7,29 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Linear in their one large operand: differentiating them keeps nothing, so a recipe goes on through them.
-_LINEAR = {
-  "add", "sub", "neg", "mul", "div", "convert_element_type", "reshape", "transpose", "squeeze", "expand_dims",
-  "broadcast_in_dim", "copy", "rev", "slice", "select_n", "name", "stop_gradient",
-}  # fmt: skip
+from jaxlora._jax.primitives import COMPARISONS, KEEPS_OPERANDS, KEEPS_RESULT, LINEAR
 
-
-# Differentiating these keeps their operands: a recipe ends with them.
-_KEEPS_OPERANDS = {
-  "mul", "div", "max", "min", "clamp", "pow", "integer_pow", "square", "abs", "sign", "sin", "cos", "log", "log1p",
-  "erf", "select_n", "custom_jvp_call", "region",
-}  # fmt: skip
-
-
-# What differentiating these keeps is their result, which is one array more.
-KEEPS_RESULT = {"exp", "exp2", "expm1", "tanh", "logistic", "erf", "erfc", "log1p", "sqrt", "rsqrt", "cbrt"}
-
-_COMPARES = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite"}
-
-REGION = "region"
-
-ELEMENTWISE = _LINEAR | _KEEPS_OPERANDS | KEEPS_RESULT | _COMPARES | {REGION}
-
+REGION = "region"  # in the place of a primitive's name; differentiating one keeps its operands
+_KEEPS_OPERANDS = KEEPS_OPERANDS | {REGION}
+ELEMENTWISE = LINEAR | _KEEPS_OPERANDS | KEEPS_RESULT | COMPARISONS
 SMALL = 8  # an operand with a share of less than 1/8 of the input's elements costs nothing to keep
 
 
@@ -43,14 +30,15 @@ class Origin(NamedTuple):
 
 
 class Recipe(NamedTuple):
-  """How to make a value again: `again(leaves)`."""
+  """How to make a value again, `again(leaves)`, and how that waits for its cotangent."""
 
   leaves: tuple[Any, ...]
   again: Callable[[Sequence[Any]], Any]
+  wait: Callable[..., Any]
 
   def then(self, step: Callable[[Any, Any], Any], extra: Any) -> "Recipe":
     """The recipe of `step(value, extra)`."""
-    return Recipe((*self.leaves, extra), lambda leaves: step(self.again(leaves[:-1]), leaves[-1]))
+    return self._replace(leaves=(*self.leaves, extra), again=lambda leaves: step(self.again(leaves[:-1]), leaves[-1]))
 
 
 def _picking(bind: Callable[[Sequence[Any]], list[Any]], k: int) -> Callable[[Sequence[Any]], Any]:
@@ -58,9 +46,10 @@ def _picking(bind: Callable[[Sequence[Any]], list[Any]], k: int) -> Callable[[Se
 
 
 class Origins:
-  """What made the values of one walk, as far as it was cheap."""
+  """What made the values of one program, as far as it was cheap."""
 
-  def __init__(self) -> None:
+  def __init__(self, wait: Callable[..., Any]) -> None:
+    self.wait = wait
     self.known: dict[int, Origin] = {}
     self.recipes: dict[int, Recipe | None] = {}
     self.halves: dict[int, Any] = {}  # by an equation's identity: what was computed of it ahead
@@ -78,7 +67,7 @@ class Origins:
   def recipe(self, value: Any) -> Recipe | None:
     """How to make `value` again from what is kept anyway; `None` where it is better kept itself."""
     if id(value) not in self.recipes:
-      self.recipes[id(value)] = _Cook(self.known, value).recipe()
+      self.recipes[id(value)] = _Cook(self.known, value, self.wait).recipe()
     return self.recipes[id(value)]
 
 
@@ -90,8 +79,9 @@ class _Step(NamedTuple):
 class _Cook:
   """Goes back from one value to what is kept anyway."""
 
-  def __init__(self, known: dict[int, Origin], value: Any):
+  def __init__(self, known: dict[int, Origin], value: Any, wait: Callable[..., Any]):
     self.known = known
+    self.wait = wait
     self.value = value
     self.elements = math.prod(jnp.shape(value))
     self.leaves: list[Any] = []
@@ -100,7 +90,7 @@ class _Cook:
     steps = self.back(self.value)
     if steps is None or not any(self.is_large(leaf) and _is_float(leaf) for leaf in self.leaves):
       return None
-    return Recipe(tuple(map(jnp.asarray, self.leaves)), lambda leaves: _evaluate(steps, leaves))
+    return Recipe(tuple(map(jnp.asarray, self.leaves)), lambda leaves: _evaluate(steps, leaves), self.wait)
 
   def back(self, value: Any) -> _Step | None:
     """The steps to a value; `None` if they end in something that nobody keeps."""
@@ -110,7 +100,7 @@ class _Cook:
     name = origin.name
     operands = [self.small(operand) for operand in origin.operands]
     large = [k for k, operand in enumerate(operands) if operand is None]
-    if name in _LINEAR and len(large) == 1 and not (name == "div" and large == [1]):
+    if name in LINEAR and len(large) == 1 and not (name == "div" and large == [1]):
       operands[large[0]] = self.back(origin.operands[large[0]])
       return None if operands[large[0]] is None else _Step(origin, operands)
     if name in _KEEPS_OPERANDS and large:

@@ -1,4 +1,11 @@
-"""Finding norms, softmaxes and activations in a jaxpr."""
+"""Regions: norms, softmaxes and activations, which differentiation had better see as one.
+
+A region is some equations that make one large array out of one other, elementwise or along whole rows. Differentiated
+equation by equation they would keep several arrays of that size for the backward pass; the one they start from, and the
+statistics of its rows, are enough.
+
+Reading order: the region -> evaluating it -> finding them.
+"""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
@@ -8,14 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlora._jax.control_flow import called
 from jaxlora._jax.jaxpr import Literal, bind, context_key, equation_context, open_jaxpr
-from jaxlora._platform.recipes import ELEMENTWISE, KEEPS_RESULT, SMALL
+from jaxlora._jax.primitives import KEEPS_RESULT, SUMS_ALONG_AXES
+from jaxlora._platform.recipes import ELEMENTWISE, SMALL
 
-# What may be inside of a region besides elementwise operations.
-_ALONG_ROWS = {"reduce_sum", "reduce_max", "reduce_min"}
-
-# Not names: a policy of `jax.checkpoint` is to find them.
-_INSIDE = (ELEMENTWISE | _ALONG_ROWS) - {"name"}
+# What may be inside of a region. Not names: a policy of `jax.checkpoint` is to find them.
+_INSIDE = (ELEMENTWISE | {*SUMS_ALONG_AXES}) - {"name"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,7 @@ _with_value = _valued(lambda step, value: step)
 _exp_with_value = _valued(lambda step, value: step * value)
 
 
-def find(jaxpr: Any) -> dict[int, Region]:
+def find_regions(jaxpr: Any) -> dict[int, Region]:
   """The regions of a jaxpr of which differentiation would keep more than their inputs; by every member's number."""
   roots: dict[Any, Any] = {}  # variable -> the large one that it is made of
   members: dict[Any, list[int]] = {}
@@ -198,6 +204,5 @@ def _keeps_results(eqn: Any) -> bool:
 
 def _inside(eqn: Any) -> Sequence[Any]:
   """The equations of a jitted function, or of one with a derivative of its own."""
-  inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-  called = eqn.primitive.name in ("jit", "pjit", "custom_jvp_call") and inner is not None
-  return open_jaxpr(inner)[0].eqns if called else ()
+  inner = called(eqn)
+  return () if inner is None else open_jaxpr(inner)[0].eqns

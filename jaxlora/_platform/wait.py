@@ -1,4 +1,8 @@
-"""Residuals that wait for their cotangents."""
+"""Residuals that wait: what the backward pass rematerialises must not be made before its cotangent has arrived.
+
+A compiler would otherwise merge the rematerialised value with the original, or schedule it beside it, and keep it all
+the same.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,38 +11,56 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxlora._jax.by_platform import Form, by_platform
 from jaxlora._jax.jaxpr import without_dead_code
 from jaxlora._jax.linear_call import linear_call
-from jaxlora._platform.recipes import _is_float
+
+# From residuals and cotangents, flat, to the residuals: the same values, which depend on the cotangents.
+Wait = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
 
 
-def late(fn: Callable[[Any, Any], Any], leaves: Sequence[Any], linear: Any) -> Any:
-  """`fn(leaves, linear)`, linear in the second argument, whose transpose uses the leaves only after its cotangent.
+def late(fn: Callable[[Any, Any], Any], residuals: Sequence[Any], linear: Any, wait: Wait) -> Any:
+  """`fn(residuals, linear)`, linear in the second argument, whose transpose reads residuals only after its cotangent.
 
   Forward mode, second derivatives and batching are those of `fn`.
   """
-  return linear_call(fn, _wait, tuple(leaves), linear)
+  return linear_call(fn, wait, tuple(residuals), linear)
 
 
-def uses(fn: Callable[[Any, Any], Any], leaves: Any, linear: Any) -> list[bool]:
-  """Which of the leaves `late(fn, leaves, linear)` keeps."""
-  return without_dead_code(jax.make_jaxpr(fn)(leaves, linear))[1][: len(jax.tree.leaves(leaves))]
+def residuals_used(fn: Callable[[Any, Any], Any], residuals: Any, linear: Any) -> list[bool]:
+  """Which of the residuals `late(fn, residuals, linear, wait)` keeps."""
+  return without_dead_code(jax.make_jaxpr(fn)(residuals, linear))[1][: len(jax.tree.leaves(residuals))]
 
 
-def _wait(leaves: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
-  """The leaves, unchanged, but as values that depend on the cotangents.
+def by_barrier(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """Waits by `optimization_barrier`."""
+  return lax.optimization_barrier((list(residuals), list(cotangents)))[0]
 
-  `optimization_barrier` says this, but XLA's CPU backend drops it before it fuses and schedules. There the dependence
-  is one of arithmetic: times one, where that one is made of a cotangent's bits; for narrow formats, which would be
-  widened and rounded, a bitwise or with such a zero. No compiler pass ahead of code generation sees what it is; code
-  generation does, and it costs nothing. Not with several devices, where one element of a sharded cotangent would have
-  to reach them all.
+
+def by_compiler(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """Waits as the compiler that the program is lowered for wants it.
+
+  XLA's CPU backend drops barriers before it fuses and schedules; it is given arithmetic. Not for several devices, where
+  one element of a sharded cotangent would have to reach them all.
   """
-  if jax.default_backend() != "cpu" or jax.device_count() > 1:
-    return lax.optimization_barrier((list(leaves), list(cotangents)))[0]
+  if any(0 in jnp.shape(cotangent) for cotangent in cotangents):  # nothing to wait for: no element to depend on
+    return residuals
+  return by_platform(by_barrier, {"cpu": Form(_by_arithmetic, single_device=True)}, residuals, cotangents)
+
+
+def _by_arithmetic(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """Residuals times one, where that one is made of a cotangent's bits.
+
+  For narrow formats, which would be widened and rounded, a bitwise or with such a zero. No compiler pass ahead of code
+  generation sees what it is; code generation does, and it costs nothing.
+  """
   bits = lax.bitcast_convert_type(_first_element(cotangents[0]).astype(jnp.float32), jnp.uint32)
   zero = lax.shift_right_logical(lax.shift_right_logical(bits, jnp.uint32(31)), jnp.uint32(1))
-  return [_unchanged(leaf, zero) if _is_float(leaf) and leaf.ndim else leaf for leaf in leaves]
+  return [_unchanged(value, zero) if _has_bits(value) else value for value in residuals]
+
+
+def _has_bits(value: Any) -> bool:
+  return jnp.issubdtype(value.dtype, jnp.floating) and value.ndim > 0
 
 
 def _unchanged(value: jax.Array, zero: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import weakref
 import jax
 
 from jaxlora._base.text import table
+from jaxlora._platform.policy import choose_policy
 from jaxlora._transform.record import Record, Use
 from jaxlora._transform.wrap import argument_leaves, call
 from jaxlora._weight.weight import LoraWeight
@@ -19,10 +20,12 @@ class Observed(NamedTuple):
 
   Attributes:
     paths: from its arguments to the paths of the adapted weights in them.
+    record: the record of a call with these values among its arguments.
     call: `(record, args, kwargs) -> results`, noting what happens in the record.
   """
 
   paths: Callable[..., Sequence[str]]
+  record: Callable[[Sequence[Any]], Record]
   call: Callable[[Record, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -75,7 +78,6 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   Raises:
     ValueError: if no argument holds an adapted weight.
   """
-  record = Record("ignore", set())
   routed = _OBSERVED.get(fn) if isinstance(fn, types.FunctionType) else None
   nodes, treedef = argument_leaves(args, kwargs)
   if routed is not None:
@@ -85,6 +87,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   if not paths:
     raise ValueError("explain: no argument holds an adapted weight. Make one with jaxlora.adapt(params, config, key).")
   leaves, inner = jax.tree_util.tree_flatten([node for _, node in nodes])
+  record = _plain_record(leaves) if routed is None else routed.record(leaves)
   abstract = [k for k, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
   def traced(arrays):
@@ -101,3 +104,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   jax.eval_shape(traced, [leaves[k] for k in abstract])
   used = {use.path for use in record.uses}
   return Explanation(tuple(record.uses), tuple(path for path in paths if path not in used))
+
+
+def _plain_record(values: Sequence[Any]) -> Record:
+  return Record("ignore", set(), choose_policy("auto", None, True, values))

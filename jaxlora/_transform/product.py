@@ -1,4 +1,9 @@
-"""The factored product: how a weight that is `base + A B` acts on an input without ever being formed."""
+"""The factored product: how a weight that is `base + A B` acts on an input without ever being formed.
+
+    shrink h = x A^T,   expand y = x W + h B
+
+Reading order: shrink -> the base's own product -> expand.
+"""
 
 from collections.abc import Callable, Hashable, Sequence
 import dataclasses
@@ -11,37 +16,23 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import inexact, wider_dtype
-from jaxlora._base.labelled import Labelled, Result, Run, contract, explicitly_sharded
+from jaxlora._base.labelled import Labelled, Result, contract, explicitly_sharded
 from jaxlora._jax.trace_cache import traced_once
-from jaxlora._platform.expand import second_product
-from jaxlora._platform.kept_sum import add
+from jaxlora._platform.policy import Policy
 from jaxlora._platform.recipes import Recipe
 from jaxlora._platform.wait import late
 from jaxlora._transform.factored import Factored
+from jaxlora._transform.pairing import Pairing, merged_alike, own_labels
 from jaxlora._weight.roles import RANK, factor_axes
 
 
-class Tap:
-  """Is shown the input of an adapted product, and how it meets A."""
+def shrink_by(product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array, recipe: Recipe | None) -> Any:
+  """`h = product(x, a)`, bilinear, where `x` is rematerialised for the gradient of `a` if there is a recipe for it.
 
-  def see(self, product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array) -> None:
-    """`product(x, a)` is the product with the weight's A, bilinear."""
-    raise NotImplementedError
+      dh = product(dx, a) + product(x rematerialised, da)
 
-
-def first_product(
-  product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array, recipe: Recipe | Tap | None
-) -> Any:
-  """`h = product(x, a)`, bilinear, where `x` is made again for the gradient of `a` if there is a recipe for it.
-
-      dh = product(dx, a) + product(x again, da)
-
-  Only the second term needs x, and so does only its transpose, `da = product^T(x again, dh)`. A `Tap` in the place of
-  a recipe is shown what meets here.
+  Only the second term needs x, and so does only its transpose, `da = product^T(x rematerialised, dh)`.
   """
-  if isinstance(recipe, Tap):
-    recipe.see(product, x, a)
-    return product(x, a)
   if recipe is None or not jnp.issubdtype(x.dtype, jnp.floating):
     return product(x, a)
 
@@ -56,7 +47,7 @@ def first_product(
     if not isinstance(dx, SymbolicZero):
       terms.append(product(dx, a))
     if not isinstance(da, SymbolicZero):
-      terms.append(late(lambda leaves, da: product(recipe.again(leaves), da), leaves, da))
+      terms.append(late(lambda leaves, da: product(recipe.again(leaves), da), leaves, da, recipe.wait))
     out = h(x, a, leaves)
     return out, jax.tree.map(
       lambda *parts: functools.reduce(jnp.add, parts), *terms or [jax.tree.map(jnp.zeros_like, out)]
@@ -64,51 +55,6 @@ def first_product(
 
   h.defjvp(jvp, symbolic_zeros=True)
   return h(x, a, recipe.leaves)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairing:
-  """How a `dot_general` brings an input and a weight together, by labels.
-
-  Attributes:
-    contracted, batched: which axes of the weight meet which axes of the input.
-    weight_first: whether the weight is the left operand, whose free axes come first in the result.
-    precision: as in `jax.lax.dot_general`.
-  """
-
-  contracted: dict[int, int]
-  batched: dict[int, int]
-  weight_first: bool
-  precision: Any
-
-  def input_labels(self, ndim: int) -> tuple[Hashable, ...]:
-    paired = {k: d for d, k in (self.contracted | self.batched).items()}
-    return tuple(paired.get(k, ("x", k)) for k in range(ndim))
-
-  def free(self, ndim: int) -> list[int]:
-    """The axes of the weight, of `ndim`, that go to the result alone."""
-    return [d for d in range(ndim) if d not in self.contracted and d not in self.batched]
-
-  def result_labels(self, x_ndim: int, w_ndim: int) -> list[Hashable]:
-    x_free, w_free = own_labels(self.input_labels(x_ndim)), self.free(w_ndim)
-    return [*self.batched, *((*w_free, *x_free) if self.weight_first else (*x_free, *w_free))]
-
-  def product(self, x: Any, w: Any, by: Callable[..., Any], *rest: Any) -> Any:
-    """`by` of the two in the order of the `dot_general`."""
-    return by(*((w, x) if self.weight_first else (x, w)), *rest)
-
-
-def own_labels(labels: Sequence[Hashable]) -> list[Hashable]:
-  """The labels of axes that only the input has."""
-  return [label for label in labels if isinstance(label, tuple)]
-
-
-def _merged_alike(x: Labelled, y: Labelled, axes: Sequence[Hashable]) -> tuple[Labelled, Labelled, list[Hashable]]:
-  """Both with the axes that they share flattened to one, if that can be done to both; and those axes' labels then."""
-  flat = x.merged(axes), y.merged(axes)
-  if flat[0].labels == x.labels or flat[1].labels == y.labels:
-    return x, y, list(axes)
-  return *flat, [label for label in flat[1].labels if isinstance(label, Run)]
 
 
 def base_dot(x: jax.Array, base: jax.Array, pairing: Pairing, like: Any) -> jax.Array | None:
@@ -120,7 +66,7 @@ def base_dot(x: jax.Array, base: jax.Array, pairing: Pairing, like: Any) -> jax.
   plain = x.dtype == base.dtype and not pairing.batched and not explicitly_sharded(x)
   if base.ndim < 3 or not plain or not pairing.contracted:
     return None
-  u, v, summed = _merged_alike(
+  u, v, summed = merged_alike(
     Labelled(x, pairing.input_labels(x.ndim)), Labelled(base, tuple(range(base.ndim))), list(pairing.contracted)
   )
   v = v.merged(pairing.free(base.ndim))
@@ -140,6 +86,7 @@ class Shrink:
     summed: the labels that are summed.
     weight_first: whether the weight is the left operand.
     result: what `h` is to be.
+    flattens: whether groups of axes are flattened to one.
   """
 
   labels: tuple[Hashable, ...]
@@ -147,20 +94,24 @@ class Shrink:
   summed: tuple[Hashable, ...]
   weight_first: bool
   result: Result
+  flattens: bool
 
   def __call__(self, x: jax.Array, a: jax.Array) -> Labelled:
     u, first, summed = Labelled(x, self.labels), Labelled(a, self.factor), list(self.summed)
-    if self.result.sharding is None:
-      u, first, summed = _merged_alike(u, first, summed)
+    if self.flattens and self.result.sharding is None:
+      u, first, summed = merged_alike(u, first, summed)
       u = u.merged(own_labels(self.labels))
     return contract(*((first, u) if self.weight_first else (u, first)), summed, self.result)
 
 
-def shrinking(x: Any, w: Factored, pairing: Pairing, dtype: Any, sharding: Any = None, looping: bool = False) -> Shrink:
-  """How `x` meets A in a product of result `dtype`."""
-  inputs = tuple(d for d in range(len(w.roles)) if d in pairing.contracted and w.roles[d] == "i")
+def shrink_of(
+  x: Any, roles: str, pairing: Pairing, dtype: Any, policy: Policy, looping: bool, sharding: Any = None
+) -> Shrink:
+  """How `x` meets the A of a weight with these roles, in a product of result `dtype`."""
+  inputs = tuple(d for d in range(len(roles)) if d in pairing.contracted and roles[d] == "i")
   thin = Result(wider_dtype(x.dtype, dtype), pairing.precision, sharding, looping)
-  return Shrink(pairing.input_labels(x.ndim), factor_axes(w.roles, "i"), inputs, pairing.weight_first, thin)
+  labels, factor = pairing.input_labels(x.ndim), factor_axes(roles, "i")
+  return Shrink(labels, factor, inputs, pairing.weight_first, thin, policy.flattens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +136,7 @@ class Shrinks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grow:
+class Expand:
   """The sum of the base's product and the second thin one, `x W + h B`, as a function of the three: base, `h`, B.
 
   Attributes:
@@ -193,17 +144,20 @@ class Grow:
     summed: the labels that are summed.
     wanted: the labels of the result.
     result: what the product is to be.
+    policy: how the product and the sum are written.
   """
 
   weight_first: bool
   summed: tuple[Hashable, ...]
   wanted: tuple[Hashable, ...]
   result: Result
+  policy: Policy
 
   def __call__(self, parts: Sequence[Any]) -> jax.Array:
     base, h, second = parts
-    y = second_product(*((second, h) if self.weight_first else (h, second)), list(self.summed), self.result)
-    return add(base, y.expanded().ordered(self.wanted), self.result.looping)
+    pair = (second, h) if self.weight_first else (h, second)
+    y = self.policy.expand(*pair, list(self.summed), self.result)
+    return self.policy.sum(base, y.expanded().ordered(self.wanted), self.result.looping)
 
 
 def dot(
@@ -211,8 +165,9 @@ def dot(
   w: Factored,
   pairing: Pairing,
   base: jax.Array,
-  recipe: Recipe | None = None,
-  looping: bool = False,
+  policy: Policy,
+  looping: bool,
+  shrink: Callable[[Callable[..., Any], jax.Array, jax.Array], Any],
   h: Labelled | None = None,
 ) -> jax.Array:
   """A `dot_general` of `x` and `w`, laid out as that of `x` and the base lays out its result.
@@ -227,9 +182,10 @@ def dot(
     w: the weight.
     pairing: which axes are summed and which are batched.
     base: the base's product: its dtype, and its sharding where that is part of its type, are the result's.
-    recipe: how to make `x` again in the backward pass; `None` keeps it.
+    policy: how the products are written.
     looping: whether this is inside the body of a loop.
-    h: the first product, where it was computed before, together with others'.
+    shrink: `shrink(product, x, a)` computes the first thin product.
+    h: the first thin product, where it was computed ahead, together with others'.
 
   Returns:
     Array of the shape and dtype of the base product.
@@ -237,25 +193,35 @@ def dot(
   ndim = len(w.roles)
   stack = [d for d in pairing.contracted if w.roles[d] == "s"]
   wanted = tuple(pairing.result_labels(x.ndim, ndim))
-
   sharded = explicitly_sharded(x) or explicitly_sharded(base)
-  sharding = _sharding_by_label(Labelled(base, wanted)) if sharded else None
+  sharding = ShardingByLabel.of(base, wanted) if sharded else None
   if h is None:
     x = inexact(x, w.a.dtype)
-    h = first_product(shrinking(x, w, pairing, base.dtype, sharding, looping), x, w.a, recipe)
+    h = shrink(shrink_of(x, w.roles, pairing, base.dtype, policy, looping, sharding), x, w.a)
   second = Labelled(w.b, factor_axes(w.roles, "o"))
-  if not sharded:
+  if policy.flattens and not sharded:
     second = second.merged([d for d in pairing.free(ndim) if w.roles[d] == "o"])
-  wide = Result(base.dtype, pairing.precision, sharding, looping)
-  return traced_once(Grow(pairing.weight_first, (RANK, *stack), wanted, wide), (base, h, second))
+  result = Result(base.dtype, pairing.precision, sharding, looping)
+  expand = Expand(pairing.weight_first, (RANK, *stack), wanted, result, policy)
+  return traced_once(expand, (base, h, second)) if policy.shares_traces else expand((base, h, second))
 
 
-def _sharding_by_label(result: Labelled) -> Callable[[Sequence[Hashable]], Any]:
-  """How a product with these labels is sharded: along each as the base's product is, along the rank never."""
-  whole = jax.typeof(result.array).sharding
-  names = dict(zip(result.labels, whole.spec, strict=True))
+@dataclasses.dataclass(frozen=True)
+class ShardingByLabel:
+  """How a product is sharded: along each of its labels as the base's product is, along the rank never.
 
-  def of(labels: Sequence[Hashable]) -> Any:
-    return jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec(*(names.get(label) for label in labels)))
+  Equal for products that are alike, so that those are traced once.
+  """
 
-  return of
+  mesh: Any
+  names: tuple[tuple[Hashable, Any], ...]
+
+  @classmethod
+  def of(cls, base: jax.Array, labels: Sequence[Hashable]) -> "ShardingByLabel":
+    """That of the base's product, whose axes have these labels."""
+    whole = jax.typeof(base).sharding
+    return cls(whole.mesh, tuple(zip(labels, whole.spec, strict=True)))
+
+  def __call__(self, labels: Sequence[Hashable]) -> Any:
+    names = dict(self.names)
+    return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*(names.get(label) for label in labels)))

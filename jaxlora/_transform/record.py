@@ -1,7 +1,7 @@
-"""What one traced call did with the adapted weights."""
+"""The record of one traced call: what happened to the adapted weights, and the warnings and errors about it."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 from typing import Any
@@ -10,7 +10,8 @@ import warnings
 import jax
 
 from jaxlora._jax.jaxpr import source_line
-from jaxlora._transform.factored import Factored, materialize
+from jaxlora._platform.policy import Policy
+from jaxlora._transform.factored import TracedWeight
 
 ON_MATERIALIZE = ("ignore", "warn", "error")
 
@@ -44,27 +45,49 @@ class Use:
   way: str = ""
 
 
+# Another way to evaluate a primitive that no weight reaches: `(bind, operands) -> results`.
+Rewrite = Callable[[Callable[..., list[Any]], Sequence[Any]], list[Any]]
+
+
 class Record:
   """What one traced call did: the uses of each weight, and what to do when one must be materialised.
 
-  `seen` outlives the call: each place is warned about once per wrapped function, however often it is traced.
-  `places` holds the user's lines of the equations that enclose the one at hand: inside the jitted functions of
-  `jax.numpy` an equation has no line of the user's own. `jits` holds the inner jits rebuilt so far. `of_rows` says that
-  the call is one row of a mixed batch.
+  Attributes:
+    on_materialize: what to do then.
+    seen: the places that were warned about. It outlives the call: each is warned about once per wrapped function,
+      however often that is traced.
+    policy: how products are written.
+    rewrites: other ways to evaluate some primitives, by name.
+    looping: whether the body of a loop is being interpreted.
+    uses: what happened, in program order.
+    products: how many products each weight went through, by path.
+    places: the user's lines of the equations that enclose the one at hand: inside the jitted functions of `jax.numpy`
+      an equation has no line of the user's own.
+    jits: the inner jits rebuilt so far.
   """
 
   def __init__(
-    self, on_materialize: str, seen: set[tuple[str, str, str]], recompute: bool = False, of_rows: bool = False
+    self,
+    on_materialize: str,
+    seen: set[tuple[str, str, str]],
+    policy: Policy,
+    rewrites: Mapping[str, Rewrite] | None = None,
   ):
     self.on_materialize = on_materialize
-    self.of_rows = of_rows
     self.seen = seen
-    self.recompute = recompute
+    self.policy = policy
+    self.rewrites = rewrites or {}
     self.looping = False
     self.uses: list[Use] = []
     self.products: collections.Counter[str] = collections.Counter()
     self.places: list[str] = []
     self.jits: dict[Any, Any] = {}
+
+  def of_inner_jit(self) -> "Record":
+    """A record for the inside of a jit that is rebuilt once and used for several weights: it warns of nothing."""
+    inner = Record("ignore", set(), self.policy, self.rewrites)
+    inner.looping = self.looping
+    return inner
 
   def source(self, eqn: Any) -> str:
     """The user's line behind an equation, or behind the nearest one around it that has any."""
@@ -72,7 +95,7 @@ class Record:
 
   @contextlib.contextmanager
   def in_a_loop(self) -> Iterator[None]:
-    """While the body of a loop is walked."""
+    """While the body of a loop is interpreted."""
     before, self.looping = self.looping, True
     try:
       yield
@@ -81,17 +104,22 @@ class Record:
 
   @contextlib.contextmanager
   def enclosed_by(self, eqn: Any) -> Iterator[None]:
-    """While the inside of a control-flow equation is walked."""
+    """While the inside of a control-flow equation is interpreted."""
     self.places.append(source_line(eqn))
     try:
       yield
     finally:
       self.places.pop()
 
-  def materialize(self, w: Factored, primitive: str, source: str, reason: str) -> jax.Array:
+  def materialize(self, w: TracedWeight, primitive: str, source: str, reason: str) -> jax.Array:
     """Forms the weight, and says so."""
     self.report(Use(w.path, primitive, False, source, reason), w.key is not None)
-    return materialize(w)
+    return w.array()
+
+  def used(self, w: TracedWeight, primitive: str, source: str, way: str) -> None:
+    """Notes a product of a weight that stayed factored."""
+    self.products[w.path] += 1
+    self.uses.append(Use(w.path, primitive, True, source, way=way))
 
   def report(self, use: Use, drops: bool) -> None:
     """Notes a materialised weight, and warns or raises as the user chose."""
@@ -114,7 +142,3 @@ class Record:
         MaterializeWarning,
         stacklevel=2,
       )
-
-
-def weights_in(values: Sequence[Any]) -> list[Factored]:
-  return [value for value in values if isinstance(value, Factored)]

@@ -9,10 +9,12 @@ import numpy as np
 
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.paths import flatten
-from jaxlora._jax.jaxpr import open_jaxpr
-from jaxlora._transform.factored import Factored, enter
-from jaxlora._transform.interpreter import _named, run
-from jaxlora._transform.record import ON_MATERIALIZE, Record, weights_in
+from jaxlora._platform.policy import check_tuning, choose_policy
+from jaxlora._transform.control import named
+from jaxlora._transform.factored import TracedWeight, factored, weights_in
+from jaxlora._transform.interpreter import interpret
+from jaxlora._transform.record import ON_MATERIALIZE, Record
+from jaxlora._transform.transform import Transform
 from jaxlora._weight.checks import check_weight
 from jaxlora._weight.weight import FullWeight, is_adapted
 
@@ -23,6 +25,8 @@ def wrap(
   dropout_key: jax.Array | None = None,
   on_materialize: str = "warn",
   recompute: bool = True,
+  tuning: str = "auto",
+  platform: str | None = None,
 ) -> Callable[..., Any]:
   """Makes any function take trees that hold adapted weights.
 
@@ -38,19 +42,24 @@ def wrap(
     dropout_key: a random key, typed or raw uint32, for the dropout of adapters that have one; `None` means evaluation,
       without dropout. Pass a new key every step: `wrap(fn, dropout_key=key)` is cheap. Every use of a weight has a mask
       of its own, a gradient that `fn` takes inside itself included: differentiate the wrapped function, from outside.
-    recompute: whether the backward pass makes the inputs of adapted products again, where that takes cheap operations
-      (elementwise, or along rows) from what it keeps anyway, instead of keeping them, too; and keeps one array of each
-      norm, softmax or activation. Training then holds less than running the frozen model backwards does; on CPUs it
-      saves time as well. Values and derivatives are the same to rounding.
     on_materialize: what to do where a weight has to be formed as one array: `"warn"` once per place, `"ignore"`, or
       `"error"`.
+    recompute: whether the backward pass rematerialises the inputs of adapted products, where that takes cheap
+      operations (elementwise, or along rows) from residuals that it keeps anyway; and keeps one array of each norm,
+      softmax or activation. Training then holds less than running the frozen model backwards does; on CPUs it saves
+      time as well. Values and derivatives are the same to rounding.
+    tuning: `"auto"` writes the program as the platform's compiler likes it; `"none"` is the plain form everywhere,
+      `x W + s (x A) B` and JAX's own differentiation. Values are the same to rounding.
+    platform: what the program will be compiled for: `"cpu"`, `"gpu"` or `"tpu"`. `None` finds it, call by call: from
+      the mesh or the devices of the arguments, from `jax.default_device`, from the default backend. Say it where a
+      program is lowered for a platform that this host does not have. Whatever is said, the program runs everywhere.
 
   Returns:
     A function with `fn`'s signature and results.
 
   Raises:
-    ValueError: on another `on_materialize`; when called, on factors that do not fit their base, naming the leaf;
-      `MaterializeError` where materialising is forbidden.
+    ValueError: on another `on_materialize`, `tuning` or `platform`; when called, on factors that do not fit their base,
+      naming the leaf; `MaterializeError` where materialising is forbidden.
     TypeError: if `dropout_key` is no random key.
 
   Example:
@@ -64,13 +73,15 @@ def wrap(
     raise ValueError(
       f"wrap: on_materialize is {on_materialize!r}, expected one of {', '.join(map(repr, ON_MATERIALIZE))}."
     )
+  check_tuning(tuning, platform, "wrap")
   if dropout_key is not None:
     dropout_key = typed_key(dropout_key, "wrap: dropout_key")
   seen: set[tuple[str, str, str]] = set()
 
   @functools.wraps(fn)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
-    return call(fn, Record(on_materialize, seen, recompute), dropout_key, args, kwargs)
+    policy = choose_policy(tuning, platform, recompute, jax.tree.leaves((args, kwargs)))
+    return call(fn, Record(on_materialize, seen, policy), dropout_key, args, kwargs)
 
   return wrapped
 
@@ -78,10 +89,10 @@ def wrap(
 def call(
   fn: Callable[..., Any], record: Record, dropout_key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-  """One call of a wrapped function: take the weights out, trace, walk."""
+  """One call of a wrapped function: trace it on plain arrays, interpret its jaxpr on traced weights."""
   nodes, treedef = argument_leaves(args, kwargs)
-  leaves = [opened(node, path, dropout_key) for path, node in nodes]
-  dynamic = [k for k, leaf in enumerate(leaves) if isinstance(leaf, (Factored, jax.Array, np.ndarray))]
+  leaves = [traced_value(node, path, dropout_key) for path, node in nodes]
+  dynamic = [k for k, leaf in enumerate(leaves) if isinstance(leaf, (TracedWeight, jax.Array, np.ndarray))]
   if not weights_in(leaves):
     plain_args, plain_kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
     return fn(*plain_args, **plain_kwargs)
@@ -89,7 +100,7 @@ def call(
   out_tree = None
   static_out: dict[int, Any] = {}  # results that are no arrays come back as they are
 
-  def flat(*arrays):
+  def flat(*arrays: Any) -> list[Any]:
     nonlocal out_tree
     full = list(leaves)
     for k, array in zip(dynamic, arrays, strict=True):
@@ -99,30 +110,31 @@ def call(
     static_out.update((k, leaf) for k, leaf in enumerate(out) if not isinstance(leaf, (jax.Array, np.ndarray)))
     return [leaf for k, leaf in enumerate(out) if k not in static_out]
 
-  _named(flat, getattr(fn, "__name__", "wrapped"))
+  named(flat, getattr(fn, "__name__", "wrapped"))
   values = [leaves[k] for k in dynamic]
-  traced = jax.make_jaxpr(flat)(*(value.base if isinstance(value, Factored) else value for value in values))
-  out = run(record, *open_jaxpr(traced), values)
-  out = [
-    record.materialize(value, "return", "the function's result", "the function returns it")
-    if isinstance(value, Factored)
-    else value
-    for value in out
-  ]
+  traced = jax.make_jaxpr(flat)(*(value.base if isinstance(value, TracedWeight) else value for value in values))
+  out = [_returned(record, value) for value in interpret(traced, values, Transform(record))]
   assert out_tree is not None
   arrays_out = iter(out)
   full_out = [static_out[k] if k in static_out else next(arrays_out) for k in range(out_tree.num_leaves)]
   return jax.tree_util.tree_unflatten(out_tree, full_out)
 
 
-def opened(node: Any, path: str, dropout_key: Any) -> Any:
-  """What stands for one argument leaf inside the walk."""
-  if not is_adapted(node):  # `Factored` weights among them: rows of a mixed batch come with those
+def _returned(record: Record, value: Any) -> Any:
+  """A result of the function, which must be an array."""
+  if not isinstance(value, TracedWeight):
+    return value
+  return record.materialize(value, "return", "the function's result", "the function returns it")
+
+
+def traced_value(node: Any, path: str, dropout_key: Any) -> Any:
+  """Converts an argument leaf to its traced value."""
+  if not is_adapted(node):  # traced weights among them: rows of a mixed batch come with those
     return node
   check_weight(node, path)
   if isinstance(node, FullWeight):
     return node.value
-  return enter(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
+  return factored(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
 
 
 def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tuple[str, Any]], Any]:
@@ -144,4 +156,4 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
 
 
 def _is_weight(node: Any) -> bool:
-  return is_adapted(node) or isinstance(node, Factored)
+  return is_adapted(node) or isinstance(node, TracedWeight)

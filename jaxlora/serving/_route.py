@@ -1,6 +1,6 @@
 """`route`: a batch whose rows use different adapters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -11,18 +11,20 @@ import numpy as np
 
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
+from jaxlora._platform.policy import check_tuning, choose_policy
 from jaxlora._transform.explain import Observed, observable
-from jaxlora._transform.factored import Factored, Routing, of_slot
 from jaxlora._transform.record import ON_MATERIALIZE, Record
-from jaxlora._transform.ways import WAYS
 from jaxlora._transform.wrap import call
 from jaxlora._weight.roles import factor_shape
 from jaxlora._weight.tree import is_half_leaf
 from jaxlora._weight.weight import is_adapted, parts
 from jaxlora.serving._adapters import check_nesting, digests
 from jaxlora.serving._bank import NONE, Bank
+from jaxlora.serving._caches import update_slice
+from jaxlora.serving._routed import RoutedWeight
 from jaxlora.serving._rows import Results, Rows
 from jaxlora.serving._slots import LowRankSlots, Slots, WholeSlots
+from jaxlora.serving._ways import WAYS, Routing, pick
 
 
 def route(
@@ -33,6 +35,8 @@ def route(
   via: str = "auto",
   on_materialize: str = "warn",
   recompute: bool = True,
+  tuning: str = "auto",
+  platform: str | None = None,
 ) -> Callable[..., Any]:
   """Makes a function of a batch run every row with an adapter of its own.
 
@@ -57,7 +61,7 @@ def route(
       `"gathered"`: the rows' factors are laid side by side for one batched product. `"row by row"`: a loop over rows,
       each with its factors where they lie. `"wide"`: all adapters' factors in one product, of which each row keeps its
       own ranks. Values are the same to rounding; `jaxlora.explain(routed, ...)` says what is chosen.
-    on_materialize, recompute: as in `jaxlora.wrap`.
+    on_materialize, recompute, tuning, platform: as in `jaxlora.wrap`.
 
   Returns:
     `routed(frozen, bank, ids, *args, **kwargs)`. `frozen` is the base: plain parameters, or the frozen half of any of
@@ -87,18 +91,27 @@ def route(
     )
   if via not in WAYS:
     raise ValueError(f"route: via is {via!r}, expected one of {', '.join(map(repr, WAYS))}.")
+  check_tuning(tuning, platform, "route")
   options = _Options(in_axes, out_axes, via)
   seen: set[tuple[str, str, str]] = set()
 
   def routed(frozen: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
-    record = Record(on_materialize, seen, recompute, of_rows=True)
+    policy = choose_policy(tuning, platform, recompute, jax.tree.leaves((frozen, args, kwargs)))
+    record = Record(on_materialize, seen, policy, _REWRITES)
     return call_rows(fn, options, record, (frozen, bank, ids, *args), kwargs)
 
   for name in functools.WRAPPER_ASSIGNMENTS:  # but not `__wrapped__`: the signature is another one
     if name != "__annotations__" and hasattr(fn, name):
       setattr(routed, name, getattr(fn, name))
-  observable(routed, Observed(_low_rank_paths, functools.partial(_observed, fn, options)))
+
+  def observed_record(values: Sequence[Any]) -> Record:
+    return Record("ignore", set(), choose_policy(tuning, platform, recompute, values), _REWRITES)
+
+  observable(routed, Observed(_low_rank_paths, observed_record, functools.partial(call_rows, fn, options)))
   return routed
+
+
+_REWRITES = {"dynamic_update_slice": update_slice}
 
 
 class _Options(NamedTuple):
@@ -114,13 +127,6 @@ def _low_rank_paths(*args: Any) -> list[str]:
   return [path for bank in args if isinstance(bank, Bank) for path in bank.low_rank]
 
 
-def _observed(
-  fn: Callable[..., Any], options: _Options, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-  record.of_rows = True
-  return call_rows(fn, options, record, args, kwargs)
-
-
 def call_rows(
   fn: Callable[..., Any], options: _Options, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -132,7 +138,7 @@ def call_rows(
   base = _checked_base(frozen, bank)
   rows = Rows(tuple(rest), options.in_axes, ids.shape[0])
   results = Results(options.out_axes)
-  routing = Routing(ids.shape[0], options.via)
+  routing = Routing(ids.shape[0], options.via, record.policy.banks)
 
   def row(slot: jax.Array, *mapped: jax.Array) -> list[jax.Array]:
     params = _params_of_row(base, bank, slot, routing)
@@ -229,17 +235,6 @@ def _params_of_row(base: _Base, bank: Bank, slot: jax.Array, routing: Routing) -
 
 def _weight_of_row(path: str, slots: Slots, base: Any, slot: jax.Array, routing: Routing) -> Any:
   if isinstance(slots, LowRankSlots):
-    return Factored(
-      base=lax.stop_gradient(base),
-      a=slots.a,
-      b=slots.b,
-      gain=None,
-      key=None,
-      roles=slots.roles,
-      dropout=0.0,
-      path=path,
-      slot=slot,
-      routing=routing,
-    )
-  value, present = (of_slot(array, slot) for array in (slots.value, slots.present))
+    return RoutedWeight(lax.stop_gradient(base), slots.a, slots.b, slot, slots.roles, path, routing)
+  value, present = (pick(array, slot) for array in (slots.value, slots.present))
   return jnp.where(present > 0, value.astype(jnp.asarray(base).dtype), base)

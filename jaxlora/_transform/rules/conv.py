@@ -1,7 +1,6 @@
 """Convolutions: A is a kernel of `rank` output features, and B acts on that axis alone."""
 
 from collections.abc import Sequence
-import functools
 from typing import Any
 
 from jax import lax
@@ -9,12 +8,11 @@ import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.labelled import Labelled, Result, contract
-from jaxlora._platform.expand import second_product
-from jaxlora._platform.kept_sum import add
-from jaxlora._transform.factored import Factored, dropped
-from jaxlora._transform.product import first_product
+from jaxlora._platform.policy import Policy
+from jaxlora._transform.factored import TracedWeight, dropped
+from jaxlora._transform.pairing import matched_roles
 from jaxlora._transform.rule import Op, Unfactorable, rule
-from jaxlora._transform.rules.dot import gained_after, matched_sizes
+from jaxlora._transform.rules.dot import gained_after
 from jaxlora._weight.roles import RANK
 
 
@@ -27,7 +25,7 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
   A kernel is laid out once per group.
   """
   x, w = args
-  if not isinstance(w, Factored) or isinstance(x, Factored):
+  if not isinstance(w, TracedWeight) or isinstance(x, TracedWeight):
     raise Unfactorable("a convolution that has an adapted weight as its input")
   if op.params["batch_group_count"] != 1:
     raise Unfactorable("a convolution with batch groups")
@@ -37,7 +35,8 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
     w = w.flipped()
   backwards = w.roles[in_axis] == "o" and w.shape[in_axis] != 1 and w.roles[out_axis] != "o"
   thin = in_axis if backwards else out_axis  # the axis that B holds
-  w = matched_sizes(w, [((thin,), "o"), ([d for d in range(len(w.roles)) if d != thin], "i")])
+  others = [d for d in range(len(w.roles)) if d != thin]
+  w = w.with_roles(matched_roles(w.shape, w.roles, [((thin,), "o"), (others, "i")]))
   if w.roles != "".join("o" if d == thin else "i" for d in range(len(w.roles))) or (backwards and groups > 1):
     raise Unfactorable(f"a convolution with {groups} feature groups and a kernel of roles {w.roles!r}")
   if w.gain is not None and (w.gained == "i" or backwards):
@@ -63,12 +62,14 @@ def _conv(op: Op, args: Sequence[Any]) -> list[Any]:
 
   if backwards:
     u = _along_features(u, Labelled(w.b, (RANK, "in")), numbers.lhs_spec[1], thin_result)
-    return [add(base, convolve(u, w.a), op.looping)]
-  h = first_product(convolve, u, w.a, recipe)
+    return [op.policy.sum(base, convolve(u, w.a), op.looping)]
+  h = op.shrink(convolve, u, w.a, recipe)
   feature = numbers.out_spec[1]
-  grow = functools.partial(_per_group, groups=groups) if groups > 1 else _rank_to_features
-  delta = grow(h, w.b, feature, result=thin_result)
-  result = add(base, delta, op.looping)
+  if groups > 1:
+    delta = _per_group(h, w.b, feature, groups, thin_result)
+  else:
+    delta = _rank_to_features(h, w.b, feature, thin_result, op.policy)
+  result = op.policy.sum(base, delta, op.looping)
   if w.gain is None:
     return [result]
   before, after = _around(result, feature)
@@ -88,11 +89,11 @@ def _along_features(x: Any, matrix: Labelled, feature: int, result: Result) -> A
   return contract(Labelled(x, (*before, summed, *after)), matrix, [summed], result).ordered([*before, out, *after])
 
 
-def _rank_to_features(h: Any, b: Any, feature: int, result: Result) -> Any:
+def _rank_to_features(h: Any, b: Any, feature: int, result: Result, policy: Policy) -> Any:
   """`h B` along one axis of `h`, all other axes flattened to one where they are adjacent."""
   before, after = _around(h, feature)
   flat = Labelled(h, (*before, RANK, *after)).merged(before).merged(after)
-  out = second_product(flat, Labelled(b, (RANK, "out")), [RANK], result)
+  out = policy.expand(flat, Labelled(b, (RANK, "out")), [RANK], result)
   return out.expanded().ordered([*before, "out", *after])
 
 

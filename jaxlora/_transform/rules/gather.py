@@ -6,10 +6,10 @@ from typing import Any
 from jax import lax
 
 from jaxlora._base.labelled import Labelled, Result, contract
-from jaxlora._platform.kept_sum import add
-from jaxlora._transform.factored import Factored, gained
+from jaxlora._transform.factored import Factored
 from jaxlora._transform.rule import Op, Unfactorable, only_weight, rule
-from jaxlora._transform.rules.layout import args_with, reshaped
+from jaxlora._transform.rules.dot import times
+from jaxlora._transform.rules.layout import args_with
 from jaxlora._weight.roles import RANK, factor_axes, laid_along
 
 
@@ -45,7 +45,7 @@ def _batched_slice(op: Op, w: Factored, indices: Any, axis: int) -> list[Any]:
   if not isinstance(out, Factored):
     return [lax.expand_dims(out, (place,))]
   base = lax.expand_dims(out.base, (place,))
-  return [reshaped(out, base.shape, out.roles[:place] + "s" + out.roles[place:], base)]
+  return [out.reshaped(base.shape, out.roles[:place] + "s" + out.roles[place:], base)]
 
 
 @rule("gather")
@@ -101,11 +101,12 @@ def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
   base = op.bind(*args_with(args, w.base))[0]
   a, b = looked_up_in(w.a, "i"), looked_up_in(w.b, "o")
   if w.roles[axis] != "s":
-    result = add(base, contract(a, b, [RANK], Result(base.dtype)).ordered(result_labels), op.looping)
+    delta = contract(a, b, [RANK], Result(base.dtype)).ordered(result_labels)
+    result = op.policy.sum(base, delta, op.looping)
     if w.gain is None:
       return [result]
     gain = looked_up_in(w.gain, w.gained)  # along the index's own axes where those are stacked
-    return [gained(result, laid_along(gain.array, gain.labels, result_labels))]
+    return [times(result, laid_along(gain.array, gain.labels, result_labels))]
 
   # Along a stacked axis the result is again a weight: which expert, which layer.
   roles = "".join("s" if isinstance(label, tuple) else w.roles[label] for label in result_labels)

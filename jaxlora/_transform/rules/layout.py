@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled
 from jaxlora._base.reshape import reshape_groups
-from jaxlora._transform.factored import Factored, picked
+from jaxlora._jax.primitives import BARRIERS, IDENTITIES, PLACEMENTS, RESHARDS, REVERSALS
+from jaxlora._transform.factored import Factored, TracedWeight, rank_of
 from jaxlora._transform.rule import Op, Unfactorable, only_weight, rule
 from jaxlora._weight.roles import RANK, factor_axes
 
@@ -51,48 +52,27 @@ def regrouped_roles(roles: str, old: Sequence[int], new: Sequence[int]) -> str |
 
 
 @rule("reshape")
-def _reshape(op: Op, args: Sequence[Any]) -> list[Any]:
+def reshape(op: Op, args: Sequence[Any]) -> list[Any]:
   w = only_weight(args)
   new = tuple(int(size) for size in op.params["new_sizes"])
   given = w.base
   if op.params.get("dimensions") is not None:  # a transposition first
-    w = picked(w)
     w = permuted(w, op.params["dimensions"], lax.transpose(w.base, op.params["dimensions"]))
   if 0 in new:
     raise Unfactorable("a reshape of nothing")
   roles = regrouped_roles(w.roles, w.shape, new)
   if roles is None:
     raise Unfactorable(f"a reshape from {w.shape} to {new} that merges axes of different roles ({w.roles!r})")
-  return [reshaped(w, new, roles, op.bind(given)[0])]
-
-
-def reshaped(w: Factored, shape: tuple[int, ...], roles: str, base: Any) -> Factored:
-  """`w` reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
-
-  def sized(factor, own):
-    bank, rank = factor.shape[: w.slot is not None], rank_of(w, factor)
-    return lax.reshape(factor, (*bank, *(rank if d == RANK else shape[d] for d in factor_axes(roles, own))))
-
-  return w.mapped(sized, base=base, roles=roles)
-
-
-def rank_of(w: Factored, factor: jax.Array) -> int:
-  """The size of the rank axis of one of its factors, behind a bank's and the stacked ones."""
-  return factor.shape[(w.slot is not None) + w.roles.count("s")]
-
-
-def with_roles(w: Factored, roles: str) -> Factored:
-  """`w` with other roles for its axes of size 1, which lie in both factors as well as in either."""
-  return w if roles == w.roles else reshaped(w, w.shape, roles, w.base)
+  return [w.reshaped(new, roles, op.bind(given)[0])]
 
 
 @rule("squeeze")
-def _squeeze(op: Op, args: Sequence[Any]) -> list[Any]:
+def squeeze(op: Op, args: Sequence[Any]) -> list[Any]:
   w = only_weight(args)
   gone = {int(d) for d in op.params["dimensions"]}
   base = op.bind(w.base)[0]
   roles = "".join(role for d, role in enumerate(w.roles) if d not in gone)
-  return [reshaped(w, base.shape, roles, base)]
+  return [w.reshaped(base.shape, roles, base)]
 
 
 @rule("broadcast_in_dim")
@@ -148,7 +128,7 @@ def _dynamic_slice(op: Op, args: Sequence[Any]) -> list[Any]:
 
 def args_with(args: Sequence[Any], base: Any) -> list[Any]:
   """The operands with the base in the weight's place."""
-  return [base if isinstance(arg, Factored) else arg for arg in args]
+  return [base if isinstance(arg, TracedWeight) else arg for arg in args]
 
 
 @rule("split")
@@ -166,7 +146,7 @@ def _split(op: Op, args: Sequence[Any]) -> list[Any]:
   return [w.replace(base=base, a=a, b=b, gain=gain) for base, a, b, gain in parts]
 
 
-@rule("rev")
+@rule(*REVERSALS)
 def _rev(op: Op, args: Sequence[Any]) -> list[Any]:
   w = only_weight(args)
   dimensions = {int(d) for d in op.params["dimensions"]}
@@ -177,7 +157,7 @@ def _rev(op: Op, args: Sequence[Any]) -> list[Any]:
   return [w.mapped(reversed_, base=op.bind(w.base)[0])]
 
 
-@rule("mesh_cast", "reshard")
+@rule(*RESHARDS)
 def _mesh_cast(op: Op, args: Sequence[Any]) -> list[Any]:
   """Another place on the mesh, or another view of it: every part goes there, by the names of the axes it holds."""
   w = only_weight(args)
@@ -191,24 +171,26 @@ def _mesh_cast(op: Op, args: Sequence[Any]) -> list[Any]:
   return [w.mapped(of_factor, base=op.bind(w.base)[0])]
 
 
-@rule("sharding_constraint")
+@rule(*PLACEMENTS)
 def _base_only(op: Op, args: Sequence[Any]) -> list[Any]:
   """Where the weight lies: the base goes there, the factors are small and follow the compiler."""
   w = only_weight(args)
   return [w.replace(base=op.bind(w.base)[0])]
 
 
-@rule("copy", "copy_p", "name", "stop_gradient", "pvary")
+@rule(*IDENTITIES)
 def _each(op: Op, args: Sequence[Any]) -> list[Any]:
   """Identities on one value: what they say of the weight holds of its parts."""
   w = only_weight(args)
   return [w.mapped(lambda factor, own: op.bind(factor)[0], base=op.bind(w.base)[0])]
 
 
-@rule("optimization_barrier")
+@rule(*BARRIERS)
 def _barrier(op: Op, args: Sequence[Any]) -> list[Any]:
   """An identity on several values at once: the parts of the weights take their places among them."""
-  held = [arg.replace(key=None) if isinstance(arg, Factored) else arg for arg in args]
+  held = [arg.replace(key=None) if isinstance(arg, TracedWeight) else arg for arg in args]
   parts, treedef = jax.tree.flatten(held)
   out = jax.tree.unflatten(treedef, op.bind(*parts))
-  return [new.replace(key=arg.key) if isinstance(arg, Factored) else new for arg, new in zip(args, out, strict=True)]
+  return [
+    new.replace(key=arg.key) if isinstance(arg, TracedWeight) else new for arg, new in zip(args, out, strict=True)
+  ]

@@ -6,41 +6,40 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import beside
-from jaxlora._transform.factored import Factored
+from jaxlora._jax.primitives import CASTS, NEGATIONS, ROUNDINGS, SCALINGS
+from jaxlora._transform.factored import TracedWeight
 from jaxlora._transform.rule import Op, Unfactorable, only_weight, rule
 from jaxlora._transform.rules.layout import args_with
 
 
-@rule("reduce_precision")
+@rule(*ROUNDINGS)
 def _rounded(op: Op, args: Sequence[Any]) -> list[Any]:
   """A cast to a format that no dtype has: of the base, as with any cast the factors stay finer."""
   w = only_weight(args)
   return [w.replace(base=op.bind(w.base)[0])]
 
 
-@rule("convert_element_type")
+@rule(*CASTS)
 def _cast(op: Op, args: Sequence[Any]) -> list[Any]:
   w = only_weight(args)
   dtype = op.params["new_dtype"]
   if not jnp.issubdtype(dtype, jnp.inexact):
     raise Unfactorable(f"a cast to {jnp.dtype(dtype).name}")
-  if w.slot is not None:  # of a bank only what is picked is cast
-    return [w.replace(base=op.bind(w.base)[0])]
   return [w.mapped(lambda factor, own: beside(factor, dtype), base=op.bind(w.base)[0])]
 
 
-@rule("neg")
+@rule(*NEGATIONS)
 def _neg(op: Op, args: Sequence[Any]) -> list[Any]:
   w = only_weight(args)
   return [w.replace(base=op.bind(w.base)[0], b=-w.b)]
 
 
-@rule("mul", "div")
+@rule(*SCALINGS)
 def _scale(op: Op, args: Sequence[Any]) -> list[Any]:
   """Times or over a scalar. Only one factor takes it: the product is linear in each."""
   x, y = args
-  w, scalar = (x, y) if isinstance(x, Factored) else (y, x)
-  if isinstance(scalar, Factored) or jnp.ndim(scalar) != 0 or (op.name == "div" and w is y):
+  w, scalar = (x, y) if isinstance(x, TracedWeight) else (y, x)
+  if isinstance(scalar, TracedWeight) or jnp.ndim(scalar) != 0 or (op.name == "div" and w is y):
     raise Unfactorable("a product with something that is not a scalar")
   base = op.bind(*args_with(args, w.base))[0]
   b = op.bind(*args_with(args, w.b))[0]

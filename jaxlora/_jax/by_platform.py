@@ -1,0 +1,118 @@
+"""A function that is lowered in another form for some platforms: one trace serves them all."""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex_core
+
+try:
+  from jax.extend.core import Primitive
+  from jax.interpreters import ad, batching, mlir
+
+  _ = ad.primitive_jvps, batching.primitive_batchers, mlir.register_lowering, mlir.lower_fun
+except (ImportError, AttributeError):  # a JAX that moved them: every platform is given the default form
+  Primitive = None  # type: ignore[assignment,misc]
+
+
+class Form(NamedTuple):
+  """Another way to compute the same, for one platform.
+
+  Attributes:
+    fn: of the same arguments, with results of the same types.
+    single_device: whether it is only for programs that run on one device.
+  """
+
+  fn: Callable[..., Any]
+  single_device: bool = False
+
+
+def by_platform(default: Callable[..., Any], forms: Mapping[str, Form], *args: Any) -> Any:
+  """`default(*args)`, which compilers of the platforms in `forms` are given in their own form.
+
+  All forms compute the same. Tangents are those of `default`; batching maps every form. Outside of `jax.jit` it is
+  `default`.
+
+  Args:
+    default: a function of pytrees of arrays.
+    forms: platform, as JAX names it -> its form.
+    *args: pytrees of arrays.
+  """
+  if Primitive is None:
+    return default(*args)
+  leaves, treedef = jax.tree.flatten(args)
+  out_def = None
+
+  def flat(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
+    def call(*leaves: Any) -> list[Any]:
+      nonlocal out_def
+      out, out_def = jax.tree.flatten(fn(*jax.tree.unflatten(treedef, leaves)))
+      return out
+
+    return call
+
+  traced = jax.make_jaxpr(flat(default))(*leaves)
+  others = tuple(
+    (platform, form.single_device, jax.make_jaxpr(flat(form.fn))(*leaves)) for platform, form in forms.items()
+  )
+  out = _by_platform_p(tuple(forms)).bind(*leaves, default=traced, forms=others)
+  assert out_def is not None
+  return jax.tree.unflatten(out_def, out)
+
+
+def _devices(ctx: Any) -> int | None:
+  """How many devices a program that is being lowered runs on; `None` if it does not say."""
+  context = getattr(ctx.module_context, "axis_context", None)
+  mesh = getattr(context, "mesh", None)
+  return getattr(context, "num_devices", None) if mesh is None else mesh.size
+
+
+def _lower(platform: str | None, ctx: Any, *args: Any, default: Any, forms: Sequence[Any]) -> Any:
+  fitting = (form for name, single, form in forms if name == platform and (not single or _devices(ctx) == 1))
+  form = jex_core.jaxpr_as_fun(next(fitting, default))
+  return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
+
+
+@functools.cache
+def _by_platform_p(platforms: tuple[str, ...]) -> Any:
+  """The primitive for forms of these platforms."""
+  primitive = Primitive("jaxlora_by_platform")
+  primitive.multiple_results = True
+
+  def impl(*args, default, forms):
+    del forms
+    return jex_core.jaxpr_as_fun(default)(*args)
+
+  def abstract_eval(*args, default, forms):
+    del args, forms
+    return default.out_avals
+
+  def jvp(primals, tangents, *, default, forms):
+    moved = [k for k, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+
+    def of_moved(*values):
+      full = list(primals)
+      for k, value in zip(moved, values, strict=True):
+        full[k] = value
+      return jex_core.jaxpr_as_fun(default)(*full)
+
+    _, out_tangents = jax.jvp(of_moved, [primals[k] for k in moved], [tangents[k] for k in moved])
+    return primitive.bind(*primals, default=default, forms=forms), out_tangents
+
+  def batch(args, dims, *, default, forms):
+    def mapped(closed):
+      return jax.make_jaxpr(jax.vmap(jex_core.jaxpr_as_fun(closed), in_axes=tuple(dims)))(*args)
+
+    others = tuple((platform, single, mapped(form)) for platform, single, form in forms)
+    out = primitive.bind(*args, default=mapped(default), forms=others)
+    return out, [0] * len(out)
+
+  primitive.def_impl(impl)
+  primitive.def_abstract_eval(abstract_eval)
+  ad.primitive_jvps[primitive] = jvp
+  batching.primitive_batchers[primitive] = batch
+  mlir.register_lowering(primitive, functools.partial(_lower, None))
+  for platform in platforms:
+    mlir.register_lowering(primitive, functools.partial(_lower, platform), platform=platform)
+  return primitive

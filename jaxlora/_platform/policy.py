@@ -1,0 +1,170 @@
+"""Policies: how each compiler likes an adapted program written. A policy changes how, never what.
+
+Reading order: the record -> one policy for each platform -> which one a call gets.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxlora._base.labelled import Labelled, Result, contract
+from jaxlora._platform.expand import expand
+from jaxlora._platform.kept_sum import kept_sum, plain_sum
+from jaxlora._platform.regions import Region, find_regions
+from jaxlora._platform.wait import Wait, by_barrier, by_compiler
+
+
+@dataclasses.dataclass(frozen=True)
+class Banks:
+  """How a mixed batch meets the factors of many adapters.
+
+  Attributes:
+    spare_terms: a product with the factors of all adapters does `adapters - 1` times more work than needed, per token,
+      and reads no factor twice. Up to this many superfluous terms that costs less than picking factors.
+    loops: whether rows of few tokens are computed one after the other, each factor read where it lies; else their
+      factors are gathered.
+  """
+
+  spare_terms: int
+  loops: bool
+
+
+def no_regions(jaxpr: Any) -> Mapping[int, Region]:
+  """Every equation is differentiated by itself."""
+  del jaxpr
+  return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """The choices for one compiler.
+
+  Attributes:
+    name: of the platform.
+    add: `(x W, h B) -> x W + h B`, outside of loops; inside of them the sum is plain.
+    expand: the second thin product `h B`, by labels.
+    wait: how what is rematerialised waits for its cotangent.
+    regions: from a jaxpr to the norms, softmaxes and activations that are differentiated as one.
+    rematerialises: whether the inputs of adapted products are made again in the backward pass, where that is cheap.
+    widens_bases: whether the compiler makes a wider copy of a half-precision weight for its product. Such a copy is
+      made again in the backward pass, and not kept.
+    flattens: whether the base's own product is written with the weight's axes flattened to two.
+    shares_traces: whether layers that are alike are traced and lowered once.
+    banks: see there.
+  """
+
+  name: str
+  add: Callable[[jax.Array, jax.Array], jax.Array]
+  expand: Callable[[Labelled, Labelled, Sequence[Hashable], Result], Labelled]
+  wait: Wait
+  regions: Callable[[Any], Mapping[int, Region]]
+  rematerialises: bool
+  widens_bases: bool
+  flattens: bool
+  shares_traces: bool
+  banks: Banks
+
+  def sum(self, base: jax.Array, delta: jax.Array, looping: bool) -> jax.Array:
+    """The base's product plus the low-rank part, in the base product's dtype."""
+    return plain_sum(base, delta) if looping else self.add(base, delta)
+
+  def without_recompute(self) -> "Policy":
+    """The policy of `recompute=False`: what differentiation keeps is kept, and nothing is made again."""
+    return dataclasses.replace(self, regions=no_regions, rematerialises=False, widens_bases=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One policy for each platform.
+
+CPU = Policy(
+  name="cpu",
+  add=kept_sum,
+  expand=expand,
+  wait=by_compiler,
+  regions=find_regions,
+  rematerialises=True,
+  widens_bases=True,
+  flattens=True,
+  shares_traces=True,
+  banks=Banks(spare_terms=8, loops=True),
+)
+# Arithmetic is cheaper by far than memory: more superfluous terms, and no loops over rows.
+GPU = dataclasses.replace(
+  CPU,
+  name="gpu",
+  add=plain_sum,
+  expand=contract,
+  wait=by_barrier,
+  widens_bases=False,
+  banks=Banks(spare_terms=128, loops=False),
+)
+TPU = dataclasses.replace(GPU, name="tpu")
+# The plain form everywhere: `x W + (x A) B`, and JAX's own differentiation.
+NONE = Policy(
+  name="none",
+  add=plain_sum,
+  expand=contract,
+  wait=by_barrier,
+  regions=no_regions,
+  rematerialises=False,
+  widens_bases=False,
+  flattens=False,
+  shares_traces=False,
+  banks=Banks(spare_terms=0, loops=False),
+)
+PLATFORMS = {"cpu": CPU, "gpu": GPU, "cuda": GPU, "rocm": GPU, "tpu": TPU}
+TUNINGS = ("auto", "none")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which one a call gets.
+
+
+def check_tuning(tuning: Any, platform: Any, what: str) -> None:
+  """Raises unless there is such a tuning, and such a platform."""
+  if tuning not in TUNINGS:
+    raise ValueError(f"{what}: tuning is {tuning!r}, expected one of {', '.join(map(repr, TUNINGS))}.")
+  if platform is not None and platform not in PLATFORMS:
+    raise ValueError(f"{what}: platform is {platform!r}, expected None or one of {', '.join(map(repr, PLATFORMS))}.")
+
+
+def choose_policy(tuning: str, platform: str | None, recompute: bool, values: Iterable[Any]) -> Policy:
+  """The policy of one call.
+
+  The platform is what the user said; else that of the mesh or the devices of the arguments; else that of
+  `jax.default_device`; else the default backend's. An unknown one gets the policy of GPUs, which has no form that is
+  for one compiler alone.
+
+  Args:
+    tuning: `"auto"` or `"none"`.
+    platform: what the user said, or `None`.
+    recompute: whether the backward pass may make anything again.
+    values: the call's arguments.
+  """
+  if tuning == "none":
+    return NONE
+  policy = PLATFORMS.get(platform or _platform_of(values), GPU)
+  return policy if recompute else policy.without_recompute()
+
+
+def _platform_of(values: Iterable[Any]) -> str:
+  for value in values:
+    if isinstance(value, jax.Array) and (found := _platform_of_array(value)):
+      return found
+  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  default = jax.config.jax_default_device
+  if not jax.sharding.get_abstract_mesh().empty and hasattr(device, "platform"):
+    return device.platform
+  if default is not None:
+    return default if isinstance(default, str) else default.platform
+  return jax.default_backend()
+
+
+def _platform_of_array(value: jax.Array) -> str | None:
+  """The platform of an array's devices; of one that is traced, that of the mesh in its type, if there is one."""
+  if not isinstance(value, jax.core.Tracer):
+    return next(iter(value.devices())).platform
+  mesh = getattr(getattr(jax.typeof(value), "sharding", None), "mesh", None)
+  return getattr(getattr(mesh, "abstract_device", None), "platform", None)

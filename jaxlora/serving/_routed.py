@@ -1,0 +1,133 @@
+"""A weight with the factors of many adapters, and its rules: what the transform knows of mixed batches."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from jaxlora._base.dtypes import beside
+from jaxlora._base.labelled import explicitly_sharded
+from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, While
+from jaxlora._transform.factored import Factored, TracedWeight
+from jaxlora._transform.rule import AHEAD, Ahead, Op, Unfactorable, only_weight, rule
+from jaxlora._transform.rules import dot, layout
+from jaxlora._weight.roles import factor_shape
+from jaxlora.serving._ways import GATHERED, Routing, Row, choose_way, enters_loops, low_rank_part, pick
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoutedWeight(TracedWeight):
+  """The weight `base + sum_r a[slot] b[slot]` of one row of a mixed batch.
+
+  Invariants:
+    1. `a` and `b` have an axis over the bank's adapters that leads all others, and a dtype of their own; behind it they
+       obey `LoraWeight`'s invariant 2 for the array that this value stands for. Scales are in `b`.
+    2. Where no adapter has the number `slot`, the value stands for `base`.
+    3. Dropout does not act: `key` is `None`.
+  """
+
+  base: Any
+  a: Any
+  b: Any
+  slot: Any
+  roles: str = dataclasses.field(metadata={"static": True})
+  path: str = dataclasses.field(metadata={"static": True})
+  routing: Routing = dataclasses.field(metadata={"static": True})
+  key: Any = None
+
+  @property
+  def adapters(self) -> int:
+    return self.a.shape[0]
+
+  def reshaped(self, shape: tuple[int, ...], roles: str, base: Any) -> "RoutedWeight":
+    """The weight reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
+    rank = self.a.shape[1 + self.roles.count("s")]
+
+    def sized(factors: jax.Array, own: str) -> jax.Array:
+      return lax.reshape(factors, (self.adapters, *factor_shape(shape, roles, own, rank)))
+
+    return self.replace(a=sized(self.a, "i"), b=sized(self.b, "o"), base=base, roles=roles)
+
+  def with_roles(self, roles: str) -> "RoutedWeight":
+    """The weight with other roles for its axes of size 1, which lie in both factors as well as in either."""
+    return self if roles == self.roles else self.reshaped(self.shape, roles, self.base)
+
+  def flipped(self) -> "RoutedWeight":
+    """The same weight with A and B trading places: contracted and free axes trade roles."""
+    return self.replace(a=self.b, b=self.a, roles=self.roles.translate(str.maketrans("io", "oi")))
+
+  def simpler(self) -> Factored:
+    """The weight with the factors of its one adapter, picked from the bank."""
+    a, b = (beside(pick(factors, self.slot), self.base.dtype) for factors in (self.a, self.b))
+    return Factored(self.base, a, b, gain=None, key=None, roles=self.roles, dropout=0.0, path=self.path)
+
+  def array(self) -> jax.Array:
+    return self.simpler().array()
+
+  def into(self, structure: Any, operand: int) -> TracedWeight:
+    """Calls and branches are entered whole, loops where that is cheaper than picking the factors ahead of them.
+
+    What a scan runs over it slices along the first axis, which a bank has for itself.
+    """
+    sliced = isinstance(structure, Scan) and operand >= structure.constants + structure.carries
+    if isinstance(structure, (Scan, While)):
+      whole = not sliced and enters_loops(self.adapters, self.routing)
+    else:
+      whole = isinstance(structure, (Jit, Call, Remat, Branches))
+    return self if whole else self.simpler()
+
+
+@rule("dot_general", kind=RoutedWeight)
+def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
+  w, x, weight_first = dot.operands(args)
+  w, pairing = dot.met(op.params, w, weight_first)
+  sharded = explicitly_sharded(x) or explicitly_sharded(w.base)
+  way = GATHERED if sharded else choose_way(jnp.shape(x), w.adapters, pairing, w.routing)
+  op.note(way)
+  if way == GATHERED:
+    return dot.dot_general(op, [arg.simpler() if isinstance(arg, RoutedWeight) else arg for arg in args])
+  base = dot.base_product(op, x, w.base, pairing)
+  row = Row(w.a, w.b, w.roles, pairing, base.dtype, w.base.dtype, op.policy, op.looping)
+  return [op.policy.sum(base, low_rank_part(x, row, w.slot, way), op.looping)]
+
+
+@rule("convert_element_type", kind=RoutedWeight)
+def _cast(op: Op, args: Sequence[Any]) -> list[Any]:
+  """Of a bank only what is picked is cast."""
+  w = only_weight(args)
+  if not jnp.issubdtype(op.params["new_dtype"], jnp.inexact):
+    raise Unfactorable(f"a cast to {jnp.dtype(op.params['new_dtype']).name}")
+  return [w.replace(base=op.bind(w.base)[0])]
+
+
+@rule("reshape", kind=RoutedWeight)
+def _reshape(op: Op, args: Sequence[Any]) -> list[Any]:
+  w = only_weight(args)
+  if op.params.get("dimensions") is not None:  # a transposition first
+    return layout.reshape(op, [w.simpler()])
+  return layout.reshape(op, args)
+
+
+@rule("squeeze", kind=RoutedWeight)
+def _squeeze(op: Op, args: Sequence[Any]) -> list[Any]:
+  return layout.squeeze(op, args)
+
+
+def _ahead(given: Ahead) -> Any:
+  """Only gathered factors shrink their input ahead of the rest."""
+  if "s" in given.w.roles:
+    return None
+  try:
+    w, pairing = dot.met(given.params, given.w, given.weight_first)
+  except Unfactorable:
+    return None
+  if choose_way(given.x.shape, w.adapters, pairing, w.routing) != GATHERED:
+    return None
+  return dot.ahead(given._replace(w=given.w.simpler()))
+
+
+AHEAD[RoutedWeight] = _ahead
