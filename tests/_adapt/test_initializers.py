@@ -157,3 +157,93 @@ def test_distributions(init, cdf):
   distances = [kolmogorov(a, cdf) for a in weights]
   assert max(distances) < 1.95
   assert kolmogorov(1.1 * weights[0], lambda x: np.clip(cdf(x), 0, 1)) > 1.95  # what a wrong width would give
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A is drawn only where it is kept.
+
+
+def draws_of(monkeypatch, **fields):
+  """How many arrays of A's shape are drawn in adapting two weights."""
+  count = 0
+
+  def counted(draw):
+    def drawn(key, shape=(), *args, **kwargs):
+      nonlocal count
+      count += tuple(shape) in ((4, 40), (3, 4, 20))
+      return draw(key, shape, *args, **kwargs)
+
+    return drawn
+
+  with monkeypatch.context() as patch:
+    for name in ("uniform", "normal"):
+      patch.setattr(jax.random, name, counted(getattr(jax.random, name)))
+    started(dtype=np.float32, **fields)
+  return count
+
+
+@pytest.mark.parametrize("variant", ["lora", "lora_fa", "dora", "dora_exact"])
+@pytest.mark.parametrize(
+  ("init", "draws"), [("kaiming", 2), ("he_uniform", 2), ("gaussian", 2), *((i, 0) for i in BOTH)]
+)
+def test_no_factor_is_drawn_to_be_thrown_away(monkeypatch, init, draws, variant):
+  assert draws_of(monkeypatch, init=init, variant=variant) == draws
+
+
+def test_an_init_of_ones_own_draws_what_it_draws(monkeypatch):
+  assert draws_of(monkeypatch, init=lambda key, shape, dtype, fan_in, rank: jnp.zeros(shape, dtype)) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An init of one's own.
+
+
+def scaled(key, shape, dtype, fan_in, rank):
+  return jax.random.normal(key, shape, dtype) * jnp.asarray(rank / fan_in, dtype)
+
+
+def test_an_init_of_ones_own_makes_a():
+  calls = []
+
+  def own(key, shape, dtype, fan_in, rank):
+    calls.append((shape, jnp.dtype(dtype).name, fan_in, rank))
+    return scaled(key, shape, dtype, fan_in, rank)
+
+  tree = started(own, dtype=np.float32, overrides={"heads": {"rank": 2, "dtype": "bfloat16"}})
+  assert sorted(calls) == [((3, 2, 20), "bfloat16", 20, 2), ((4, 40), "float32", 40, 4)]
+  assert (tree["heads"].a.dtype, tree["w"].a.dtype) == (jnp.bfloat16, jnp.float32)
+  assert not tree["w"].b.any()
+  np.testing.assert_array_equal(tree["w"].a, started(scaled, dtype=np.float32)["w"].a)
+  mixed = started(dtype=np.float32, init="kaiming", overrides={"w": {"init": scaled}})
+  np.testing.assert_array_equal(mixed["w"].a, tree["w"].a)
+  np.testing.assert_array_equal(mixed["heads"].a, started("kaiming", dtype=np.float32)["heads"].a)
+
+
+@pytest.mark.parametrize("variant", ["dora", "vera", "loha", "lokr"])
+def test_variants_take_it_too(variant):
+  tree = started(scaled, dtype=np.float32, variant=variant)
+  np.testing.assert_allclose(jaxlora.merge(tree)["w"], params(np.float32)["w"], rtol=1e-6)
+
+
+def test_an_init_of_another_shape_or_dtype_is_named():
+  wrong = {
+    r"w: init gives an array of shape \(40, 4\), dtype float32; expected shape \(4, 40\), dtype float32": (
+      lambda key, shape, dtype, fan_in, rank: jnp.zeros(shape[::-1], dtype)
+    ),
+    r"w: init gives an array of shape \(4, 40\), dtype float16; expected": (
+      lambda key, shape, dtype, fan_in, rank: jnp.zeros(shape, jnp.float16)
+    ),
+  }
+  for match, init in wrong.items():
+    with pytest.raises(ValueError, match=match):
+      started(init, dtype=np.float32, targets="w")
+
+
+def test_a_config_with_an_init_of_ones_own_is_hashable_and_not_json():
+  config = jaxlora.LoraConfig(init=scaled)
+  assert config == jaxlora.LoraConfig(init=scaled)
+  assert hash(config) == hash(jaxlora.LoraConfig(init=scaled))
+  with pytest.raises(TypeError, match=r"LoraConfig\.init is a callable, which to_dict cannot write"):
+    config.to_dict()
+  with pytest.raises(TypeError, match=r"LoraConfig\.overrides\['w'\]\['init'\] is a callable"):
+    jaxlora.LoraConfig(overrides={"w": {"init": scaled}}).to_dict()

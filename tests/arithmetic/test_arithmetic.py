@@ -64,7 +64,7 @@ def mixed():
 
 def test_exact_is_the_sum_of_the_deltas(x64):
   trees, weights = mixed(), [0.7, -1.3, 2.0]
-  combined, report = jaxlora.combine(trees, weights, with_report=True)
+  combined, report = jaxlora.combine_with_report(trees, weights)
   assert_deltas(combined, weighted_sum(trees, weights))
   assert [combined[name].rank for name in ("w", "stack")] == [6, 6]
   assert report.residual == 0
@@ -210,7 +210,7 @@ def test_variants_come_to_a_rank(x64, kind):
   want = weighted_sum(trees, weights)["w"]
   whole = jaxlora.combine(trees, weights, "svd", rank=7)
   assert_deltas(whole, {"w": want}, 1e-11)
-  combined, report = jaxlora.combine(trees, weights, "svd", rank=3, with_report=True)
+  combined, report = jaxlora.combine_with_report(trees, weights, "svd", rank=3)
   assert (combined["w"].rank, combined["w"].variant, combined["w"].extra) == (3, "lora", {})
   np.testing.assert_allclose(deltas(combined)["w"], truncated(want, 3), atol=1e-10)
   lost = np.linalg.norm(want - truncated(want, 3)) / np.linalg.norm(want)
@@ -229,7 +229,7 @@ def truncated(x, rank):
 def test_svd_is_the_best_at_its_rank(x64):
   trees, weights = mixed(), [0.7, -1.3, 2.0]
   want = weighted_sum(trees, weights)
-  combined, report = jaxlora.combine(trees, weights, "svd", with_report=True)  # the largest rank among them
+  combined, report = jaxlora.combine_with_report(trees, weights, "svd")  # the largest rank among them
   assert [combined[name].rank for name in ("w", "stack")] == [3, 3]
   best = {name: x if name in ("bias", "frozen") else truncated(x, 3) for name, x in want.items()}
   assert_deltas(combined, best)
@@ -263,7 +263,7 @@ def by_hand(method, each, weights, density):
 def test_sparse_merges_are_the_papers(x64, method):
   """At full rank nothing is lost, so that the elements themselves can be compared; slices are thinned out apart."""
   trees, weights = mixed(), [1.0, 0.5, -2.0]
-  combined, report = jaxlora.combine(trees, weights, method, rank=7, density=0.3, with_report=True)
+  combined, report = jaxlora.combine_with_report(trees, weights, method, rank=7, density=0.3)
   each = [deltas(tree) for tree in trees]
   for name, rows in (("w", 1), ("stack", 2), ("bias", 1)):
     want = by_hand(method, [x[name].reshape(rows, -1) for x in each], weights, 0.3)
@@ -295,7 +295,7 @@ def test_dare_drops_and_rescales(x64):
 def test_a_thinned_out_update_has_no_low_rank(x64):
   """The residual is reported: it is what the elements of the truth and the truth at that rank differ by."""
   trees = mixed()
-  _, report = jaxlora.combine(trees, [1, 1, 1], "ties", rank=2, density=0.2, with_report=True)
+  _, report = jaxlora.combine_with_report(trees, [1, 1, 1], "ties", rank=2, density=0.2)
   full = deltas(jaxlora.combine(trees, [1, 1, 1], "ties", rank=7, density=0.2))
   lost = np.linalg.norm(full["w"] - truncated(full["w"], 2)) / np.linalg.norm(full["w"])
   residual = next(row.residual for row in report.leaves if row.path == "w")

@@ -120,7 +120,7 @@ def test_spectrum_is_that_of_the_delta(x64, roles, shape):
 @pytest.mark.parametrize(("roles", "shape"), LAYOUTS)
 def test_compress_is_the_best_approximation(x64, roles, shape):
   node = weight(shape=shape, roles=roles)
-  tree, report = jaxlora.compress({"w": node}, rank=2, with_report=True)
+  tree, report = jaxlora.compress_with_report({"w": node}, rank=2)
   s = np.asarray(jaxlora.spectrum({"w": node})["w"])
   lost = np.linalg.norm(delta(tree["w"]) - delta(node))
   np.testing.assert_allclose(lost, np.linalg.norm(s[..., 2:]), rtol=1e-10)
@@ -223,7 +223,7 @@ def apply_stack(params):
 
 def test_extract_is_exact_at_the_rank_of_the_change(x64, lenient):
   base, tuned = fine_tuned()
-  tree, report = jaxlora.extract(base, tuned, rank=2, probe=apply_stack, with_report=True)
+  tree, report = jaxlora.extract_with_report(base, tuned, rank=2, probe=apply_stack)
   chex.assert_trees_all_close(jaxlora.merge(tree), tuned, rtol=1e-12)
   chex.assert_trees_all_equal(jaxlora.strip(tree), base)
   assert tree["layers"].roles == "sio"
@@ -239,7 +239,7 @@ def test_extract_reports_what_is_lost(x64):
   config = jaxlora.LoraConfig(
     rank=2, alpha=6, scaling="rslora", targets="layers", train="bias|head", axes={"layers": "sio"}, init="gaussian"
   )
-  tree, report = jaxlora.extract(base, tuned, config=config, with_report=True)
+  tree, report = jaxlora.extract_with_report(base, tuned, config=config)
   assert (tree["layers"].rank, tree["layers"].alpha, tree["layers"].scaling) == (2, 6, "rslora")
   change = np.asarray(tuned["layers"] - base["layers"])
   lost = np.linalg.norm(delta(tree["layers"]) - change) / np.linalg.norm(change)
@@ -255,7 +255,7 @@ def test_extract_by_energy(x64):
   tree = jaxlora.extract(base, tuned, config=config, energy=1.0)
   assert tree["layers"].rank == 4
   chex.assert_trees_all_close(jaxlora.merge(tree), tuned, rtol=1e-12)
-  tree, report = jaxlora.extract(base, tuned, config=config, energy=0.8, with_report=True)
+  tree, report = jaxlora.extract_with_report(base, tuned, config=config, energy=0.8)
   assert tree["layers"].rank < 4
   assert report.leaves[-1].residual ** 2 <= 0.2
 
@@ -265,7 +265,7 @@ def test_extract_says_what_it_leaves_out():
   config = jaxlora.LoraConfig(rank=2, targets="layers", axes={"layers": "sio"})
   with pytest.warns(UserWarning, match="changed bias, head, which the config neither"):
     jaxlora.extract(base, tuned, config=config)
-  _, report = jaxlora.extract(base, tuned, config=config, with_report=True)
+  _, report = jaxlora.extract_with_report(base, tuned, config=config)
   assert {row.path: row.residual for row in report.leaves if row.rank is None} == {"bias": 1, "head": 1}
 
 
@@ -310,3 +310,50 @@ def test_the_articles_program():
   assert least.error == pytest.approx(np.linalg.norm(s[1:]) / np.linalg.norm(s), rel=1e-4)
   assert least.agreement < 1
   assert least.numbers == 100 + 1 + 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports.
+
+
+def test_an_extraction_draws_nothing(monkeypatch):
+  """The factors come from the difference of the trees: an A that is drawn would be thrown away."""
+  for name in ("uniform", "normal"):
+    monkeypatch.setattr(jax.random, name, lambda *args, **kwargs: pytest.fail("a factor was drawn"))
+  base, tuned = fine_tuned()
+  config = jaxlora.LoraConfig(rank=2, targets="layers", train="bias|head", axes={"layers": "sio"}, dropout=0.2)
+  tree = jaxlora.extract(base, tuned, config=config)
+  assert (tree["layers"].rank, tree["layers"].dropout) == (2, 0.2)
+
+
+def flagged():
+  """Calls of the older spelling, and what takes its place."""
+  base, tuned = fine_tuned()
+  config = jaxlora.LoraConfig(rank=2, targets="layers", train="bias|head", axes={"layers": "sio"})
+  tree = jaxlora.extract(base, tuned, config=config)
+  return {
+    "compress": (jaxlora.compress, jaxlora.compress_with_report, (tree,), {"rank": 1}),
+    "extract": (jaxlora.extract, jaxlora.extract_with_report, (base, tuned), {"config": config}),
+    "combine": (jaxlora.combine, jaxlora.combine_with_report, ([tree], [0.5], "svd"), {"rank": 1}),
+  }
+
+
+@pytest.mark.parametrize("name", ["compress", "extract", "combine"])
+def test_the_older_spelling_of_a_report_works_and_names_the_newer_one(name):
+  plain, with_report, args, options = flagged()[name]
+  with pytest.warns(
+    DeprecationWarning, match=rf"{name}_with_report\(\.\.\.\), which returns \(tree, Truncation\)"
+  ) as seen:
+    tree, report = plain(*args, with_report=True, **options)
+  assert seen[0].filename == __file__
+  wanted, expected = with_report(*args, **options)
+  assert report == expected
+  chex.assert_trees_all_equal(tree, wanted)
+  chex.assert_trees_all_equal(plain(*args, **options), wanted)
+
+
+def test_a_report_needs_values():
+  _, _, (tree,), _ = flagged()["compress"]
+  jax.jit(lambda tree: jaxlora.compress(tree, rank=1))(tree)
+  with pytest.raises(ValueError, match="layers: a report reads values, which are not known under jit"):
+    jax.jit(lambda tree: jaxlora.compress_with_report(tree, rank=1)[0])(tree)
