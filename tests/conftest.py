@@ -16,7 +16,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from jaxlora._jax import trace_cache  # noqa: E402
-from tests.helpers import profiles  # noqa: E402
+from tests.helpers import DEVICES, profiles  # noqa: E402
 from tests.helpers.forks import Forks  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -68,7 +68,7 @@ def lenient():
     yield
 
 
-@pytest.fixture(params=["one device", "several"])
+@pytest.fixture(params=DEVICES)
 def devices(request, monkeypatch):
   """The two ways of waiting for a cotangent; tests run with eight devices."""
   if request.param == "one device":

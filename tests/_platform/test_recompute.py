@@ -13,6 +13,7 @@ import pytest
 import jaxlora
 from jaxlora._jax import called, linear_call
 from tests import helpers
+from tests.helpers import DEVICES, profiles
 
 KEY = jax.random.key(0)
 WIDTH, HIDDEN, TOKENS = 16, 64, 96
@@ -28,6 +29,9 @@ ACTIVATIONS = {
   "gated": lambda x: nn.sigmoid(x) * jnp.roll(x, 1, axis=-1),
   "masked": lambda x: jnp.where(x > 0.1, nn.gelu(x), jnp.zeros((), x.dtype)),
 }
+
+
+CONTROL_FLOW = ("jit", "scan", "remat", "cond", "vmap", "shard_map")
 
 
 class Mlp(nn.Module):
@@ -46,14 +50,20 @@ class Mlp(nn.Module):
 
 def case(activation="gelu", dtype=jnp.float64, **fields):
   model, x = Mlp(activation), helpers.array(2, (2, TOKENS // 2, WIDTH), dtype)
-  params = jax.tree.map(lambda leaf: leaf + 0.1, model.init(KEY, x)["params"])
   fn = lambda p, x: model.apply({"params": p}, x)
   targets = ["up_0", "up_1", "up_2", "down_0", "down_1", "down_2"]
-  return fn, helpers.adapted(params, alpha=4, targets=targets, **fields), x
+  return fn, helpers.adapted(params_of(dtype), alpha=4, targets=targets, **fields), x
+
+
+@functools.cache
+def params_of(dtype):
+  """Those of all activations."""
+  made = jax.jit(Mlp().init)(KEY, jnp.ones((1, 1, WIDTH), dtype))["params"]
+  return jax.tree.map(lambda leaf: leaf + 0.1, made)
 
 
 @pytest.mark.usefixtures("x64", "lenient", "devices")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "devices"), profiles.alternating(ACTIVATIONS, DEVICES), indirect=["devices"])
 def test_gradients_are_the_same(activation):
   fn, tree, x = case(activation)
   got, want = (jax.jit(helpers.sine_step(fn, recompute))(tree, x) for recompute in (True, False))
@@ -61,32 +71,38 @@ def test_gradients_are_the_same(activation):
   helpers.check(fn, tree, (x,), 1e-12)
 
 
+def derivatives(f, frozen, tangent):
+  """Of a loss by the factors `t` and the data `x`."""
+  loss = lambda t, x: jnp.sum(jnp.sin(f(jaxlora.join(frozen, t), x)))
+  return {
+    "jvp": lambda t, x: jax.jvp(lambda t: loss(t, x), (t,), (tangent,)),
+    "hessian times tangent": lambda t, x: jax.jvp(lambda t: jax.grad(loss)(t, x), (t,), (tangent,)),
+    "gradient of a gradient's norm": jax.grad(
+      lambda t, x: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(t, x)))
+    ),
+    "data": jax.grad(loss, argnums=1),
+    "both": jax.grad(loss, argnums=(0, 1)),
+    "per example": lambda t, x: jax.vmap(lambda x: jax.grad(loss)(t, x[None]))(x),
+    "of a vmap": jax.grad(lambda t, x: jnp.sum(jax.vmap(lambda x: loss(t, x[None]))(x))),
+    "two steps of vmap": lambda t, x: jax.vmap(jax.vmap(lambda x: jax.grad(loss)(t, x[None, None])))(x),
+  }
+
+
+DERIVATIVES = tuple(derivatives(None, None, None))
+
+
 @pytest.mark.usefixtures("x64", "lenient", "devices")
-def test_forward_mode_second_derivatives_and_vmap():
+@pytest.mark.parametrize(("name", "devices"), profiles.alternating(DERIVATIVES, DEVICES), indirect=["devices"])
+def test_forward_mode_second_derivatives_and_vmap(name):
   fn, tree, x = case("gelu")
   x = x[:, :3]
   frozen, trainable = jaxlora.split(tree)
   tangent = jax.tree.map(lambda leaf: helpers.array(5, leaf.shape, leaf.dtype), trainable)
-
-  def of(f):
-    loss = lambda t, x: jnp.sum(jnp.sin(f(jaxlora.join(frozen, t), x)))
-    return {
-      "jvp": lambda t, x: jax.jvp(lambda t: loss(t, x), (t,), (tangent,)),
-      "hessian times tangent": lambda t, x: jax.jvp(lambda t: jax.grad(loss)(t, x), (t,), (tangent,)),
-      "gradient of a gradient's norm": jax.grad(
-        lambda t, x: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(t, x)))
-      ),
-      "data": jax.grad(loss, argnums=1),
-      "both": jax.grad(loss, argnums=(0, 1)),
-      "per example": lambda t, x: jax.vmap(lambda x: jax.grad(loss)(t, x[None]))(x),
-      "of a vmap": jax.grad(lambda t, x: jnp.sum(jax.vmap(lambda x: loss(t, x[None]))(x))),
-      "two steps of vmap": lambda t, x: jax.vmap(jax.vmap(lambda x: jax.grad(loss)(t, x[None, None])))(x),
-    }
-
-  wanted = of(helpers.oracle(fn))
-  for name, derivative in of(jaxlora.wrap(fn, on_materialize="error")).items():
-    got, want = jax.jit(derivative)(trainable, x), jax.jit(wanted[name])(trainable, x)
-    helpers.assert_close(got, want, 1e-11)
+  got, want = (
+    jax.jit(derivatives(f, frozen, tangent)[name])(trainable, x)
+    for f in (jaxlora.wrap(fn, on_materialize="error"), helpers.oracle(fn))
+  )
+  helpers.assert_close(got, want, 1e-11)
 
 
 @pytest.mark.usefixtures("lenient", "one_device")
@@ -97,7 +113,7 @@ def test_dropout_is_made_again_with_the_same_mask():
 
 
 @pytest.mark.usefixtures("lenient", "devices")
-@pytest.mark.parametrize("control", ["jit", "scan", "remat", "cond", "vmap", "shard_map"])
+@pytest.mark.parametrize(("control", "devices"), profiles.alternating(CONTROL_FLOW, DEVICES), indirect=["devices"])
 def test_inside_control_flow(control):
   fn, tree, x = case(dtype=jnp.float32)
   helpers.check(helpers.WRAPPERS[control](fn), tree, (x,), 1e-4)

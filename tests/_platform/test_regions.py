@@ -1,5 +1,6 @@
 """Norms, softmaxes and activations as one: the same numbers, and of each at most one array is kept."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jaxlora
 from jaxlora._jax import called, trace_cache
 from jaxlora._platform import regions
 from tests import helpers
+from tests.helpers import DEVICES, profiles
 
 KEY = jax.random.key(0)
 WIDTH, HIDDEN = 12, 24
@@ -90,7 +92,7 @@ def case(name, dtype=jnp.float64):
 
 
 @pytest.mark.usefixtures("x64", "lenient", "devices")
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("name", "devices"), profiles.alternating(FUNCTIONS, DEVICES), indirect=["devices"])
 def test_gradients_are_the_same(name):
   fn, tree, x = case(name)
   for jit in (jax.jit, lambda step: step):  # outside of jit nothing is traced ahead
@@ -100,7 +102,7 @@ def test_gradients_are_the_same(name):
 
 
 @pytest.mark.usefixtures("x64", "lenient", "devices")
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("name", "devices"), profiles.alternating(FUNCTIONS, DEVICES), indirect=["devices"])
 def test_every_way_to_differentiate(name):
   """Forward, forward over reverse, and vmap of it, by the inputs and by the factors."""
   fn, tree, x = case(name)
@@ -201,6 +203,7 @@ class Stack(nn.Module):
 RANK = 3
 
 
+@functools.cache
 def stack(layers, tokens=64, dtype=jnp.float32, width=32, rank=RANK):
   model, x = Stack(layers, dtype), helpers.array(3, (4, tokens, width), dtype)
   params = jax.jit(model.init)(KEY, x)["params"]
@@ -299,7 +302,7 @@ def test_layers_that_are_alike_are_traced_and_lowered_once():
 
 @pytest.mark.usefixtures("lenient", "one_device")
 def test_half_precision_weights_are_not_kept_in_a_wider_copy():
-  fn, tree, x = stack(4, dtype=jnp.bfloat16)
+  fn, tree, x = stack(2, dtype=jnp.bfloat16)
   copies = 4 * sum(leaf.size for leaf in jax.tree.leaves(jaxlora.strip(tree)))
   got, want = (helpers.temp_bytes(helpers.sine_step(fn, recompute), tree, x) for recompute in (True, False))
   assert got < want - copies / 2

@@ -40,8 +40,7 @@ def test_the_default_run_thins_the_product_evenly():
     assert len([wrap for wrap in helpers.WRAPPERS if (build, wrap) in kept]) in (3, 4, 5), build
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("build", helpers.BUILDERS)
+@pytest.mark.parametrize(("build", "dtype"), profiles.alternating(helpers.BUILDERS, [jnp.float32, jnp.bfloat16]))
 def test_other_dtypes(build, dtype):
   case = helpers.BUILDERS[build](dtype)
   helpers.check(case.fn, case.adapted(), case.args, helpers.TOLERANCE[dtype])

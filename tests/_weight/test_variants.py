@@ -12,11 +12,13 @@ import pytest
 import jaxlora
 from jaxlora._weight.variant import VARIANTS
 from tests import helpers
+from tests.helpers import profiles
 
 OTHERS = [name for name in VARIANTS if name != "lora"]
 # All kinds of weight for the one that adds to the transform itself; one of each family for those that make factors.
 FAMILIES = ("dense_general", "vmapped_layers", "experts_dispatched", "conv_2d_strided", "embed_tied")
-CROSS = [(v, b) for v in OTHERS for b in helpers.BUILDERS if v == "dora" or b in FAMILIES]
+CROSS = [(variant, build) for variant in OTHERS for build in FAMILIES]
+CROSS += profiles.every_other([build for build in helpers.BUILDERS if build not in FAMILIES], "dora")
 # The sum over experts scales each expert's outputs before they are summed, so no gain can follow the product.
 MATERIALISES = {("dora", "experts_all")}
 

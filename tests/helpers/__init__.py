@@ -16,12 +16,13 @@ from tests.helpers.compiled import (
   traced,
   weight_shaped_products,
 )
-from tests.helpers.meshes import mesh_of, place
+from tests.helpers.meshes import DEVICES, mesh_of, place
 from tests.helpers.oracle import TOLERANCE, assert_close, check, frozen_step, loss_of, oracle, sine_step
 from tests.helpers.wrappers import FORWARD_ONLY, NEEDS_FLOAT_DATA, WRAPPERS, legal
 
 __all__ = [
   "BUILDERS",
+  "DEVICES",
   "FAMILIES",
   "FORWARD_ONLY",
   "NEEDS_FLOAT_DATA",

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+DEVICES = ("one device", "several")  # the two ways in which a cotangent is waited for
+
 
 def mesh_of(kind: AxisType = AxisType.Auto, **axes: int) -> Mesh:
   """A mesh whose axes are all of one kind: `mesh_of(data=2, model=2)`."""

@@ -35,7 +35,7 @@ def product(wrappers: Iterable[str], legal: Callable[[str, str], bool]) -> list[
 
 
 def thinned(wrappers: Sequence[str], legal: Callable[[str, str], bool]) -> set[tuple[str, str]]:
-  """Diagonals of each family's product: `EACH` or more wrappers for a builder, and as many builders for each wrapper."""
+  """Diagonals of each family's product: `EACH` or more wrappers for a builder, as many builders for each wrapper."""
   kept = set()
   for builds in FAMILIES.values():
     for j, wrap in enumerate(wrappers):
@@ -50,10 +50,10 @@ def alternating(cases: Iterable[Any], ways: Sequence[Any]) -> list[Any]:
   return [_param(k % len(ways) == j, case, way) for k, case in enumerate(cases) for j, way in enumerate(ways)]
 
 
-def every_other(builds: Iterable[str] = BUILDERS) -> list[Any]:
-  """Builders, of which the default run takes every second of each family."""
+def every_other(builds: Iterable[str] = BUILDERS, *before: Any) -> list[Any]:
+  """Builders, after other arguments; the default run takes every second of each family."""
   kept = {build for family in FAMILIES.values() for build in family[::2]}
-  return [_param(build in kept, build) for build in builds]
+  return [_param(build in kept, *before, build) for build in builds]
 
 
 def _param(kept: bool, *values: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 
 import jaxlora
 from tests import helpers
+from tests.helpers import profiles
 from tests.serving.banks import IDS, WAYS, adapters, bank_of, close, data, mlp, one_by_one, params_of
 
 
@@ -23,7 +24,7 @@ def test_each_row_is_its_adapter_alone(via):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("build", helpers.BUILDERS)
+@pytest.mark.parametrize("build", profiles.every_other())
 def test_every_kind_of_weight(build):
   case = helpers.BUILDERS[build](jnp.float64)
   trees = [case.adapted(), helpers.trained(case.adapted(), 5)]
