@@ -1,11 +1,12 @@
-"""The introductory article's own program, with `jaxlora.low_rank`: what a truncated SVD keeps of a data matrix.
+"""The introductory article's program with `jaxlora.low_rank`: how good is a low-rank approximation of a data matrix?
 
     python examples/article.py
 
-A stand-in for a pretrained matrix (100 x 100), data X (100 x 10) and binary labels. X is brought to a low rank, and a
-logistic regression is fitted on (approximation Xᵀ)ᵀ; beside it the same on X itself. The article asks rank 20 of a
-matrix of 10 columns. There is no such rank: numpy's slices cut it to 10 without a word, and the "approximation" is X.
-Here that is an error, which the script prints, and ranks of 10 and less follow.
+It has a stand-in for a pretrained matrix (100 x 100), data X (100 x 10) and binary labels. X is approximated by a
+truncated SVD, and a logistic regression is fitted on (approximation Xᵀ)ᵀ; the same regression on X itself is the
+reference. The article asks for rank 20 of a matrix with 10 columns. There is no such rank: numpy's slices silently
+return rank 10, and the "approximation" is X. Here rank 20 is an error, which the script prints before ranks 10 and
+less.
 
 Needs scikit-learn: pip install -e ".[bench]".
 """
@@ -24,13 +25,13 @@ RANKS = (10, 8, 5, 2, 1)
 
 
 class Fit(NamedTuple):
-  """One regression: what of X it saw, and how it did."""
+  """One regression on an approximation of X."""
 
   rank: int
-  error: float  # of the approximation, relative, Frobenius
-  numbers: int  # that the factors hold
+  error: float  # of the approximation, relative, in the Frobenius norm
+  numbers: int  # in the factors
   accuracy: float  # on the labels
-  agreement: float  # with the predictions of the regression on X itself
+  agreement: float  # share of predictions that equal those of the regression on X itself
 
 
 def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -42,7 +43,7 @@ def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def predictions(approximation: np.ndarray, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """The article's classifier: fitted on, and applied to, (approximation Xᵀ)ᵀ."""
+  """The article's classifier: fitted on (approximation Xᵀ)ᵀ, and applied to it."""
   features = (approximation @ x.T).T
   return LogisticRegression(max_iter=10_000).fit(features, labels).predict(features)
 
@@ -61,7 +62,7 @@ def fits(x: np.ndarray, labels: np.ndarray, ranks: tuple[int, ...] = RANKS) -> l
 
 
 def refusal(x: np.ndarray, rank: int = ASKED) -> str:
-  """What is said of a rank that X cannot have."""
+  """The error message for a rank that X cannot have."""
   try:
     jaxlora.low_rank(jnp.asarray(x), rank)
   except ValueError as error:

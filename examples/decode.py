@@ -1,9 +1,9 @@
-"""Several adapters write in one batch, and one of them is swapped in mid-stream.
+"""Several adapters decode in one batch, and one of them is replaced in mid-stream.
 
-A small decoder learns the alphabet. Four adapters learn other orders of it, all in one batch over the one frozen base:
-row i trains adapter i. Then five rows write side by side, token by token beside one cache: the base, and the adapters.
-Halfway an adapter takes the place of another one under its name. The other rows write on as if nothing had happened:
-their caches are what they were, and nothing is compiled again.
+A small decoder learns the alphabet. Four adapters learn other orders of it, all in one batch over one frozen base: each
+row's gradient reaches the adapter of that row. Then five rows are decoded side by side, token by token beside one
+cache: one by the base, and one by each adapter. Halfway one adapter is replaced by another under the same name. The
+other rows are not affected: their caches stay as they are, and nothing is compiled again.
 
     python examples/decode.py
 """
@@ -24,7 +24,7 @@ import jaxlora
 
 ALPHABET = string.ascii_lowercase
 LENGTH = 24
-WRITERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # what comes at step k, from a letter on
+WRITERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # the offset of step k from the first letter
   "backwards": lambda k: -k,
   "every other": lambda k: 2 * k,
   "doubled": lambda k: k // 2,
@@ -57,18 +57,18 @@ MODEL = Decoder()
 
 
 def texts(order: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-  """What a writer of that order writes, from every letter on: (letters, time)."""
+  """The text of that order from each first letter: (letters, time)."""
   first = np.arange(len(ALPHABET))[:, None]
   return (first + order(np.arange(LENGTH))[None]) % len(ALPHABET)
 
 
 def loss_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """How unlikely the next letters are."""
+  """The cross entropy of the next letters."""
   return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
 def fit(loss: Callable[[Any], jax.Array], start: Any, steps: int, rate: float) -> Any:
-  """Adam on whatever `start` holds."""
+  """Trains the arrays of `start` with Adam."""
   tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
   @jax.jit
@@ -83,19 +83,19 @@ def fit(loss: Callable[[Any], jax.Array], start: Any, steps: int, rate: float) -
 
 
 def apply(params: Any, tokens: jax.Array) -> jax.Array:
-  """The whole sequences at once."""
+  """Logits of whole sequences."""
   return MODEL.apply({"params": params}, tokens)
 
 
 def pretrain(steps: int) -> Any:
-  """A decoder that knows the alphabet."""
+  """Parameters of a decoder that continues the alphabet."""
   tokens = jnp.asarray(texts(lambda k: k))
   params = MODEL.init(jax.random.key(0), tokens)["params"]
   return fit(lambda params: loss_of(apply(params, tokens), tokens), params, steps, 3e-3)
 
 
 def train_adapters(params: Any, steps: int) -> jaxlora.Bank:
-  """One adapter per writer, all trained in one batch: a row's gradient reaches its own adapter alone."""
+  """One adapter per order, all trained in one batch: a row's gradient reaches its own adapter alone."""
   config = jaxlora.LoraConfig(rank=4, alpha=8)
   probe = lambda p: apply(p, jnp.zeros((1, LENGTH), jnp.int32))
   trees = {
@@ -114,7 +114,7 @@ def train_adapters(params: Any, steps: int) -> jaxlora.Bank:
 
 
 class Stream(NamedTuple):
-  """Rows as they are being written: the last letters (batch, 1), how many there are, and the cache."""
+  """The state of decoding: the last letters (batch, 1), their position, and the cache."""
 
   token: jax.Array
   position: jax.Array
@@ -122,7 +122,7 @@ class Stream(NamedTuple):
 
 
 def begin(letters: str) -> Stream:
-  """One row for each letter, which it begins with."""
+  """The state ahead of decoding, with one row for each first letter."""
   tokens = jnp.asarray([[ALPHABET.index(letter)] for letter in letters], jnp.int32)
   shapes = jax.eval_shape(
     MODEL.clone(decode=True).init, jax.random.key(0), jnp.zeros((len(letters), LENGTH), jnp.int32)
@@ -132,7 +132,7 @@ def begin(letters: str) -> Stream:
 
 
 def write_letter(params: Any, stream: Stream) -> Stream:
-  """The likeliest next letter of every row. It knows nothing of adapters."""
+  """The most likely next letter of every row; a plain function, which knows nothing of adapters."""
   variables = {"params": params, "cache": stream.cache}
   logits, new = MODEL.clone(decode=True).apply(variables, stream.token, stream.position, mutable=["cache"])
   return Stream(logits.argmax(-1).astype(jnp.int32), stream.position + 1, new["cache"])
@@ -140,7 +140,7 @@ def write_letter(params: Any, stream: Stream) -> Stream:
 
 @functools.partial(jax.jit, donate_argnums=3)
 def write(params: Any, bank: jaxlora.Bank, ids: jax.Array, stream: Stream) -> Stream:
-  """The next letter of every row, each with its adapter."""
+  """`write_letter` with an adapter for each row."""
   return jaxlora.route(write_letter)(params, bank, ids, stream)
 
 
@@ -152,22 +152,22 @@ def generate(
   Args:
     params: the base.
     bank: the adapters.
-    names: each row's.
-    letters: each row's first.
-    swap: `(step, name, other)`: ahead of that step the adapter `other` is put in the bank as `name`.
+    names: each row's adapter; None is the base.
+    letters: each row's first letter.
+    swap: `(step, name, other)`: ahead of that step, `other` replaces the adapter `name` in the bank.
   """
   ids, stream = bank.ids(names), begin(letters)
   written = [np.asarray(stream.token)]
   for step in range(1, LENGTH):
     if swap is not None and step == swap[0]:
-      bank = bank.put(swap[1], bank.take(swap[2]))  # its slot stays, and so do the ids
+      bank = bank.put(swap[1], bank.take(swap[2]))  # the slot and the ids stay the same
     stream = write(params, bank, ids, stream)
-    written.append(np.asarray(stream.token))  # ahead of the next step, which takes the stream
+    written.append(np.asarray(stream.token))  # read ahead of the next step, to which the stream is donated
   return ["".join(ALPHABET[k] for k in row) for row in np.concatenate(written, axis=1)]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[str]]:
-  """Trains, and writes twice: without a swap and with one."""
+  """Trains, and decodes twice: without a replacement and with one."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--steps", type=int, default=300, help="training steps of the base and of the adapters")
   args = parser.parse_args(argv)
