@@ -26,7 +26,8 @@ from jaxlora._transform.record import MaterializeError, MaterializeWarning, Use
 from jaxlora._transform.wrap import wrap
 from jaxlora._version import __version__ as __version__
 from jaxlora._weight.register import register_variant, unregister_variant, variants
-from jaxlora._weight.variant import Start, Variant
+from jaxlora._weight.start import Start
+from jaxlora._weight.variant import Variant
 from jaxlora._weight.weight import FullWeight, LoraWeight
 from jaxlora.arithmetic import combine, combine_with_report, cosine, interpolate, norms, scale, subtract
 from jaxlora.init import init_from_data

@@ -12,7 +12,8 @@ from jaxlora._adapt.plan import plan_tree
 from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._weight.roles import laid_out, matrices
-from jaxlora._weight.variant import Initializer, Start, variant_named
+from jaxlora._weight.start import Initializer, Start
+from jaxlora._weight.variant import variant_named
 from jaxlora._weight.weight import SCALINGS, FullWeight, LoraWeight, start_subtracted
 
 

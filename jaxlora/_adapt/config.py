@@ -17,7 +17,7 @@ from jaxlora._adapt.fields import (
   checked_roles,
 )
 from jaxlora._base.patterns import Pattern, first_match
-from jaxlora._weight.variant import Initializer
+from jaxlora._weight.start import Initializer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._base.matrix import matmul, orthonormal, randomised, svd
-from jaxlora._weight.variant import Initializer
+from jaxlora._weight.start import Initializer
 
 
 def kaiming(key, shape, dtype, fan_in, rank):

@@ -6,14 +6,6 @@ import jax
 import jax.numpy as jnp
 
 
-def short_name(dtype: Any) -> str:
-  """A dtype as JAX prints it in shapes: `f32`, `bf16`, `i8`; random keys as `key<fry>`."""
-  name = str(dtype)
-  for long, short in (("float", "f"), ("complex", "c"), ("uint", "u"), ("int", "i")):
-    name = name.replace(long, short)
-  return name
-
-
 def wider_dtype(x: Any, y: Any) -> jnp.dtype:
   """The floating dtype that holds the values of both, however strict the user's own promotion is."""
   x, y = sorted((jnp.dtype(x), jnp.dtype(y)), key=lambda dtype: dtype.itemsize)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import precise
 from jaxlora._weight.lora import lora_shapes, lora_start
 from jaxlora._weight.roles import RANK, factor_axes
-from jaxlora._weight.variant import Parts, Shapes, Start, Variant, over_outputs, own_factors
+from jaxlora._weight.start import Start, over_outputs
+from jaxlora._weight.variant import Parts, Shapes, Variant, own_factors
 
 
 def _dora_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:

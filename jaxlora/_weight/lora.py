@@ -3,7 +3,8 @@
 import jax
 
 from jaxlora._weight.roles import factor_shape
-from jaxlora._weight.variant import Shapes, Start, Variant, own_factors
+from jaxlora._weight.start import Start
+from jaxlora._weight.variant import Shapes, Variant, own_factors
 
 
 def lora_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:

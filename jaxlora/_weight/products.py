@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxlora._weight.lora import lora_shapes
 from jaxlora._weight.roles import fan
-from jaxlora._weight.variant import Parts, Shapes, Start, Variant, stack_sizes
+from jaxlora._weight.start import Start, stack_sizes
+from jaxlora._weight.variant import Parts, Shapes, Variant
 
 
 def _loha_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._weight.family import FAMILY
-from jaxlora._weight.variant import VARIANTS, Shapes, Start, Variant, over_outputs
+from jaxlora._weight.start import Start, over_outputs
+from jaxlora._weight.variant import VARIANTS, Shapes, Variant
 
 LABELS = ("a", "b", "magnitude")  # what `labels` and optimizers that are made by it know
 

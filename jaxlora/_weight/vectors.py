@@ -5,7 +5,8 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._weight.lora import lora_shapes
-from jaxlora._weight.variant import Parts, Shapes, Start, Variant, along_rank, over_outputs, stack_sizes
+from jaxlora._weight.start import Start, along_rank, over_outputs, stack_sizes
+from jaxlora._weight.variant import Parts, Shapes, Variant
 
 
 def _vera_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:

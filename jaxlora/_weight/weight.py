@@ -11,9 +11,9 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wider_dtype
-from jaxlora._weight.describe import full_line, lora_line
+from jaxlora._weight.describe import full_line, is_array, lora_line
 from jaxlora._weight.flax import KnownToFlax
-from jaxlora._weight.roles import low_rank_delta, times_gain
+from jaxlora._weight.roles import factor_axes, low_rank_delta, times_gain
 from jaxlora._weight.variant import Variant, variant_named
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
@@ -172,7 +172,18 @@ class LoraWeight(_Node):
     return dataclasses.replace(self, **own)
 
   def __repr__(self) -> str:
-    return lora_line(self)
+    return lora_line(self, self._known_sizes())
+
+  def _known_sizes(self) -> list[Any]:
+    """The weight's sizes, from its base or, in a half without one, its factors; "?" for an axis that neither has."""
+    if is_array(self.base):
+      return list(self.base.shape)
+    sizes: dict[Any, Any] = {}
+    for own, factor in (("i", self.a), ("o", self.b)):
+      axes = factor_axes(self.roles, own)
+      if is_array(factor) and len(factor.shape) == len(axes):
+        sizes |= zip(axes, factor.shape, strict=True)
+    return [sizes.get(axis, "?") for axis in range(len(self.roles))]
 
   def factors(self) -> tuple[jax.Array, jax.Array]:
     """The effective factors: `base + sum_r a b` is the adapted weight, but for a variant's gain.

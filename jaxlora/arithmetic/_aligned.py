@@ -1,7 +1,7 @@
 """The leaves of several adapters of one base."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,7 @@ from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_weight
 from jaxlora._weight.tree import check_adapted
 from jaxlora._weight.weight import LoraWeight, is_adapted, parts
-
-
-class Term(NamedTuple):
-  """One term of the sum at a leaf: a tree's node there, and the weight of its update."""
-
-  node: Any
-  weight: Any
+from jaxlora.arithmetic._sums import base_leaf
 
 
 def aligned(trees: Sequence[Any], names: Sequence[str], what: str) -> tuple[dict[str, list[Any]], Any]:
@@ -59,11 +53,6 @@ def aligned(trees: Sequence[Any], names: Sequence[str], what: str) -> tuple[dict
 def _update_parts(node: Any) -> dict[str, Any]:
   """The arrays of a node's update."""
   return {name: x for name, x in parts(node).items() if name != "base"} if is_adapted(node) else {}
-
-
-def base_leaf(node: Any) -> Any:
-  """The base of an adapted node; a plain leaf is its own."""
-  return node.base if is_adapted(node) else node
 
 
 def _check_same_leaf(path: str, ours: Any, theirs: Any, names: tuple[str, str], what: str) -> None:

@@ -7,9 +7,9 @@ import jax
 
 from jaxlora._base.checks import check_number
 from jaxlora._base.keys import typed_key
-from jaxlora.arithmetic._aligned import Term, aligned
+from jaxlora.arithmetic._aligned import aligned
 from jaxlora.arithmetic._formed import FORMED, METHODS, Plan, to_rank
-from jaxlora.arithmetic._sums import exact
+from jaxlora.arithmetic._sums import Term, exact
 from jaxlora.svd._ranks import rank_or_energy
 from jaxlora.svd._truncation import Row, Truncation, report_of, warn_of_flag
 

@@ -12,9 +12,18 @@ from jaxlora._base.keys import leaf_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._weight.roles import axes_of, matrices
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
-from jaxlora.arithmetic._aligned import Term
-from jaxlora.arithmetic._measures import norm_of
-from jaxlora.arithmetic._sums import common_dropout, dense, exact, is_nonzero, is_one, total, weighted, widest
+from jaxlora.arithmetic._sums import (
+  Term,
+  common_dropout,
+  dense,
+  exact,
+  is_nonzero,
+  is_one,
+  norm_of,
+  total,
+  weighted,
+  widest,
+)
 from jaxlora.svd._low_rank import low_rank
 from jaxlora.svd._truncation import Row
 from jaxlora.svd._update import delta_svd, weight_of_svd

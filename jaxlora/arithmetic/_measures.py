@@ -9,9 +9,8 @@ from jaxlora._base.dtypes import wide
 from jaxlora._base.matrix import frobenius, matmul
 from jaxlora._weight.roles import thin
 from jaxlora._weight.weight import LoraWeight, is_adapted
-from jaxlora.arithmetic._aligned import Term, aligned
-from jaxlora.arithmetic._sums import dense, weighted, widest
-from jaxlora.svd._update import delta_svd
+from jaxlora.arithmetic._aligned import aligned
+from jaxlora.arithmetic._sums import Term, norm_of, weighted, widest
 
 
 def norms(tree: Any) -> dict[str, jax.Array]:
@@ -34,13 +33,6 @@ def norms(tree: Any) -> dict[str, jax.Array]:
   """
   nodes, _ = aligned([tree], ["the tree"], "norms")
   return {path: norm_of(node) for path, (node,) in nodes.items() if is_adapted(node)}
-
-
-def norm_of(node: Any) -> jax.Array:
-  """The Frobenius norm of one node's update."""
-  if isinstance(node, LoraWeight) and node.kind.linear:
-    return frobenius(delta_svd(node).s.ravel())
-  return frobenius(dense(node).ravel())
 
 
 def cosine(tree: Any, other: Any) -> dict[str, jax.Array]:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from jaxlora._base.checks import check_number, is_known
 from jaxlora._weight.weight import FullWeight, LoraWeight, parts, with_parts
-from jaxlora.arithmetic._aligned import Term, aligned
+from jaxlora.arithmetic._aligned import aligned
 from jaxlora.arithmetic._combine import combine
-from jaxlora.arithmetic._sums import exact, is_one, total, whole_sum
+from jaxlora.arithmetic._sums import Term, exact, is_one, total, whole_sum
 from jaxlora.svd._update import check_linear
 
 

@@ -2,16 +2,23 @@
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora._base.checks import is_known
 from jaxlora._base.dtypes import wide, wider_dtype
+from jaxlora._base.matrix import frobenius
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, parts, with_parts
-from jaxlora.arithmetic._aligned import Term, base_leaf
-from jaxlora.svd._update import check_linear
+from jaxlora.svd._update import check_linear, delta_svd
+
+
+class Term(NamedTuple):
+  """One term of the sum at a leaf: a tree's node there, and the weight of its update."""
+
+  node: Any
+  weight: Any
 
 
 def is_nonzero(weight: Any) -> bool:
@@ -73,6 +80,18 @@ def dense(node: Any) -> jax.Array:
   dtype = wide(*parts(node).values())
   node = with_parts(node, {name: x.astype(dtype) for name, x in parts(node).items()})
   return node.delta() if node.kind.linear else node.materialize() - node.base
+
+
+def norm_of(node: Any) -> jax.Array:
+  """The Frobenius norm of one node's update."""
+  if isinstance(node, LoraWeight) and node.kind.linear:
+    return frobenius(delta_svd(node).s.ravel())
+  return frobenius(dense(node).ravel())
+
+
+def base_leaf(node: Any) -> Any:
+  """The base of an adapted node; a plain leaf is its own."""
+  return node.base if is_adapted(node) else node
 
 
 def whole_sum(terms: Sequence[Term], total: Callable[[list[jax.Array]], jax.Array]) -> FullWeight:

@@ -9,7 +9,7 @@ do: `(key, shape, dtype, fan_in, rank) -> A`. The other names give both factors,
 """
 
 from jaxlora._adapt.initializers import INITS, gaussian, he_uniform, kaiming
-from jaxlora._weight.variant import Initializer
+from jaxlora._weight.start import Initializer
 from jaxlora.init._from_data import init_from_data
 
 __all__ = ["INITS", "Initializer", "gaussian", "he_uniform", "init_from_data", "kaiming"]
