@@ -40,7 +40,7 @@ class LoraConfig:
     train: a pattern of leaves trained whole, such as biases, norms or a new head. Wins over `targets`.
     scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / sqrt(rank), Kalajdzievski 2023, arXiv:2312.03732).
     init: how A starts, where B starts at zero: `"kaiming"`, `"he_uniform"` or `"gaussian"`. Or how both start, with an
-      update that is taken off again, so that the adapted model is the base to rounding: `"orthogonal"`, `"pissa"`
+      update that is subtracted again, so that the adapted model is the base to rounding: `"orthogonal"`, `"pissa"`
       (the weight's principal part; `"pissa_niter_4"`: by 4 steps of a randomised SVD), `"olora"` (its QR factors).
       Or a function `(key, shape, dtype, fan_in, rank) -> A`, where `fan_in` is the product of the contracted axes.
       Factors that start from data: `jaxlora.init_from_data`.
@@ -132,7 +132,7 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-  """What becomes of one adapted leaf: the config's fields with the overrides of its path applied."""
+  """The config's fields for one adapted leaf, with the overrides of its path applied."""
 
   path: str
   rank: int

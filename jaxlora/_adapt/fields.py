@@ -25,7 +25,7 @@ OVERRIDABLE = ("rank", "alpha", "scaling", "init", "dropout", "dtype", "variant"
 
 
 class Frozen(Mapping[str, Any]):
-  """A mapping that nobody changes. Its order is part of its value, as the first pattern that matches counts."""
+  """A read-only mapping. Its order is part of its value, as the first pattern that matches counts."""
 
   def __init__(self, items: Mapping[str, Any]):
     self._items = dict(items)
@@ -50,7 +50,7 @@ class Frozen(Mapping[str, Any]):
 
 
 def checked_pattern(value: Any, field: str) -> Any:
-  """A checked pattern; a list of names becomes a tuple, that nobody changes."""
+  """A checked pattern; a list of names becomes a tuple."""
   if value is None and field != "targets":
     return None
   if not (field == "targets" and isinstance(value, str) and value in PRESETS):

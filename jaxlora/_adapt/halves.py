@@ -1,4 +1,4 @@
-"""`split` and `join`: what stays and what trains."""
+"""`split` and `join`: the frozen and the trainable half of a tree."""
 
 import functools
 from typing import Any
@@ -13,10 +13,10 @@ from jaxlora._weight.weight import LoraWeight, is_adapted, parts, trained_parts,
 
 
 def split(tree: Any) -> tuple[Any, Any]:
-  """Splits a combined tree into what stays and what trains.
+  """Splits a combined tree into its frozen and its trainable half.
 
-  Both halves have the tree's nesting, with `None` in the places that the other half holds, so that the trainable half
-  can be differentiated, optimised, donated and saved by itself. `join(*split(tree))` is `tree`.
+  Both halves have the tree's nesting, with `None` in the place of whatever the other half holds, so that the trainable
+  half can be differentiated, optimised, donated and saved by itself. `join(*split(tree))` is `tree`.
 
   Args:
     tree: what `adapt` returned.
@@ -75,7 +75,7 @@ _SAME_TREE = (
 
 
 def _check_half(half: Any, name: str, trained: bool) -> None:
-  """Raises if a half holds what belongs to the other one, or lacks what belongs to it."""
+  """Raises if a half has parts of the other one, or lacks some of its own."""
   for path, node in adapted_leaves(half):
     held = parts(node)
     own = [part for part in held if (part in trained_parts(node)) == trained]
@@ -92,7 +92,7 @@ def _check_half(half: Any, name: str, trained: bool) -> None:
 
 
 def _difference(frozen: Any, trainable: Any) -> str:
-  """How two halves of different structure differ: in their leaves, or in the first container that is another one."""
+  """How two halves of different structure differ: in their leaves, or in the first container that is not the same."""
   ours, theirs = ({path for path, _ in flatten(half, is_half_leaf)[0]} for half in (frozen, trainable))
   if ours != theirs:
     return (
@@ -107,7 +107,7 @@ def _difference(frozen: Any, trainable: Any) -> str:
 
 
 def _first_other_container(left: Any, right: Any, place: tuple[Any, ...]) -> tuple[str, Any, Any]:
-  """Where two trees with leaves of the same paths have different containers, and which."""
+  """The place where two trees with leaves of the same paths first have different containers, and the two."""
 
   def children(tree: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)[0]

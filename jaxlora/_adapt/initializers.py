@@ -1,4 +1,4 @@
-"""How the factors start."""
+"""Initialisers: those that draw A, and those that make both factors of the weight."""
 
 from collections.abc import Callable
 import functools
@@ -13,22 +13,76 @@ from jaxlora._base.matrix import matmul, orthonormal, randomised, svd
 from jaxlora._weight.start import Initializer
 
 
-def kaiming(key, shape, dtype, fan_in, rank):
-  """Uniform in ±1/sqrt(fan_in): `kaiming_uniform_(a=sqrt(5))`, the default of PEFT and of torch's linear layers."""
+def kaiming(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int, rank: int) -> jax.Array:
+  """Draws A uniformly in ±1/sqrt(fan_in): `kaiming_uniform_(a=sqrt(5))`, the default of PEFT and of torch's layers.
+
+  Args:
+    key: a random key.
+    shape: of A, `(*stack, rank, *in)`.
+    dtype: of A.
+    fan_in: the product of the contracted axes, without the stack.
+    rank: number of terms; not used.
+
+  Returns:
+    A.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> kaiming(jax.random.key(0), (2, 16), jnp.float32, fan_in=16, rank=2).shape
+    (2, 16)
+
+  Source: He et al., "Delving Deep into Rectifiers", 2015, arXiv:1502.01852, with the negative slope sqrt(5).
+  """
   del rank
   bound = 1 / math.sqrt(fan_in)
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def he_uniform(key, shape, dtype, fan_in, rank):
-  """Uniform in ±sqrt(6/fan_in), so that Var(A) = 2/fan_in (He et al., 2015, arXiv:1502.01852, eq. 10)."""
+def he_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int, rank: int) -> jax.Array:
+  """Draws A uniformly in ±sqrt(6/fan_in), so that Var(A) = 2/fan_in.
+
+  Args:
+    key: a random key.
+    shape: of A, `(*stack, rank, *in)`.
+    dtype: of A.
+    fan_in: the product of the contracted axes, without the stack.
+    rank: number of terms; not used.
+
+  Returns:
+    A.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> he_uniform(jax.random.key(0), (2, 16), jnp.float32, fan_in=16, rank=2).shape
+    (2, 16)
+
+  Source: He et al., "Delving Deep into Rectifiers", 2015, arXiv:1502.01852, eq. 10.
+  """
   del rank
   bound = math.sqrt(6 / fan_in)
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def gaussian(key, shape, dtype, fan_in, rank):
-  """Normal with standard deviation 1/rank: the original paper's Gaussian with PEFT's width."""
+def gaussian(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int, rank: int) -> jax.Array:
+  """Draws A from a normal distribution of standard deviation 1/rank: LoRA's Gaussian with PEFT's width.
+
+  Args:
+    key: a random key.
+    shape: of A, `(*stack, rank, *in)`.
+    dtype: of A.
+    fan_in: the product of the contracted axes, without the stack.
+    rank: number of terms.
+
+  Returns:
+    A.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> gaussian(jax.random.key(0), (2, 16), jnp.float32, fan_in=16, rank=2).shape
+    (2, 16)
+
+  Source: Hu et al., "LoRA", 2021, arXiv:2106.09685, section 4.1.
+  """
   del fan_in
   return jax.random.normal(key, shape, dtype) / jnp.asarray(rank, dtype)
 
@@ -46,14 +100,14 @@ class FromWeight(NamedTuple):
   Attributes:
     make: `(key, w, rank, scale) -> (a, b)` for a stack of matrices w, (stack, in, out): a (stack, rank, in) and
       b (stack, rank, out), without the scale.
-    cancels: whether `a^T b` is zero but for rounding, so that nothing has to be taken off.
+    cancels: whether `a^T b` is zero but for rounding, so that nothing has to be subtracted.
   """
 
   make: Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Array]]
   cancels: bool = False
 
 
-@functools.partial(jax.jit, static_argnums=2)  # these are chains of small programs; one of each shape is compiled
+@functools.partial(jax.jit, static_argnums=2)  # otherwise a chain of small programs, each compiled for each shape
 def orthogonal(key, w, rank, scale):
   """Factors in orthogonal halves of the space of the rank: both are random, their product is zero.
 

@@ -53,7 +53,7 @@ def _merged(node: Any) -> Any:
 
 
 def _not_finite(node: Any, merged: Any) -> list[str]:
-  """What of a node is NaN or infinite: its parts, or where those are fine their sum, which its dtype cannot hold."""
+  """The parts of a node that are NaN or infinite; where none is, its sum, if the weight's dtype cannot hold it."""
   held = {**parts(node), "base + A B": merged}
   if any(isinstance(part, jax.core.Tracer) for part in held.values()):
     return []
@@ -64,7 +64,7 @@ def _not_finite(node: Any, merged: Any) -> list[str]:
 
 
 def strip(tree: Any) -> Any:
-  """The base alone, as it was before `adapt`: exact, bit for bit, since it was kept and is not computed back.
+  """The base alone, as it was before `adapt`: bit for bit, as it is kept, never computed by subtraction.
 
   Args:
     tree: what `adapt` returned, trained or not.

@@ -21,7 +21,7 @@ from jaxlora._weight.weight import is_adapted
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What becomes of every leaf of a tree.
+  """What `adapt` does with every leaf of a tree.
 
   Attributes:
     leaves: all leaves by path, in order.

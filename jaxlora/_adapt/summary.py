@@ -98,7 +98,7 @@ class Summary:
 
 
 def _saved(trained: int, of: int) -> float:
-  return 1 - trained / of if of else 0.0  # leaves of size zero save nothing
+  return 1 - trained / of if of else 0.0  # no parameters at all: nothing is saved
 
 
 def _fewer(saved: float) -> str:
@@ -110,7 +110,7 @@ def _elements(*arrays: Any) -> int:
 
 
 def _bytes(*arrays: Any) -> int:
-  # Random keys have a size, too; Python numbers among the leaves have none worth counting.
+  # Random keys count; Python numbers among the leaves do not.
   return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays if hasattr(array, "dtype"))
 
 

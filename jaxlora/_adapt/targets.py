@@ -17,12 +17,12 @@ LeavesByPath = dict[str, Any]
 
 EvidenceByPath = dict[str, Evidence] | None
 
-# Names by which the presets go where no probe tells. They are components of paths, matched whole.
+# Without a probe the presets go by names: components of paths, matched whole.
 _NOT_KERNELS = {"bias", "scale", "mean", "var", "gamma", "beta", "b"}
 
 _HEADS = {"head", "heads", "lm_head", "classifier", "score", "logits", "output_projection", "qa_outputs"}
 
-# A module that holds a query projection is an attention layer; its other projections are those named like one.
+# A module that holds a query projection is an attention layer; and its other projections go by these names.
 _QUERY = re.compile(r"(?:to_|w)?(?:query|q|qkv)(?:_?proj)?|c_attn")
 
 _PROJECTION = re.compile(r"(?:to_|w)?(?:query|key|value|out|q|k|v|o|kv|qkv)(?:_?proj)?|c_attn")
@@ -55,7 +55,7 @@ def select(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath) -
 
 
 def _left_out(pattern: str, leaves: LeavesByPath) -> str:
-  """What a pattern that looks among the adapted leaves matches outside of them, for an error message."""
+  """For an error message: the leaves that a pattern matches, where it has to match adapted ones and does not."""
   others = [path for path in leaves if re.fullmatch(pattern, path)]
   if not others:
     return ""
@@ -77,7 +77,7 @@ def _targets(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath)
 
 
 def _all_linear(kernels: set[str], evidence: EvidenceByPath) -> set[str]:
-  """Every contracted kernel but the last classifier, told by the probe or, without one, by name."""
+  """Every contracted kernel but the last classifier, which the probe finds, or without one its name."""
   if evidence is None:
     heads = {path for path in kernels if _HEADS & set(components(path))}
   else:

@@ -1,4 +1,4 @@
-"""Dtypes: which holds the values of several, which can hold factors."""
+"""Dtypes: the one that holds the values of several, and whether one can hold factors."""
 
 from typing import Any
 
@@ -44,5 +44,5 @@ def inexact(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def beside(factor: jax.Array, dtype: Any) -> jax.Array:
-  """A factor in the dtype that a base of `dtype` wants it in: narrow formats would leave nothing of an update."""
+  """A factor in the base's `dtype`; in its own where that is no float, or has 8 bits and would round updates away."""
   return factor.astype(dtype) if dtype.itemsize > 1 and jnp.issubdtype(dtype, jnp.inexact) else factor

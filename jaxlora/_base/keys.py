@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Raw keys say which generator they are for by their shape alone.
+# The generator of a raw key, by its shape, which is all that tells.
 _RAW_KEYS = {(2,): "threefry2x32", (4,): "rbg"}
 
 
@@ -27,7 +27,7 @@ def typed_key(key: Any, what: str) -> jax.Array:
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-  """A key that depends on the leaf's path alone: other targets come and go without changing it."""
+  """A key that depends on `key` and the path alone, so that no other leaf changes it."""
   digest = hashlib.sha256(path.encode()).digest()
   for k in range(0, 8, 4):
     key = jax.random.fold_in(key, int.from_bytes(digest[k : k + 4], "big"))

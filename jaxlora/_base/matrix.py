@@ -43,12 +43,12 @@ class LowRank(NamedTuple):
     return root * self.u.mT, root * self.vt
 
   def cut(self, rank: int) -> "LowRank":
-    """The first `rank` terms. The error is that of the terms that go; whatever went before is not in it."""
+    """The first `rank` terms; the error is that of the terms left out here, without any earlier one."""
     gone, every = frobenius(self.s[..., rank:]), frobenius(self.s)
     return LowRank(self.u[..., :rank], self.s[..., :rank], self.vt[..., :rank, :], ratio(gone, every))
 
 
-@jax.jit  # these are chains of small programs; one of each shape is compiled
+@jax.jit  # otherwise a chain of small programs, each compiled for each shape
 def svd(x: jax.Array) -> LowRank:
   u, s, vt = jnp.linalg.svd(x, full_matrices=False)
   return LowRank(u, s, vt, jnp.zeros(s.shape[:-1], s.dtype))

@@ -32,7 +32,7 @@ def path_string(path: Sequence[Any]) -> str:
 
 
 def _boxed(tree: Any) -> set[Any]:
-  """The places of Flax's boxes. Where Flax is not loaded there are none, so it need not be."""
+  """The key paths of Flax's boxes; none where Flax is not loaded, which this never imports."""
   kinds = (("flax.core.meta", "AxisMetadata"), ("flax.nnx", "Variable"))
   boxes = tuple(getattr(sys.modules[module], kind) for module, kind in kinds if module in sys.modules)
   if not boxes:

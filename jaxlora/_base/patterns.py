@@ -9,7 +9,7 @@ from jaxlora._base.paths import components
 
 Predicate = Callable[[str, Any], bool]
 
-# What may pick leaves: a regex over the whole path, names of modules or leaves, or a function of (path, leaf).
+# What picks leaves: a regex over the whole path, names of modules or leaves, or a function of (path, leaf).
 Pattern = str | Sequence[str] | Predicate
 
 

@@ -1,4 +1,4 @@
-"""AdaLoRA's schedule: how much each term matters, and which are kept."""
+"""AdaLoRA's schedule: the sensitivity of each term, and the mask of those that are kept."""
 
 from collections.abc import Sequence
 import functools
@@ -110,7 +110,7 @@ def prune(tree: Any, scores: dict[str, jax.Array], budget: int) -> Any:
 
 
 def _highest(scores: Sequence[jax.Array], count: Any) -> list[jax.Array]:
-  """Where the `count` highest of all scores are; of equal ones the first."""
+  """Masks of the `count` highest of all scores; of equal scores the first."""
   flat = jnp.concatenate([jnp.ravel(score) for score in scores])
   places = jnp.argsort(jnp.argsort(-flat, stable=True), stable=True)
   chosen = jnp.split(places < count, list(itertools.accumulate(score.size for score in scores))[:-1])

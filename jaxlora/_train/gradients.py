@@ -64,7 +64,7 @@ def _differentiated(
 
 
 def _argument_numbers(argnums: Any, what: str) -> tuple[tuple[int, ...], bool]:
-  """The numbers in `argnums`, and whether it is one alone."""
+  """The numbers in `argnums`, and whether it is a single number."""
   try:
     return (operator.index(argnums),), True
   except TypeError:
@@ -78,7 +78,7 @@ def _argument_numbers(argnums: Any, what: str) -> tuple[tuple[int, ...], bool]:
 
 
 def _places(numbers: Sequence[int], count: int, what: str) -> list[int]:
-  """Which of `count` positional arguments the numbers mean."""
+  """The positions, out of `count`, that the numbers mean; negative ones count from the end."""
   for n in numbers:
     if not -count <= n < count:
       raise ValueError(

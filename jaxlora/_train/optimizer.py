@@ -76,7 +76,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     >>> import optax
     >>> tx = optimizer(optax.adamw(1e-4))
   """
-  if isinstance(tx, optax.MultiSteps):  # optax's own wrappers take it as it is, too
+  if isinstance(tx, optax.MultiSteps):  # which optax's own wrappers accept as well
     tx = tx.gradient_transformation()
   if not isinstance(tx, optax.GradientTransformation):
     raise TypeError(f"optimizer: found {tx!r}, expected an optax transformation, such as optax.adamw(1e-4).")
@@ -142,7 +142,7 @@ def lora_plus(
 
 
 def _with_zeros(updates: Any, params: Any) -> Any:
-  """Gradients with zeros where `jaxlora.grad` left nothing, or `jax.grad` what no optimizer can add: float0."""
+  """Gradients with zeros where `jaxlora.grad` has `None`, or `jax.grad` has float0, which nothing can be added to."""
   if params is None:
     for path, node in adapted_leaves(updates):
       if None in parts(node).values():
@@ -165,7 +165,7 @@ def _with_zeros(updates: Any, params: Any) -> Any:
 
 
 def _zeros(param: Any) -> Any:
-  """Zeros that take no memory, and none of a compiler's time: `set_to_zero` puts its own in their place."""
+  """Zeros of one element's memory, broadcast by NumPy: `set_to_zero` replaces them, so nothing is compiled for them."""
   return None if param is None else np.broadcast_to(np.zeros((), jnp.result_type(param)), jnp.shape(param))
 
 

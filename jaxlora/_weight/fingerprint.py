@@ -18,14 +18,14 @@ _PIECE = 1 << 20  # elements of a NumPy array at a time
 
 
 def fingerprint(params: Any) -> dict[str, str]:
-  """A digest of every leaf of a tree of parameters: what a checkpoint knows its base by.
+  """A digest of every leaf of a tree of parameters, by which a checkpoint recognises its base.
 
       h_lane = sum_k mix(word_k ^ place_k(lane)) mod 2^32,    two lanes
 
   The words are the bits of the elements, the place is mixed from an element's index along every axis, and `mix` is the
-  finaliser of MurmurHash3, a bijection of 32-bit words. So every bit of every element counts, and one element that
-  changes always changes the digest; two leaves that differ elsewhere agree with a chance of 2^-64. It tells bases
-  apart, it is no defence against someone who forges one. The sum is of integers: exact in any order, hence the same on
+  finaliser of MurmurHash3, a bijection of 32-bit words. So every bit of every element counts: where one element
+  changes the digest always does, and any other two leaves agree with a chance of 2^-64. It tells bases apart and is no
+  defence against forgery. The sum is of integers: exact in any order, hence the same on
   every device, under every sharding, and for NumPy and JAX arrays of the same bits.
 
   The cost is one pass over each leaf on the devices that hold it (a reduction: no copy, no gather, 8 bytes come back),
@@ -49,7 +49,7 @@ def fingerprint(params: Any) -> dict[str, str]:
 
 
 class Print(NamedTuple):
-  """What is known of a leaf; the digest is empty for a leaf without values."""
+  """Dtype, shape and digest of a leaf; the digest is empty for a leaf without values."""
 
   dtype: str
   shape: tuple[int, ...]
@@ -60,11 +60,11 @@ class Print(NamedTuple):
 
 
 def prints(params: Any) -> dict[str, Print]:
-  """The digests by path. All are under way before the first is waited for."""
+  """The digests by path. All are dispatched to their devices before the first result is waited for."""
   leaves, _ = flatten(base_tree(params))
-  started = [(path, leaf, _started(leaf)) for path, leaf in leaves]
+  dispatched = [(path, leaf, _dispatched(leaf)) for path, leaf in leaves]
   found = {}
-  for path, leaf, lanes in started:
+  for path, leaf, lanes in dispatched:
     digest = lanes if isinstance(lanes, str) else "".join(f"{int(lane):08x}" for lane in np.asarray(lanes))
     _remember(leaf, digest)
     found[path] = Print(dtype_name(leaf), shape_of(leaf), digest)
@@ -76,7 +76,7 @@ def shape_of(leaf: Any) -> tuple[int, ...]:
 
 
 def dtype_name(leaf: Any) -> str:
-  """`"bfloat16"`, `"key<fry>"` for random keys, and for what is no array the type's name."""
+  """`"bfloat16"`, `"key<fry>"` for random keys, and the name of the type for anything that is no array."""
   if hasattr(leaf, "dtype"):
     return str(leaf.dtype)
   return np.asarray(leaf).dtype.name if isinstance(leaf, bool | int | float | complex) else type(leaf).__name__
@@ -91,15 +91,15 @@ def _remember(leaf: Any, digest: str) -> None:
     _known[place] = weakref.ref(leaf, lambda _: _known.pop(place, None)), digest
 
 
-def _started(leaf: Any) -> Any:
-  """The digest where it is known, or the lanes, under way on the leaf's devices."""
+def _dispatched(leaf: Any) -> Any:
+  """The digest where it is known, or the lanes, being computed on the leaf's devices; empty without values."""
   if isinstance(leaf, jax.Array):
     known = _known.get(id(leaf))
     if known is not None and known[0]() is leaf:
       return known[1]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
-    # The lanes are an argument: XLA would fold the places of a constant one into an array of the leaf's size.
+    # The lanes are an argument: XLA would fold constant ones into an array of places of the leaf's size.
     with jax.enable_x64(leaf.dtype.itemsize >= 8 or jax.config.read("jax_enable_x64")):
       return _device_lanes(leaf, _LANES)
   if isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex):
@@ -113,7 +113,7 @@ def _device_lanes(x: jax.Array, lanes: Any) -> jax.Array:
 
 
 def _host_lanes(x: np.ndarray) -> np.ndarray:
-  """The same of a NumPy array, in NumPy, piece by piece: nothing to compile, no copy of the leaf."""
+  """The lanes of a NumPy array, by NumPy, piece by piece: nothing is compiled, the leaf is not copied."""
   lanes = np.zeros(len(_LANES), np.uint32)
   rows = max(1, _PIECE // max(1, x[:1].size)) if x.ndim else 1
   for start in range(0, len(x), rows) if x.ndim else (0,):
@@ -134,7 +134,7 @@ def _mix(x: Any) -> Any:
 
 
 def _places(xp: Any, shape: tuple[int, ...], lane: Any, start: int) -> Any:
-  """A word for each place of an array. Index by index: flat ones would wrap at 2^32 and reshape sharded axes."""
+  """A word for each element's place, mixed axis by axis: flat indices would wrap at 2^32 and reshape sharded axes."""
   places = xp.reshape(lane, (1,) * len(shape))
   for axis, size in enumerate(shape):
     index = xp.arange(1, size + 1, dtype=np.uint32) + np.uint32(0 if axis else start)

@@ -1,4 +1,4 @@
-"""`register_variant`: a user's own member of the family, in one record."""
+"""`register_variant`: a user's own variant, in one record."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from jaxlora._weight.family import FAMILY
 from jaxlora._weight.start import Start, over_outputs
 from jaxlora._weight.variant import VARIANTS, Shapes, Variant
 
-LABELS = ("a", "b", "magnitude")  # what `labels` and optimizers that are made by it know
+LABELS = ("a", "b", "magnitude")  # those that `labels` gives to low-rank weights
 
 
 class _Registered(Mapping[str, Variant]):

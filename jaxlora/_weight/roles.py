@@ -27,7 +27,7 @@ def factor_shape(shape: tuple[int, ...], roles: str, own: str, rank: int) -> tup
 
 
 def laid_along(gain: jax.Array, axes: Sequence[Hashable], labels: Sequence[Hashable]) -> jax.Array:
-  """A factor of rank 1 so that it multiplies an array along the axes that the two share.
+  """A factor of rank 1, laid out so that it multiplies an array along the axes that the two share.
 
   Args:
     gain: the factor.
@@ -47,7 +47,7 @@ def times_gain(weight: jax.Array, gain: jax.Array | None, roles: str, own: str =
 
 
 def low_rank_delta(a: jax.Array, b: jax.Array, roles: str) -> jax.Array:
-  """`sum_r a[..., r, in] b[..., r, out]` laid out as the weight: the product that the hot path never forms."""
+  """`sum_r a[..., r, in] b[..., r, out]` laid out as the weight, which training and inference never form."""
   number = {RANK: len(roles)}
   a_axes = [number.get(d, d) for d in factor_axes(roles, "i")]
   b_axes = [number.get(d, d) for d in factor_axes(roles, "o")]

@@ -1,4 +1,4 @@
-"""What the parts of a variant start from: the weight, keys, and the initialiser that the user chose."""
+"""`Start`: what a variant makes its first parts from; and the shapes of common parts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

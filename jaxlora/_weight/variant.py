@@ -39,7 +39,7 @@ class Variant(NamedTuple):
 
   trains: Mapping[str, str]
   shapes: Callable[[tuple[int, ...], str, int], Shapes]
-  start: Callable[[Any], dict[str, jax.Array]]  # of a Start, in a file of its own, which needs the roles
+  start: Callable[[Any], dict[str, jax.Array]]  # of a `Start`, whose file this one does not import
   factors: Callable[[Parts, str], tuple[jax.Array, jax.Array]]
   gain: Callable[[Parts, str, jax.Array, jax.Array], jax.Array] | None = None
 

@@ -26,7 +26,7 @@ UNIT_SCALE: dict[str, Callable[[int], float]] = {"standard": float, "rslora": ma
 
 
 class _Node(metaclass=KnownToFlax):
-  """A node that holds named arrays. It is no array; code that takes it for one is told what to do."""
+  """A node that holds named arrays. It is no array; using it as one is an error that says what to do."""
 
   def parts(self) -> dict[str, Any]:
     """The arrays that the node holds, by name."""
@@ -186,7 +186,7 @@ class LoraWeight(_Node):
     return [sizes.get(axis, "?") for axis in range(len(self.roles))]
 
   def factors(self) -> tuple[jax.Array, jax.Array]:
-    """The effective factors: `base + sum_r a b` is the adapted weight, but for a variant's gain.
+    """The effective factors: the adapted weight is `base + sum_r a b`, times the gain of variants that have one.
 
     Their rank is the update's own for LoRA, and larger for variants whose update is a sum of more terms.
     """
@@ -198,11 +198,11 @@ class LoraWeight(_Node):
     return a, b if self.scale == 1 else b * jnp.asarray(self.scale, b.dtype)
 
   def gain(self, a: jax.Array, b: jax.Array) -> jax.Array | None:
-    """What a variant multiplies outputs with, laid out as a factor of rank 1; `None` for none. Takes `factors()`."""
+    """The variant's gain over the outputs, laid out as a factor of rank 1, from `factors()`; `None` without one."""
     return None if self.kind.gain is None else self.kind.gain(self.parts(), self.roles, a, b)
 
   def delta(self) -> jax.Array:
-    """The update `scale * A B` as an array of W's shape, in the factors' dtype: what is added before any gain."""
+    """The update `scale * A B`, before any gain, as an array of W's shape in the factors' dtype."""
     return low_rank_delta(*self.factors(), self.roles)
 
   def materialize(self) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The leaves of several adapters of one base."""
+"""The leaves of several adapters, aligned by path and checked to be of one base."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +56,7 @@ def _update_parts(node: Any) -> dict[str, Any]:
 
 
 def _check_same_leaf(path: str, ours: Any, theirs: Any, names: tuple[str, str], what: str) -> None:
-  """Raises unless two nodes stand on one base."""
+  """Raises unless two nodes have the same base."""
   if isinstance(ours, LoraWeight) and isinstance(theirs, LoraWeight) and ours.roles != theirs.roles:
     raise ValueError(
       f"{what}: {path} has roles {ours.roles!r} in {names[0]} and {theirs.roles!r} in {names[1]}; expected the same."

@@ -118,7 +118,7 @@ def combine_with_report(
 def _combined(
   trees: Sequence[Any], weights: Sequence[Any], one: Callable[[str, list[Term]], tuple[Any, Row | None]]
 ) -> tuple[Any, list[Row]]:
-  """The tree of what `one` makes of the terms at each leaf, and its rows for a report."""
+  """The tree of the nodes that `one` makes of the terms at each leaf, and the rows of the report."""
   nodes, treedef = aligned(trees, [f"tree {k}" for k in range(len(trees))], "combine")
   made = [
     one(path, [Term(node, weight) for node, weight in zip(group, weights, strict=True)])

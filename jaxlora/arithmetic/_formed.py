@@ -1,4 +1,4 @@
-"""Merges that act on elements: magnitude, TIES, DARE."""
+"""Sums that act on elements (magnitude, TIES, DARE), and sums at a rank with what that loses."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -38,7 +38,7 @@ def _trimmed(x: jax.Array, density: float) -> jax.Array:
 
 
 def _dropped(x: jax.Array, density: float, key: jax.Array) -> jax.Array:
-  """Each element with probability `density`, over it; zeros elsewhere: the mean is `x`."""
+  """Each element kept with probability `density` and divided by it, zero otherwise: the mean is `x`."""
   return jnp.where(jax.random.bernoulli(key, density, x.shape), x / jnp.asarray(density, x.dtype), 0)
 
 
@@ -77,7 +77,7 @@ METHODS = ("exact", "svd", *FORMED)
 
 
 class Plan(NamedTuple):
-  """What `combine` was asked for, checked."""
+  """The checked arguments of `combine`."""
 
   method: str
   rank: int | None
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
 
 
 def to_rank(path: str, terms: Sequence[Term], plan: Plan) -> tuple[Any, Row | None]:
-  """The sum of the updates of one leaf at its rank, and what that lost; `None` for a leaf without an update."""
+  """The sum of the updates of one leaf at its rank, and its row of the report; `None` for a leaf without an update."""
   adapted = [term for term in terms if is_adapted(term.node)]
   if not adapted:
     return terms[0].node, None
@@ -112,7 +112,7 @@ def to_rank(path: str, terms: Sequence[Term], plan: Plan) -> tuple[Any, Row | No
 
 
 def _target(terms: Sequence[Term], plan: Plan, most: int) -> int:
-  """The rank to bring a leaf to: that asked for, or the largest among the adapters."""
+  """The rank of a leaf's sum: `plan.rank`, or the largest among the adapters."""
   ranks = [
     term.node.factors()[0].shape[term.node.roles.count("s")] for term in terms if isinstance(term.node, LoraWeight)
   ]

@@ -22,7 +22,7 @@ class Term(NamedTuple):
 
 
 def is_nonzero(weight: Any) -> bool:
-  """Whether a weight is not zero, as far as is known: a traced one may be anything."""
+  """Whether a weight may be other than zero; a traced one may."""
   return not is_known(weight) or float(weight) != 0
 
 

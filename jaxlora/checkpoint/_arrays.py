@@ -14,7 +14,7 @@ Arrays = dict[str, np.ndarray]  # by the keys that entries name
 
 
 def entry_of(leaf: Any, key: str, arrays: Arrays) -> dict[str, Any]:
-  """Puts a copy of `leaf` into `arrays` under `key`, and returns its entry. The leaf may be donated or changed then."""
+  """Puts a copy of `leaf` into `arrays` under `key`, and returns its entry. The leaf may be donated afterwards."""
   entry: dict[str, Any] = {"key": key}
   if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     entry["impl"] = str(jax.random.key_impl(leaf))

@@ -1,4 +1,4 @@
-"""What goes wrong with checkpoints: one error, one warning."""
+"""The one error and the one warning of checkpoints."""
 
 from collections.abc import Callable, Iterator
 import contextlib

@@ -47,7 +47,7 @@ def _steps(folder: epath.Path) -> list[int]:
 
 
 def clear_unfinished(folder: epath.Path) -> None:
-  """Removes what failed saves have written. What cannot be removed now is when the folder is next opened."""
+  """Removes the files of saves that failed; those that cannot be removed now go when the folder is next opened."""
   for entry in folder.iterdir() if folder.is_dir() else ():
     if ocp.utils.is_tmp_checkpoint(entry):
       entry.rmtree(missing_ok=True)
@@ -61,7 +61,7 @@ def own_steps(folder: epath.Path) -> list[int]:
     raise CheckpointError(f"save: {folder} is a file; expected a folder of its own.")
   steps = _steps(folder)
   foreign = [entry.name for entry in folder.iterdir() if not _is_step(entry)]
-  if steps and not (folder / str(steps[-1]) / MANIFEST).exists():  # of earlier ones some files may be deleted already
+  if steps and not (folder / str(steps[-1]) / MANIFEST).exists():  # steps before it may be half deleted
     foreign.append(str(steps[-1]))
   if foreign:
     raise CheckpointError(
@@ -113,7 +113,7 @@ def _read_step(folder: epath.Path, training: bool) -> tuple[dict[str, Any], dict
 
 
 def _keys(manifest: Any) -> set[str]:
-  """The keys of the arrays that a piece of a manifest names."""
+  """The keys of the arrays that a part of a manifest names."""
   if isinstance(manifest, dict):
     own = {manifest["key"]} if "sha256" in manifest and 0 not in manifest["shape"] else set()
     return own.union(*map(_keys, manifest.values()))

@@ -1,4 +1,4 @@
-"""`init_from_data`: factors that start from what flows through the model, or back through it."""
+"""`init_from_data`: factors that start along the inputs of their weight, or along its gradient."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,16 +11,16 @@ from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
 from jaxlora._weight.roles import thin
 from jaxlora._weight.weight import LoraWeight, is_adapted
-from jaxlora.init._asked import Asked
 from jaxlora.init._eva import eva
 from jaxlora.init._lora_ga import lora_ga
+from jaxlora.init._options import Options
 from jaxlora.svd._update import delta_svd, lora_leaves
 
 METHODS = ("eva", "lora_ga")
 
 ON_MISSING = ("error", "keep")
 
-_ZERO = 1e-3  # an update below this share of its factors' norms is a start, not a training
+_ZERO = 1e-3  # relative to its factors' norms; an update above it was trained
 
 
 def init_from_data(
@@ -36,7 +36,7 @@ def init_from_data(
   iterations: int = 2,
   on_missing: str = "error",
 ) -> Any:
-  """Starts the factors of an adapted tree from data; the adapted model stays the base.
+  """Starts the factors of an adapted tree from data; the adapted model still equals the base.
 
   Methods:
     `"eva"`: A is the directions in which the inputs of a weight vary most, B is zero.
@@ -44,16 +44,16 @@ def init_from_data(
           X = U S V^T over all inputs X of the weight;    A = V[:, :rank]^T
 
       The decomposition is incremental: that of each batch, by subspace iteration inside the forward pass, is merged
-      into that of those before it. With `rho > 1` the ranks are dealt out anew by explained variance, up to `rho` times
+      into that of those before it. With `rho > 1` the ranks are allocated anew by explained variance, up to `rho` times
       a leaf's own, their sum and every scale unchanged. (Paischer et al., "One Initialization to Rule them All:
       Fine-tuning via Explained Variance Adaptation", 2024, arXiv:2410.07170, section 3. The inputs are not centred.)
     `"lora_ga"`: the first step of the adapter is, at its rank, that of full fine-tuning.
 
           dL/dW = U S V^T (in x out);  A = c U[:, :rank]^T,  B = c V[:, rank : 2 rank]^T,  c = out^(1/4) / sqrt(gamma)
 
-      A B is taken off again by frozen starting factors. The gradient is never formed: its randomised decomposition
-      needs it times thin matrices, which is what the gradients of A and of B are. (Wang et al., "LoRA-GA: Low-Rank
-      Adaptation with Gradient Approximation", 2024, arXiv:2407.05000, algorithm 1.)
+      Frozen copies of these factors subtract A B again. The gradient is never formed: a randomised decomposition needs
+      it times thin matrices, which is what the gradients of A and of B are. (Wang et al., "LoRA-GA: Low-Rank Adaptation
+      with Gradient Approximation", 2024, arXiv:2407.05000, algorithm 1.)
 
   Args:
     tree: what `adapt` returned, not trained yet: any init, and a variant whose factors are A and B themselves.
@@ -104,11 +104,11 @@ def init_from_data(
       f" {2 + 2 * iterations} times. Pass a list."
     )
   key = typed_key(key, "init_from_data: key")
-  asked = Asked(fn, batches, key, rho, gamma, oversample, iterations, on_missing == "keep")
+  options = Options(fn, batches, key, rho, gamma, oversample, iterations, on_missing == "keep")
   weights = dict(lora_leaves(tree, "init_from_data", linear=False))
   for path, weight in weights.items():
     _check_fresh(path, weight)
-  new = (eva if method == "eva" else lora_ga)(tree, weights, asked)
+  new = (eva if method == "eva" else lora_ga)(tree, weights, options)
   nodes, treedef = flatten(tree, is_leaf=is_adapted)
   return jax.tree_util.tree_unflatten(treedef, [new.get(path, node) for path, node in nodes])
 

@@ -15,10 +15,10 @@ from jaxlora._base.paths import flatten
 from jaxlora._transform.wrap import wrap
 from jaxlora._weight.roles import laid_out, thin
 from jaxlora._weight.weight import LoraWeight, is_adapted, start_subtracted
-from jaxlora.init._asked import Asked, check_missing, orthonormal_rows, random_rows, rows_shape, side, without_start
+from jaxlora.init._options import Options, check_missing, orthonormal_rows, random_rows, rows_shape, side, without_start
 
 
-def lora_ga(tree: Any, weights: dict[str, LoraWeight], asked: Asked) -> dict[str, LoraWeight]:
+def lora_ga(tree: Any, weights: dict[str, LoraWeight], options: Options) -> dict[str, LoraWeight]:
   for path, weight in weights.items():
     sides = side(weight, "i"), side(weight, "o")
     if 2 * weight.rank > min(sides):
@@ -26,23 +26,23 @@ def lora_ga(tree: Any, weights: dict[str, LoraWeight], asked: Asked) -> dict[str
         f"init_from_data: {path}: 'lora_ga' takes twice the rank, {2 * weight.rank}, of singular vectors of a"
         f" {sides[0]} x {sides[1]} gradient; use a rank of at most {min(sides) // 2} for it."
       )
-  counts = {p: min(2 * w.rank + asked.oversample, side(w, "i"), side(w, "o")) for p, w in weights.items()}
-  rows = {p: random_rows(leaf_key(asked.key, p), rows_shape(w, "o", counts[p]), w.b) for p, w in weights.items()}
-  gradient = _gradient_products(tree, weights, counts, asked)
+  counts = {p: min(2 * w.rank + options.oversample, side(w, "i"), side(w, "o")) for p, w in weights.items()}
+  rows = {p: random_rows(leaf_key(options.key, p), rows_shape(w, "o", counts[p]), w.b) for p, w in weights.items()}
+  gradient = _gradient_products(tree, weights, counts, options)
   q: dict[str, jax.Array] = {}
   z: dict[str, jax.Array] = {}
-  for _ in range(1 + asked.iterations):
-    q = {p: orthonormal_rows(x) for p, x in gradient("a", rows).items()}  # rows of G^T seen through B
+  for _ in range(1 + options.iterations):
+    q = {p: orthonormal_rows(x) for p, x in gradient("a", rows).items()}  # an orthonormal basis of rows G^T
     z = gradient("b", {p: x.reshape(rows_shape(weights[p], "i", counts[p])) for p, x in q.items()})  # Q G
     rows = {p: orthonormal_rows(x).reshape(rows_shape(weights[p], "o", counts[p])) for p, x in z.items()}
   check_finite([(f"the gradient of {path}", x) for path, x in z.items()], "init_from_data")
   missing = {path: "zero" for path, x in z.items() if not bool(x.any())}
-  check_missing(missing, asked, "the gradient is of no use")
-  return {p: _with_gradient(w, q[p], z[p], asked.gamma) for p, w in weights.items() if p not in missing}
+  check_missing(missing, options, "the gradient is of no use")
+  return {p: _with_gradient(w, q[p], z[p], options.gamma) for p, w in weights.items() if p not in missing}
 
 
 def loss_of_factors(fn: Callable[..., Any], treedef: Any, paths: list[str]) -> Callable[..., jax.Array]:
-  """The loss as a function of factors of scale 1, by path, the nodes of the tree, and a batch."""
+  """The loss as a function of factors of scale 1 by path, of the nodes of the tree, and of a batch."""
   apply = wrap(fn, on_materialize="ignore")
 
   def loss(factors: dict[str, dict[str, jax.Array]], nodes: list[Any], batch: Any) -> jax.Array:
@@ -58,14 +58,14 @@ def loss_of_factors(fn: Callable[..., Any], treedef: Any, paths: list[str]) -> C
 
 
 def _gradient_products(
-  tree: Any, weights: dict[str, LoraWeight], counts: dict[str, int], asked: Asked
+  tree: Any, weights: dict[str, LoraWeight], counts: dict[str, int], options: Options
 ) -> Callable[[str, dict[str, jax.Array]], dict[str, jax.Array]]:
-  """A function from rows, over the side that `own` does not hold, to their products with every gradient.
+  """A function from rows, over the side opposite to `own`, to their products with the gradients of all weights.
 
   With A zero the gradient of A is `B G^T`, with B zero that of B is `A G`, for the gradient G of the weight, (in, out).
   """
   flat, treedef = flatten(tree, is_leaf=is_adapted)
-  loss = loss_of_factors(asked.fn, treedef, [path for path, _ in flat])
+  loss = loss_of_factors(options.fn, treedef, [path for path, _ in flat])
   nodes = [node for _, node in flat]
   gradient = jax.jit(jax.grad(loss))
 
@@ -75,7 +75,7 @@ def _gradient_products(
       zero = jnp.zeros(rows_shape(weight, "i" if own == "a" else "o", counts[path]), getattr(weight, own).dtype)
       factors[path] = {own: zero, other: rows[path].astype(getattr(weight, other).dtype)}
     total: dict[str, jax.Array] = {}
-    for batch in asked.batches:
+    for batch in options.batches:
       for path, found in gradient(factors, nodes, batch).items():
         part = thin(found[own], weights[path].roles).astype(wide(found[own]))
         total[path] = total[path] + part if path in total else part

@@ -108,7 +108,7 @@ def _limits(rank: Any, energy: Any, paths: Sequence[str]) -> dict[str, int | Non
 
 
 def _compressed(weight: LoraWeight, rank: int | None, energy: float | None) -> tuple[LoraWeight, jax.Array, jax.Array]:
-  """The weight at its new rank, the norms of its slices before, and the share of them that is lost."""
+  """The weight at its new rank, the norms of its update's slices, and the relative error of each."""
   found = delta_svd(weight)
   if rank is None:
     rank = rank_of_energy(found.s, energy, max(found.u.shape[-2], found.vt.shape[-1]))

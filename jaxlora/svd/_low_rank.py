@@ -43,7 +43,7 @@ def low_rank(
     A `LowRank`: `u`, `s`, `vt` and `error`; `.array()` is the approximation.
 
   Raises:
-    ValueError: if x is no matrix or not finite, or on a rank that x cannot have: nothing is cut without a word.
+    ValueError: if x is no matrix or not finite, or on a rank that x cannot have: no rank is changed silently.
 
   Example:
     >>> import jax.numpy as jnp, jaxlora

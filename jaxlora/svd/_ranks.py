@@ -1,4 +1,4 @@
-"""Ranks: those that a matrix can have, that an energy asks for, and dealt out over leaves."""
+"""Ranks: checks, the rank that keeps a share of the energy, and a budget of ranks allocated over leaves."""
 
 from collections.abc import Mapping, Sequence
 import re
@@ -22,7 +22,7 @@ def check_rank(rank: int, shape: Sequence[int], what: str) -> None:
 
 
 def rank_or_energy(rank: Any, energy: Any, what: str) -> int | None:
-  """The rank; `None` where the energy says it."""
+  """The rank, checked; `None` where an energy is given instead."""
   if (rank is None) == (energy is None):
     raise ValueError(f"{what}: found rank={rank!r} and energy={energy!r}, expected one of the two.")
   if rank is not None:

@@ -43,7 +43,7 @@ def weight_of_svd(like: LoraWeight, found: LowRank, dtype: Any = None) -> LoraWe
 
 
 def lora_leaves(tree: Any, what: str, linear: bool = True) -> list[tuple[str, LoraWeight]]:
-  """The low-rank leaves of a whole tree, with finite factors and, unless it does not matter, linear updates."""
+  """The low-rank leaves of a whole tree; raises unless factors are finite and, with `linear`, updates are."""
   check_adapted(tree, what)
   leaves = [(path, node) for path, node in adapted_leaves(tree) if isinstance(node, LoraWeight)]
   check_finite([(f"{path} ({n})", x) for path, w in leaves for n, x in parts(w).items() if n != "base"], what)
