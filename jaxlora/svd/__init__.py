@@ -1,8 +1,10 @@
 """Singular values and low-rank factors: of any matrix, and of an adapter's own update, which is never formed.
 
-jaxlora.svd.spectrum(tree)                                      # the singular values of every update
-smaller, report = jaxlora.svd.compress_with_report(tree, energy=0.95)
-tree = jaxlora.svd.extract(base_params, tuned_params, rank=8)   # a full fine-tune turned into an adapter
+    jaxlora.svd.spectrum(tree)                                      # the singular values of every update
+    smaller, report = jaxlora.svd.compress_with_report(tree, energy=0.95)
+    tree = jaxlora.svd.extract(base_params, tuned_params, rank=8)   # a full fine-tune turned into an adapter
+
+Functions that lose something have a partner `..._with_report`, which returns a `Truncation` as well.
 """
 
 from jaxlora._base.matrix import LowRank
