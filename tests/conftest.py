@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
-hypothesis.settings.register_profile("ci", max_examples=150, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("nightly", max_examples=5000, **_COMMON)
 
 

@@ -46,8 +46,9 @@ def test_other_dtypes(build, dtype):
   helpers.check(case.fn, case.adapted(), case.args, helpers.TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("wrap", ["jit", "scan", "remat", "cond", "vmap", "grad"])
-@pytest.mark.parametrize("build", ["dense", "attention"])
+@pytest.mark.parametrize(
+  ("wrap", "build"), profiles.alternating(["jit", "scan", "remat", "cond", "vmap", "grad"], ["dense", "attention"])
+)
 def test_control_flow_in_single_precision(build, wrap):
   case = helpers.BUILDERS[build](jnp.float32)
   helpers.check(helpers.WRAPPERS[wrap](case.fn), case.adapted(), case.args, helpers.TOLERANCE[jnp.float32])

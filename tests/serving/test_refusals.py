@@ -1,5 +1,7 @@
 """Adapters, bases and calls that do not fit a bank."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,9 +116,15 @@ BAD_ROUTES = {
 }
 
 
+@functools.cache
+def two_of_three():
+  """A bank with an empty slot."""
+  return bank_of([adapter(0), adapter(1)], capacity=3)
+
+
 def routed(fn=mlp, frozen=None, bank=None, ids=(0, 1), **options):
   frozen = params_of() if frozen is None else frozen
-  bank = bank_of([adapter(0), adapter(1)], capacity=3) if bank is None else bank
+  bank = two_of_three() if bank is None else bank
   return jaxlora.route(fn, **options)(frozen, bank, np.asarray(ids), data(2))
 
 
