@@ -15,8 +15,10 @@ def test_a_file_appears_whole_with_its_folder(tmp_path):
   assert target.read_text() == "whole"
   with replacing(target) as path:
     path.write_text("other")
+    number = path.stat().st_ino
     assert target.read_text() == "whole"
   assert target.read_text() == "other"
+  assert target.stat().st_ino == number  # one rename, no copy that could stop half-way
   assert list(target.parent.iterdir()) == [target]
 
 
@@ -78,4 +80,5 @@ def test_a_tensor_that_is_not_aligned_is_read(tmp_path):
   path.write_bytes(len(header).to_bytes(8, "little") + header + np.array([1, 2], np.float32).tobytes())
   (tensor,) = stored_tensors(path).values()
   assert tensor.begin % 4
+  assert tensor.mapped().flags.aligned
   np.testing.assert_array_equal(tensor.mapped(), [1, 2])

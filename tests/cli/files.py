@@ -59,7 +59,7 @@ LAYER = {
   "mlp.up_proj": (4096, 14336),
   "mlp.down_proj": (14336, 4096),
 }
-HEAD = {"lm_head": (4096, 128256)}
+HEAD = {"output": (4096, 128256)}  # the last in the file, where all of it is in memory
 
 
 def llama_adapter(folder, layers, rank=16):

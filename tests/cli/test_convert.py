@@ -52,7 +52,8 @@ def test_convert_needs_the_base_where_a_layout_is_not_told(run, tmp_path):
   assert list(checkpoint.contents(tmp_path / "c").leaves) == ["head/kernel", "layers_0/q_proj/kernel"]
 
 
-def test_convert_reads_once_and_writes_once(run, tmp_path, folders, touched):
+def test_convert_reads_once_and_writes_once(run, tmp_path, folders, touched, monkeypatch):
+  monkeypatch.setattr(peft.Module, "delta", None)  # shapes come from the factors
   for base in (["--base", folders / "flax.safetensors"], []):
     touched.clear()
     run("convert", folders / "peft", tmp_path / f"c{len(base)}", *base)

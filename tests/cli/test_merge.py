@@ -76,6 +76,7 @@ def test_merge_reads_once(run, tmp_path, folders, touched, base):
   run("merge", folders / f"{base}.safetensors", folders / "checkpoint", tmp_path / "out.safetensors")
   labels = [label for label in touched if not label.startswith(f"read {base}.safetensors from byte")]
   assert labels == ["read a checkpoint"]
+  assert set(touched.values()) == {1}
   touched.clear()
   run("merge", folders / f"{base}.safetensors", folders / "peft", tmp_path / "out.safetensors")
   assert touched["read adapter_config.json"] == touched["read the header of adapter_model.safetensors"] == 1

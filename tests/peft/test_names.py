@@ -88,6 +88,21 @@ def test_names_of_scanned_layers_and_of_experts_in_them(tmp_path):
   assert_equal(peft.load(tmp_path, base, names=swapped), tree)
 
 
+def test_layers_scanned_twice_need_no_names(tmp_path):
+  base = {"layers": {"experts": {"w1": {"kernel": normal(2, 3, 8, 6)}}}}
+  tree = adapted(base, axes={".*": "ssio"})
+  peft.save(tmp_path, tree)
+  assert "model.layers.1.experts.2.w1" in read(tmp_path).modules
+  assert_equal(peft.load(tmp_path, base), tree)
+
+
+def test_a_single_head_is_told_by_the_name(tmp_path):
+  base = {"layers_0": {"query": {"kernel": normal(8, 1, 4)}, "out": {"kernel": normal(4, 1, 8)}}}
+  tree = adapted(base, axes={".*query/kernel": "ioo", ".*out/kernel": "iio"})
+  peft.save(tmp_path, tree)
+  assert_equal(peft.load(tmp_path, base), tree)
+
+
 @pytest.mark.parametrize(
   ("names", "error", "message"),
   [
