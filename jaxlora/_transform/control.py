@@ -15,9 +15,8 @@ import jax.numpy as jnp
 
 from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, ShardMap, Structure, While, forwarded
 from jaxlora._jax.jaxpr import open_jaxpr, specified_sharding
-from jaxlora._transform.factored import TracedWeight, weights_in
+from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
 from jaxlora._transform.record import Record, Use
-from jaxlora._transform.rule import Unfactorable
 from jaxlora._weight.placement import factor_spec
 
 # `(handler, equation, what it holds, operands) -> results`; the handler is a `Transform`.

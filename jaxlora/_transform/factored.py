@@ -15,6 +15,10 @@ from jaxlora._weight.roles import factor_shape, low_rank_delta, times_gain
 from jaxlora._weight.weight import LoraWeight
 
 
+class Unfactorable(Exception):
+  """Why an equation needs the weight as one array."""
+
+
 class TracedWeight:
   """The kinds of weights that the transform knows. A kind is a dataclass and a pytree, so control flow carries it.
 

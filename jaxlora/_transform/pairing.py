@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from jaxlora._base.labelled import Labelled, Run
-from jaxlora._transform.rule import Unfactorable
+from jaxlora._transform.factored import Unfactorable
 
 
 @dataclasses.dataclass(frozen=True)

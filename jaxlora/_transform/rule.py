@@ -13,12 +13,7 @@ import jax
 from jaxlora._base.labelled import Labelled
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.recipes import Recipe
-from jaxlora._transform.factored import Factored, TracedWeight, weights_in
-
-
-class Unfactorable(Exception):
-  """Why an equation needs the weight as one array."""
-
+from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, weights_in
 
 # `h = product(x, a)` for `shrink(product, x, a, recipe)`: the first thin product, bilinear in x and a.
 ShrinkBy = Callable[[Callable[[jax.Array, jax.Array], Any], jax.Array, jax.Array, Recipe | None], Any]

@@ -17,11 +17,11 @@ from jaxlora._jax.jaxpr import bind, equation_context
 from jaxlora._platform.recipes import REGION, Origins
 from jaxlora._platform.region_derivative import evaluate_region, rematerialised
 from jaxlora._transform.control import CONTROL, Rebuild
-from jaxlora._transform.factored import TracedWeight, weights_in
+from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
 from jaxlora._transform.interpreter import Handler, RegionEquation, Step, interpret, plan
 from jaxlora._transform.product import Shrinks, shrink_by
 from jaxlora._transform.record import Record
-from jaxlora._transform.rule import AHEAD, PRODUCTS, Ahead, Op, ShrinkBy, Unfactorable, find_rule
+from jaxlora._transform.rule import AHEAD, PRODUCTS, Ahead, Op, ShrinkBy, find_rule
 
 
 class Transform(Handler):

@@ -25,10 +25,10 @@ from jaxlora._jax.control_flow import Jit, Remat, ShardMap, Structure, While
 from jaxlora._jax.jaxpr import bind
 from jaxlora._platform.policy import NONE
 from jaxlora._transform.control import CONTROL, Rebuild, inlined
-from jaxlora._transform.factored import Factored, TracedWeight, weights_in
+from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, weights_in
 from jaxlora._transform.interpreter import interpret
 from jaxlora._transform.record import Record
-from jaxlora._transform.rule import PRODUCTS, Unfactorable, find_rule
+from jaxlora._transform.rule import PRODUCTS, find_rule
 from jaxlora._transform.transform import Transform
 from jaxlora._weight.roles import factor_shape
 from jaxlora._weight.tree import is_adapted

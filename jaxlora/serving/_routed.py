@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import beside
 from jaxlora._base.labelled import explicitly_sharded
 from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, While
-from jaxlora._transform.factored import Factored, TracedWeight
-from jaxlora._transform.rule import AHEAD, Ahead, Op, Unfactorable, only_weight, rule
+from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable
+from jaxlora._transform.rule import AHEAD, Ahead, Op, only_weight, rule
 from jaxlora._transform.rules import dot, layout
 from jaxlora._weight.roles import factor_shape
 from jaxlora.serving._ways import GATHERED, Routing, Row, choose_way, enters_loops, low_rank_part, pick

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.labelled import Labelled, Result, contract
 from jaxlora._platform.policy import Policy
-from jaxlora._transform.factored import TracedWeight, dropped
+from jaxlora._transform.factored import TracedWeight, Unfactorable, dropped
 from jaxlora._transform.pairing import matched_roles
-from jaxlora._transform.rule import Op, Unfactorable, rule
+from jaxlora._transform.rule import Op, rule
 from jaxlora._transform.rules.dot import gained_after
 from jaxlora._weight.roles import RANK
 

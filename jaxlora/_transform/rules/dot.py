@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from jaxlora._base.labelled import explicitly_sharded
 from jaxlora._platform.wait import late
-from jaxlora._transform.factored import Factored, TracedWeight, dropped
+from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, dropped
 from jaxlora._transform.pairing import Pairing, meeting
 from jaxlora._transform.product import Shrink, base_dot, dot, shrink_of
-from jaxlora._transform.rule import AHEAD, Ahead, Op, Unfactorable, rule
+from jaxlora._transform.rule import AHEAD, Ahead, Op, rule
 from jaxlora._weight.roles import RANK, factor_axes, laid_along
 
 

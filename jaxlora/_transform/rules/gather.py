@@ -6,8 +6,8 @@ from typing import Any
 from jax import lax
 
 from jaxlora._base.labelled import Labelled, Result, contract
-from jaxlora._transform.factored import Factored
-from jaxlora._transform.rule import Op, Unfactorable, only_weight, rule
+from jaxlora._transform.factored import Factored, Unfactorable
+from jaxlora._transform.rule import Op, only_weight, rule
 from jaxlora._transform.rules.dot import times
 from jaxlora._transform.rules.layout import args_with
 from jaxlora._weight.roles import RANK, factor_axes, laid_along

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxlora._base.labelled import Labelled
 from jaxlora._base.reshape import reshape_groups
 from jaxlora._jax.primitives import BARRIERS, IDENTITIES, PLACEMENTS, RESHARDS, REVERSALS
-from jaxlora._transform.factored import Factored, TracedWeight, rank_of
-from jaxlora._transform.rule import Op, Unfactorable, only_weight, rule
+from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, rank_of
+from jaxlora._transform.rule import Op, only_weight, rule
 from jaxlora._weight.roles import RANK, factor_axes
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jaxlora._base.dtypes import beside
 from jaxlora._jax.primitives import CASTS, NEGATIONS, ROUNDINGS, SCALINGS
-from jaxlora._transform.factored import TracedWeight
-from jaxlora._transform.rule import Op, Unfactorable, only_weight, rule
+from jaxlora._transform.factored import TracedWeight, Unfactorable
+from jaxlora._transform.rule import Op, only_weight, rule
 from jaxlora._transform.rules.layout import args_with
 
 
