@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def _peft_report(path: str) -> tuple[dict[str, Any], list[Row], list[str]]:
-  """What is to be said of a PEFT folder, its rows, and the lines above the table."""
+  """The fields of a PEFT folder's report, its rows, and the lines above the table."""
   adapter = read(path, mapped=True)
   rows = [_module_row(name, module) for name, module in adapter.modules.items()]
   rows += [_whole_row(name, value.shape, value) for name, value in adapter.whole.items()]
@@ -41,7 +41,7 @@ def _peft_report(path: str) -> tuple[dict[str, Any], list[Row], list[str]]:
 
 
 def _checkpoint_report(path: str) -> tuple[dict[str, Any], list[Row], list[str]]:
-  """The same of a checkpoint of jaxlora's."""
+  """The fields, rows and lines of a checkpoint's report."""
   found = contents(existing(path))
   rows = [_node_row(leaf, node) for leaf, node in found.leaves.items()]
   about = {"format": "jaxlora", "step": found.step, "training": found.training, "metadata": found.metadata}
