@@ -26,7 +26,7 @@ class Labelled:
   array: jax.Array
   labels: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True})
 
-  def merged(self, run: Sequence[Hashable]) -> "Labelled":
+  def flattened(self, run: Sequence[Hashable]) -> "Labelled":
     """The axes of `run` flattened to one; unchanged where they are not adjacent and in this order."""
     run = tuple(run)
     start = self.labels.index(run[0]) if len(run) > 1 else 0
@@ -53,13 +53,13 @@ class Labelled:
 
 
 class Result(NamedTuple):
-  """What a product is to be.
+  """How the result of a contraction is wanted.
 
   Attributes:
-    dtype: its dtype.
+    dtype: of the result.
     precision: the user's, as in `jax.lax.dot_general`.
-    sharding: from its labels to how it is sharded, where types say so.
-    looping: whether it is computed in the body of a loop.
+    sharding: from the result's labels to its sharding, where types carry shardings; `None` elsewhere.
+    looping: whether the contraction is in the body of a loop.
   """
 
   dtype: Any
@@ -91,5 +91,5 @@ def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Resul
 
 
 def explicitly_sharded(x: Any) -> bool:
-  """Whether the type of `x` says how it is sharded: merging its axes would then have to say it, too."""
+  """Whether the type of `x` carries its sharding: flattening its axes would then have to give one, too."""
   return any(axis is not None for axis in getattr(jax.typeof(x).sharding, "spec", ()))

@@ -148,8 +148,8 @@ def _scan(params: dict[str, Any]) -> Scan:
     consts, carry, _ = params["ft_in"].unpack()
     constants, carries = len(consts), len(carry)
   options = {"_split_transpose": True} if params.get("_split_transpose") else {}
-  loop = (params[name] for name in ("length", "reverse", "unroll"))
-  return Scan(params["jaxpr"], constants, carries, *loop, options)
+  length, reverse, unroll = (params[name] for name in ("length", "reverse", "unroll"))
+  return Scan(params["jaxpr"], constants, carries, length, reverse, unroll, options)
 
 
 def _while(params: dict[str, Any]) -> While:

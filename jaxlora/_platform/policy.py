@@ -153,10 +153,10 @@ def _platform_of(values: Iterable[Any]) -> str:
   for value in values:
     if isinstance(value, jax.Array) and (found := _platform_of_array(value)):
       return found
-  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-  default = jax.config.jax_default_device
-  if not jax.sharding.get_abstract_mesh().empty and hasattr(device, "platform"):
-    return device.platform
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and (found := _platform_of_mesh(mesh)):
+    return found
+  default = getattr(jax.config, "jax_default_device", None)  # within `jax.default_device(...)`, too
   if default is not None:
     return default if isinstance(default, str) else default.platform
   return jax.default_backend()
@@ -166,5 +166,8 @@ def _platform_of_array(value: jax.Array) -> str | None:
   """The platform of an array's devices; of one that is traced, that of the mesh in its type, if there is one."""
   if not isinstance(value, jax.core.Tracer):
     return next(iter(value.devices())).platform
-  mesh = getattr(getattr(jax.typeof(value), "sharding", None), "mesh", None)
+  return _platform_of_mesh(getattr(getattr(jax.typeof(value), "sharding", None), "mesh", None))
+
+
+def _platform_of_mesh(mesh: Any) -> str | None:
   return getattr(getattr(mesh, "abstract_device", None), "platform", None)

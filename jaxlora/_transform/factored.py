@@ -47,6 +47,18 @@ class TracedWeight:
     """The weight as one array: right everywhere, and what the transform exists to avoid."""
     raise NotImplementedError
 
+  def mapped(self, by: Callable[[jax.Array, str], Any], **changes: Any) -> Any:
+    """The same with every factor by `by(factor, the role whose axes it holds)`."""
+    raise NotImplementedError
+
+  def with_roles(self, roles: str) -> Any:
+    """The weight with other roles for its axes of size 1, which lie in both factors as well as in either."""
+    raise NotImplementedError
+
+  def flipped(self) -> Any:
+    """The same weight with A and B trading places: contracted and free axes trade roles."""
+    raise NotImplementedError
+
   def simpler(self) -> "TracedWeight | None":
     """The same weight as a kind that has more rules; `None` if there is none."""
     return None
@@ -83,7 +95,7 @@ class Factored(TracedWeight):
   def rank(self) -> int:
     return self.a.shape[self.roles.count("s")]
 
-  def mapped(self, by: Callable[[jax.Array, str], jax.Array], **changes: Any) -> "Factored":
+  def mapped(self, by: Callable[[jax.Array, str], Any], **changes: Any) -> "Factored":
     """The same with every factor, and the gain, by `by(factor, the role whose axes it holds)`."""
     gain = None if self.gain is None else by(self.gain, self.gained)
     return self.replace(a=by(self.a, "i"), b=by(self.b, "o"), gain=gain, **changes)

@@ -50,7 +50,7 @@ def own_labels(labels: Sequence[Hashable]) -> list[Hashable]:
 
 def merged_alike(x: Labelled, y: Labelled, axes: Sequence[Hashable]) -> tuple[Labelled, Labelled, list[Hashable]]:
   """Both with the axes that they share flattened to one, if that can be done to both; and those axes' labels then."""
-  flat = x.merged(axes), y.merged(axes)
+  flat = x.flattened(axes), y.flattened(axes)
   if flat[0].labels == x.labels or flat[1].labels == y.labels:
     return x, y, list(axes)
   return *flat, [label for label in flat[1].labels if isinstance(label, Run)]

@@ -69,7 +69,7 @@ def base_dot(x: jax.Array, base: jax.Array, pairing: Pairing, like: Any) -> jax.
   u, v, summed = merged_alike(
     Labelled(x, pairing.input_labels(x.ndim)), Labelled(base, tuple(range(base.ndim))), list(pairing.contracted)
   )
-  v = v.merged(pairing.free(base.ndim))
+  v = v.flattened(pairing.free(base.ndim))
   if v.array.ndim > 2:
     return None
   y = pairing.product(u, v, contract, summed, Result(like.dtype, pairing.precision))
@@ -100,7 +100,7 @@ class Shrink:
     u, first, summed = Labelled(x, self.labels), Labelled(a, self.factor), list(self.summed)
     if self.flattens and self.result.sharding is None:
       u, first, summed = merged_alike(u, first, summed)
-      u = u.merged(own_labels(self.labels))
+      u = u.flattened(own_labels(self.labels))
     return contract(*((first, u) if self.weight_first else (u, first)), summed, self.result)
 
 
@@ -200,7 +200,7 @@ def dot(
     h = shrink(shrink_of(x, w.roles, pairing, base.dtype, policy, looping, sharding), x, w.a)
   second = Labelled(w.b, factor_axes(w.roles, "o"))
   if policy.flattens and not sharded:
-    second = second.merged([d for d in pairing.free(ndim) if w.roles[d] == "o"])
+    second = second.flattened([d for d in pairing.free(ndim) if w.roles[d] == "o"])
   result = Result(base.dtype, pairing.precision, sharding, looping)
   expand = Expand(pairing.weight_first, (RANK, *stack), wanted, result, policy)
   return traced_once(expand, (base, h, second)) if policy.shares_traces else expand((base, h, second))

@@ -102,7 +102,8 @@ class Transform(Handler):
 
   def primitive(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
     rule, known = find_rule(eqn.primitive.name, values)
-    (w, *_), ways = weights_in(known), []
+    ways: list[str] = []
+    w = weights_in(known)[0]
     out = rule(self.op(eqn, w, ways.append, shrink_by), known)
     if eqn.primitive.name in PRODUCTS and not weights_in(out):
       self.record.used(w, eqn.primitive.name, self.record.source(eqn), next(iter(ways), ""))

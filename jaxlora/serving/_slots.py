@@ -64,7 +64,7 @@ def with_rank(shape: Sequence[int], place: int, rank: int) -> tuple[int, ...]:
 
 def check_fits(node: Any, slots: Slots, what: str, of: str = "the bank's") -> None:
   """Raises unless an adapter's leaf is of the form, and at most of the rank, that a bank has for it."""
-  kinds = {LoraWeight: "low-rank", FullWeight: "trained whole"}
+  kinds: dict[type, str] = {LoraWeight: "low-rank", FullWeight: "trained whole"}
   whole = isinstance(slots, WholeSlots)
   if isinstance(node, FullWeight) != whole:
     raise ValueError(

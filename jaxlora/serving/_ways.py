@@ -109,11 +109,11 @@ def low_rank_part(x: Any, row: Row, slot: jax.Array, way: str) -> jax.Array:
   """
   x = inexact(x, row.a.dtype)
   if way == WIDE:
-    return _thin(x, row._replace(**{name: beside(getattr(row, name), row.base_dtype) for name in ("a", "b")}), slot)
+    return _thin(x, row._replace(a=beside(row.a, row.base_dtype), b=beside(row.b, row.base_dtype)), slot)
 
   def of_row(x: jax.Array, a: jax.Array, b: jax.Array, slot: jax.Array) -> jax.Array:
-    own = (beside(pick(factor, slot), row.base_dtype) for factor in (a, b))
-    return _thin(x, row._replace(**dict(zip("ab", own, strict=True))), None)
+    a, b = (beside(pick(factor, slot), row.base_dtype) for factor in (a, b))
+    return _thin(x, row._replace(a=a, b=b), None)
 
   return _row_by_row(of_row, x, row.a, row.b, slot)
 
@@ -134,7 +134,7 @@ def _thin(x: jax.Array, row: Row, slot: jax.Array | None) -> jax.Array:
     h = _own_ranks(h, slot)
   second = Labelled(row.b, (*bank, *factor_axes(roles, "o")))
   if row.policy.flattens:
-    second = second.merged([d for d in pairing.free(len(roles)) if roles[d] == "o"])
+    second = second.flattened([d for d in pairing.free(len(roles)) if roles[d] == "o"])
   y = pairing.product(h, second, contract, (*bank, RANK, *stack), Result(row.dtype, pairing.precision))
   return y.expanded().ordered(pairing.result_labels(x.ndim, len(roles)))
 

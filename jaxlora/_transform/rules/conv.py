@@ -92,7 +92,7 @@ def _along_features(x: Any, matrix: Labelled, feature: int, result: Result) -> A
 def _rank_to_features(h: Any, b: Any, feature: int, result: Result, policy: Policy) -> Any:
   """`h B` along one axis of `h`, all other axes flattened to one where they are adjacent."""
   before, after = _around(h, feature)
-  flat = Labelled(h, (*before, RANK, *after)).merged(before).merged(after)
+  flat = Labelled(h, (*before, RANK, *after)).flattened(before).flattened(after)
   out = policy.expand(flat, Labelled(b, (RANK, "out")), [RANK], result)
   return out.expanded().ordered([*before, "out", *after])
 
