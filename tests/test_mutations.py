@@ -10,62 +10,63 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxlora._axes import low_rank_delta
-from jaxlora._variants import VARIANTS
 import pytest
 
-from jaxlora import _adapt, _arithmetic, _config, _initializers, _lowrank, _matrix, _weight
+from jaxlora._adapt import adapt, config, initializers, merge, plan
+from jaxlora._base import matrix
+from jaxlora._transform import factored, wrap
+from jaxlora._weight.roles import low_rank_delta
+from jaxlora._weight.variant import VARIANTS
+from jaxlora._weight.weight import SCALINGS, LoraWeight
+from jaxlora.arithmetic import _combine, _formed, _sums
 from tests._adapt import test_adapt, test_initializers
 from tests._transform import test_oracle
 from tests._weight import test_variants
 from tests.arithmetic import test_arithmetic
 from tests.svd import test_decompose
 
-FACTORS, ENTER, MERGED, EXACT = _weight.LoraWeight.factors, _lowrank.enter, _adapt._merged, _arithmetic._exact
+FACTORS, MERGED = LoraWeight.factors, merge._merged
 
 
 def raw_alpha(patch):
   """The scale is alpha, not alpha / rank."""
-  patch.setitem(_weight.SCALINGS, "standard", lambda alpha, rank: alpha)
+  patch.setitem(SCALINGS, "standard", lambda alpha, rank: alpha)
 
 
 def lost_root(patch):
   """RsLoRA's scale is alpha / rank."""
-  patch.setitem(_weight.SCALINGS, "rslora", lambda alpha, rank: alpha / rank)
+  patch.setitem(SCALINGS, "rslora", lambda alpha, rank: alpha / rank)
 
 
 def swapped_factors(patch):
   """A over the outputs and B over the inputs, where the function runs; square weights do not mind the shapes."""
 
-  def enter(weight, path, key):
-    w = ENTER(weight, path, key)
+  def entering(weight, path, key):
+    w = factored.factored(weight, path, key)
     return w.replace(a=w.b, b=w.a) if w.a.shape == w.b.shape else w
 
-  patch.setattr(_lowrank, "enter", enter)
+  patch.setattr(wrap, "factored", entering)
 
 
 def ignored_overrides(patch):
   """The pattern of ranks is not looked at."""
-  patch.setattr(
-    _adapt, "leaf_plan", lambda config, path: _config.leaf_plan(dataclasses.replace(config, overrides=None), path)
-  )
+  bare = lambda given: dataclasses.replace(given, overrides=None)
+  patch.setattr(plan, "leaf_plan", lambda given, path: config.leaf_plan(bare(given), path))
 
 
 def ignored_exclude(patch):
   """The pattern of excluded leaves is not looked at."""
-  select = _adapt.select
-  patch.setattr(_adapt, "select", lambda config, *rest: select(dataclasses.replace(config, exclude=None), *rest))
+  select = plan.select
+  patch.setattr(plan, "select", lambda given, *rest: select(dataclasses.replace(given, exclude=None), *rest))
 
 
 def merged_twice(patch):
   """A weight that is used in two places gets its update twice."""
   patch.setattr(
-    _adapt,
+    merge,
     "_merged",
     lambda node: (
-      dataclasses.replace(node, base=node.materialize()).materialize()
-      if isinstance(node, _weight.LoraWeight)
-      else MERGED(node)
+      dataclasses.replace(node, base=node.materialize()).materialize() if isinstance(node, LoraWeight) else MERGED(node)
     ),
   )
 
@@ -77,7 +78,7 @@ def scale_twice(patch):
     a, b = FACTORS(self)
     return a, b * jnp.asarray(self.scale, b.dtype)
 
-  patch.setattr(_weight.LoraWeight, "factors", factors)
+  patch.setattr(LoraWeight, "factors", factors)
 
 
 def magnitude_over_the_inputs(patch):
@@ -98,20 +99,20 @@ def base_changed_at_the_start(patch):
     bare = dataclasses.replace(self, extra={n: x for n, x in self.extra.items() if n not in ("a0", "b0")})
     return FACTORS(bare)
 
-  patch.setattr(_weight.LoraWeight, "factors", factors)
+  patch.setattr(LoraWeight, "factors", factors)
 
 
 def one_key_for_all(patch):
   """Leaves of one shape start alike."""
-  patch.setattr(_adapt, "leaf_key", lambda key, path: key)
+  patch.setattr(adapt, "leaf_key", lambda key, path: key)
 
 
 def fan_of_the_stack(patch):
   """The fan-in counts the stacked axes, too."""
   patch.setitem(
-    _initializers.INITIALIZERS,
+    initializers.INITIALIZERS,
     "kaiming",
-    lambda key, shape, dtype, fan_in, rank: _initializers.kaiming(key, shape, dtype, fan_in * shape[0], rank),
+    lambda key, shape, dtype, fan_in, rank: initializers.kaiming(key, shape, dtype, fan_in * shape[0], rank),
   )
 
 
@@ -129,41 +130,43 @@ def sums_of_factors(patch):
   """PEFT's "linear": the factors are added, not the updates."""
 
   def exact(path, terms):
-    first, moved = terms[0].node, [term for term in terms if isinstance(term.node, _weight.LoraWeight)]
+    first, moved = terms[0].node, [term for term in terms if isinstance(term.node, LoraWeight)]
     if len(moved) < 2 or len({term.node.rank for term in moved}) > 1:
-      return EXACT(path, terms)
+      return _sums.exact(path, terms)
     a, b = (sum(abs(t.weight) ** 0.5 * getattr(t.node, name) for t in moved) for name in "ab")
     return dataclasses.replace(first, a=a, b=b)
 
-  patch.setattr(_arithmetic, "_exact", exact)
+  for module in (_combine, _formed):
+    patch.setattr(module, "exact", exact)
 
 
 def scale_lost_in_a_sum(patch):
   """A sum folds in the alphas, and not what rsLoRA makes of them."""
 
   def exact(path, terms):
-    plain = lambda node: dataclasses.replace(node, scaling="standard") if isinstance(node, _weight.LoraWeight) else node
-    return EXACT(path, [term._replace(node=plain(term.node)) for term in terms])
+    plain = lambda node: dataclasses.replace(node, scaling="standard") if isinstance(node, LoraWeight) else node
+    return _sums.exact(path, [term._replace(node=plain(term.node)) for term in terms])
 
-  patch.setattr(_arithmetic, "_exact", exact)
+  for module in (_combine, _formed):
+    patch.setattr(module, "exact", exact)
 
 
 def dare_without_rescaling(patch):
   """What DARE keeps is not divided by the density."""
-  dare = _arithmetic.FORMED["dare"]
+  dare = _formed.FORMED["dare"]
   drop = lambda x, density, key: dare.sparse(x, density, key) * jnp.asarray(density, x.dtype)
-  patch.setitem(_arithmetic.FORMED, "dare", dare._replace(sparse=drop))
+  patch.setitem(_formed.FORMED, "dare", dare._replace(sparse=drop))
 
 
 def ties_without_signs(patch):
   """TIES averages all updates, whatever their signs."""
-  ties = _arithmetic.FORMED["ties"]
-  patch.setitem(_arithmetic.FORMED, "ties", ties._replace(total=lambda deltas: jnp.stack(list(deltas)).mean(0)))
+  ties = _formed.FORMED["ties"]
+  patch.setitem(_formed.FORMED, "ties", ties._replace(total=lambda deltas: jnp.stack(list(deltas)).mean(0)))
 
 
 def root_in_one_factor(patch):
   """The singular values are in both factors whole."""
-  patch.setattr(_matrix.LowRank, "factors", lambda self: (self.s[..., None] * self.u.mT, self.s[..., None] * self.vt))
+  patch.setattr(matrix.LowRank, "factors", lambda self: (self.s[..., None] * self.u.mT, self.s[..., None] * self.vt))
 
 
 MUTATIONS = [
