@@ -10,7 +10,7 @@ from jaxlora._base.text import listed
 from jaxlora._weight.fingerprint import prints
 from jaxlora._weight.tree import adapted_leaves, is_half_leaf
 from jaxlora._weight.weight import LoraWeight, is_adapted, parts
-from jaxlora.serving._slots import OTHER_BASE, padded, plain_lora
+from jaxlora.serving._slots import OTHER_BASE, padded
 
 
 def check_name(name: Any) -> None:
@@ -45,13 +45,13 @@ def _as_lora(node: Any, what: str) -> Any:
   """A variant's weight as the plain LoRA that it comes to; raises where it comes to none."""
   if not isinstance(node, LoraWeight) or (node.variant == "lora" and not node.extra):
     return node
-  if node.kind.gain is not None:
+  if not node.kind.linear:
     raise ValueError(
       f"{what}: the variant {node.variant!r} scales the outputs of base and update alike, which no pair of factors"
       " beside the base can do. Merge that adapter (jaxlora.merge), or train one of another variant."
     )
   a, b = node.factors()
-  return plain_lora(a, b, node.roles, node.base)
+  return LoraWeight.from_factors(node.base, a, b, node.roles)
 
 
 def check_nesting(found: Any, expected: Any, what: str, of: str) -> None:
@@ -113,7 +113,8 @@ def pad(tree: Any, rank: int | None = None) -> Any:
     if not isinstance(own.get(path), LoraWeight):
       return node
     weight = own[path]
-    return plain_lora(*padded(weight, weight.rank if rank is None else rank), weight.roles, weight.base)
+    a, b = padded(weight, weight.rank if rank is None else rank)
+    return LoraWeight.from_factors(weight.base, a, b, weight.roles)
 
   nodes, _ = flatten(tree, is_leaf=is_half_leaf)
   return jax.tree.unflatten(treedef, [one(path, node) for path, node in nodes])

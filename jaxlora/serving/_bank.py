@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
-from jaxlora._weight.weight import FullWeight
+from jaxlora._weight.weight import FullWeight, LoraWeight
 from jaxlora.serving._adapters import adapter_nodes, check_name, check_nesting, joint_base
 from jaxlora.serving._slots import (
   LowRankSlots,
@@ -20,7 +20,6 @@ from jaxlora.serving._slots import (
   arrays_of,
   check_finite_parts,
   check_fits,
-  plain_lora,
   values_for,
 )
 
@@ -250,4 +249,4 @@ def _nothing(slots: Slots) -> dict[str, Any]:
 def _taken(slots: Slots, slot: int) -> Any:
   if isinstance(slots, WholeSlots):
     return FullWeight(base=None, value=slots.value[slot])
-  return plain_lora(slots.a[slot], slots.b[slot], slots.roles, None)
+  return LoraWeight.from_factors(None, slots.a[slot], slots.b[slot], slots.roles)

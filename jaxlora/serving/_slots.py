@@ -116,12 +116,6 @@ def padded(weight: LoraWeight, rank: int) -> tuple[jax.Array, jax.Array]:
   return wider(a), wider(b)
 
 
-def plain_lora(a: Any, b: Any, roles: str, base: Any) -> LoraWeight:
-  """A weight of scale 1: its structure says nothing of the adapter but its rank."""
-  rank = a.shape[roles.count("s")]
-  return LoraWeight(base=base, a=a, b=b, roles=roles, rank=rank, alpha=float(rank))
-
-
 def values_for(node: Any, slots: Slots) -> dict[str, Any]:
   """What an adapter writes at a leaf of its own."""
   present = np.ones((), slots.present.dtype)
