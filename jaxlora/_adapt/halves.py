@@ -28,8 +28,14 @@ def split(tree: Any) -> tuple[Any, Any]:
     ValueError: if the tree has no adapted leaf, or is a half itself.
 
   Example:
-    >>> frozen, trainable = split(tree)  # doctest: +SKIP
-    >>> opt_state = optax.adamw(1e-4).init(trainable)  # doctest: +SKIP
+    >>> import optax
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((6, 5)), "bias": jnp.zeros(5)}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> frozen, trainable = split(tree)
+    >>> trainable
+    {'bias': None, 'kernel': LoraWeight(6x5 io, rank 2, f32, without base)}
+    >>> opt_state = optax.adamw(1e-4).init(trainable)
   """
   check_adapted(tree, "split")
 
@@ -56,6 +62,14 @@ def join(frozen: Any, trainable: Any) -> Any:
 
   Raises:
     ValueError: if the halves are of different trees, naming the leaves and how they differ.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((6, 5)), "bias": jnp.zeros(5)}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> frozen, trainable = jaxlora.split(tree)
+    >>> join(frozen, jax.tree.map(lambda factor: 2 * factor, trainable))["kernel"]
+    LoraWeight(6x5 io, rank 2, f32)
   """
   _check_half(frozen, "frozen", trained=False)
   _check_half(trainable, "trainable", trained=True)

@@ -26,6 +26,13 @@ def merge(tree: Any) -> Any:
   Raises:
     ValueError: where factors are NaN or infinite, or overflow the weight's dtype (checked outside `jit`, where values
       are known), naming the leaves; where they do not fit their base, or the tree is a half.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((6, 5)), "bias": jnp.zeros(5)}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> jax.tree.map(jnp.shape, merge(tree))
+    {'bias': (5,), 'kernel': (6, 5)}
   """
   nodes, treedef = flatten(tree, is_leaf=is_adapted)
   adapted = [(path, node) for path, node in nodes if is_adapted(node)]
@@ -74,6 +81,13 @@ def strip(tree: Any) -> Any:
 
   Raises:
     ValueError: if the bases are missing, naming the leaf.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jnp.ones((6, 5)), "bias": jnp.zeros(5)}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> strip(tree)["kernel"] is params["kernel"]
+    True
   """
   for path, node in adapted_leaves(tree):
     check_parts(node, f"strip: {path}", ("base",))

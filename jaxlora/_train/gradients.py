@@ -32,8 +32,12 @@ def value_and_grad(
     ValueError: when called, if `argnums` names no positional argument, or one twice, or one without an adapted leaf.
 
   Example:
-    >>> loss = lambda tree, x: apply({"params": tree}, x).sum()  # doctest: +SKIP
-    >>> value, grads = value_and_grad(loss)(tree, x)  # doctest: +SKIP
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> tree = jaxlora.adapt({"kernel": jnp.ones((6, 5))}, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> apply = jaxlora.wrap(lambda params, x: x @ params["kernel"])
+    >>> value, grads = value_and_grad(lambda tree, x: apply(tree, x).sum())(tree, jnp.ones((2, 6)))
+    >>> float(value), grads
+    (60.0, {'kernel': LoraWeight(6x5 io, rank 2, f32, without base)})
   """
   return _differentiated(fn, argnums, has_aux, "value_and_grad")
 
@@ -93,10 +97,23 @@ def _places(numbers: Sequence[int], count: int, what: str) -> list[int]:
 
 
 def grad(fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
-  """`jax.grad` with respect to the trainable leaves of combined trees alone; see `value_and_grad`.
+  """`jax.grad` with respect to the trainable leaves of combined trees alone.
+
+  Args:
+    fn, argnums, has_aux: as for `value_and_grad`.
 
   Returns:
     A function that returns the gradients, or `(gradients, aux)`.
+
+  Raises:
+    TypeError, ValueError: as `value_and_grad`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> tree = jaxlora.adapt({"kernel": jnp.ones((6, 5))}, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> apply = jaxlora.wrap(lambda params, x: x @ params["kernel"])
+    >>> grad(lambda tree, x: apply(tree, x).sum())(tree, jnp.ones((2, 6)))
+    {'kernel': LoraWeight(6x5 io, rank 2, f32, without base)}
   """
   both = _differentiated(fn, argnums, has_aux, "grad")
 

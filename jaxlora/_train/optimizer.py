@@ -50,6 +50,12 @@ def mask(tree: Any) -> Any:
 
   Returns:
     The tree with a bool in the place of each leaf.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> tree = jaxlora.adapt({"kernel": jnp.ones((6, 5))}, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> mask(tree)
+    {'kernel': LoraWeight(?x? io, rank 2, base=False, a=True, b=True)}
   """
   return jax.tree_util.tree_map(lambda label: label != "frozen", labels(tree))
 
