@@ -1,6 +1,7 @@
 """Silent degradation is fatal here: warnings are errors, promotion is strict, and there are eight CPU devices."""
 
 import contextlib
+import functools
 import os
 
 # Thousands of small programs are compiled once and run once: the machine code need not be good.
@@ -16,7 +17,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from jaxlora._jax import trace_cache  # noqa: E402
-from tests.helpers import DEVICES, profiles  # noqa: E402
+from tests.helpers import DEVICES, on_devices, profiles  # noqa: E402
 from tests.helpers.forks import Forks  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -69,15 +70,9 @@ def lenient():
 
 
 @pytest.fixture(params=DEVICES)
-def devices(request, monkeypatch):
-  """The two ways of waiting for a cotangent; tests run with eight devices."""
-  if request.param == "one device":
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
+def devices(request):
+  """The two ways of waiting for a cotangent: a function that places arguments on one device, or on two."""
+  return functools.partial(on_devices, 1 if request.param == "one device" else 2)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jaxlora
-from jaxlora._jax import called, linear_call
+from jaxlora._jax import by_platform, called, linear_call
+from jaxlora._platform import wait
 from tests import helpers
 from tests.helpers import DEVICES, profiles
 
@@ -62,10 +63,11 @@ def params_of(dtype):
   return jax.tree.map(lambda leaf: leaf + 0.1, made)
 
 
-@pytest.mark.usefixtures("x64", "lenient", "devices")
+@pytest.mark.usefixtures("x64", "lenient")
 @pytest.mark.parametrize(("activation", "devices"), profiles.alternating(ACTIVATIONS, DEVICES), indirect=["devices"])
-def test_gradients_are_the_same(activation):
+def test_gradients_are_the_same(activation, devices):
   fn, tree, x = case(activation)
+  tree, x = devices(tree, x)
   got, want = (jax.jit(helpers.sine_step(fn, recompute))(tree, x) for recompute in (True, False))
   helpers.assert_close(got, want, 1e-12)
   helpers.check(fn, tree, (x,), 1e-12)
@@ -91,31 +93,32 @@ def derivatives(f, frozen, tangent):
 DERIVATIVES = tuple(derivatives(None, None, None))
 
 
-@pytest.mark.usefixtures("x64", "lenient", "devices")
+@pytest.mark.usefixtures("x64", "lenient")
 @pytest.mark.parametrize(("name", "devices"), profiles.alternating(DERIVATIVES, DEVICES), indirect=["devices"])
-def test_forward_mode_second_derivatives_and_vmap(name):
+def test_forward_mode_second_derivatives_and_vmap(name, devices):
   fn, tree, x = case("gelu")
   x = x[:, :3]
   frozen, trainable = jaxlora.split(tree)
   tangent = jax.tree.map(lambda leaf: helpers.array(5, leaf.shape, leaf.dtype), trainable)
   got, want = (
-    jax.jit(derivatives(f, frozen, tangent)[name])(trainable, x)
+    jax.jit(derivatives(f, frozen, tangent)[name])(*devices(trainable, x))
     for f in (jaxlora.wrap(fn, on_materialize="error"), helpers.oracle(fn))
   )
   helpers.assert_close(got, want, 1e-11)
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 def test_dropout_is_made_again_with_the_same_mask():
   fn, tree, x = case(dtype=jnp.float32, dropout=0.5)
   got, want = (jax.jit(helpers.sine_step(fn, recompute, dropout_key=KEY))(tree, x) for recompute in (True, False))
   helpers.assert_close(got, want, 1e-5)
 
 
-@pytest.mark.usefixtures("lenient", "devices")
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(("control", "devices"), profiles.alternating(CONTROL_FLOW, DEVICES), indirect=["devices"])
-def test_inside_control_flow(control):
+def test_inside_control_flow(control, devices):
   fn, tree, x = case(dtype=jnp.float32)
+  tree, x = devices(tree, x)
   helpers.check(helpers.WRAPPERS[control](fn), tree, (x,), 1e-4)
 
 
@@ -141,7 +144,7 @@ def test_no_more_collectives_than_without():
   assert found[0] == found[1]
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 def test_no_tokens_and_a_symbolic_number_of_them():
   fn, tree, x = case(dtype=jnp.float32)
   none = jax.jit(helpers.sine_step(fn, True))(tree, x[:0])
@@ -153,21 +156,33 @@ def test_no_tokens_and_a_symbolic_number_of_them():
 
 
 @pytest.mark.usefixtures("lenient")
-def test_other_backends_wait_by_a_barrier(monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_one_device_waits_by_arithmetic_and_several_or_other_platforms_by_a_barrier():
+  """On CPUs how a program waits is decided where it is lowered, for as many devices as it runs on."""
   fn, tree, x = case(dtype=jnp.float32)
-  helpers.check(fn, tree, (x,), 1e-4)
-  text = jax.jit(helpers.sine_step(fn, True)).lower(tree, x).as_text()
-  assert "optimization_barrier" in text
-  assert "shift_right_logical" not in text
+  step = lambda **options: jax.jit(helpers.sine_step(fn, True, **options))
+  lowered = {
+    "one device": step().lower(tree, x),
+    "several": step().lower(*helpers.on_devices(2, tree, x)),
+    "gpu": step(platform="gpu").lower(tree, x),
+    "for a tpu": step().trace(tree, x).lower(lowering_platforms=("tpu",)),
+  }
+  found = {
+    name: [word in text.as_text() for word in ("shift_right_logical", "optimization_barrier")]
+    for name, text in lowered.items()
+  }
+  assert found == {
+    "one device": [True, False],
+    "several": [False, True],
+    "gpu": [False, True],
+    "for a tpu": [False, True],
+  }
 
 
 def kept_bytes(fn, recompute, tree, x):
   return helpers.temp_bytes(helpers.sine_step(fn, recompute), tree, x)
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 def test_memory_stays_at_the_frozen_models():
   """The issue of it all: training the factors holds no more than running the frozen model backwards."""
   fn, tree, _ = case(dtype=jnp.float32)
@@ -190,16 +205,14 @@ def test_no_product_of_the_base_runs_twice():
   assert of_bases(True) == of_bases(False) == 2 * 6 - 1  # the first one's input has no gradient
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_values_that_pass_through_waiting_are_untouched_bit_for_bit(dtype):
   """The wait computes with a one or a zero made of a cotangent's bits, whatever those bits are."""
-  from jaxlora._platform import wait
-
   leaf = jnp.asarray([1.5, -0.0, np.inf, np.nan, 6e4, -1.0], dtype)
   bits = lambda value: np.asarray(value).view(f"uint{8 * leaf.dtype.itemsize}")
   for cotangent in (0.0, -1.0, np.inf, -np.inf, np.nan, 3e38, -1e-45):
-    (out,) = wait._wait([leaf], [jnp.full((2, 3), cotangent, jnp.float32)])
+    (out,) = wait._by_arithmetic([leaf], [jnp.full((2, 3), cotangent, jnp.float32)])
     np.testing.assert_array_equal(bits(out), bits(leaf))
 
 
@@ -214,7 +227,9 @@ def test_elementwise_functions_of_a_weight_itself_are_left_to_the_rules():
 
 
 @pytest.mark.usefixtures("lenient", "fresh_traces")
-@pytest.mark.parametrize(("module", "name"), [(linear_call, "Primitive"), (called, "set_xla_metadata")])
+@pytest.mark.parametrize(
+  ("module", "name"), [(linear_call, "Primitive"), (by_platform, "Primitive"), (called, "set_xla_metadata")]
+)
 def test_without_what_this_version_has_it_is_a_plain_call(module, name, monkeypatch):
   monkeypatch.setattr(module, name, None)
   fn, tree, x = case(dtype=jnp.float32)
@@ -222,7 +237,7 @@ def test_without_what_this_version_has_it_is_a_plain_call(module, name, monkeypa
   helpers.assert_close(got, want, 1e-5)
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 def test_a_scanned_model_keeps_one_array_a_layer_less():
   class Body(nn.Module):
     @nn.compact

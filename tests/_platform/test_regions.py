@@ -91,21 +91,23 @@ def case(name, dtype=jnp.float64):
   return fn, tree, helpers.array(10, (2, 12, WIDTH), dtype)
 
 
-@pytest.mark.usefixtures("x64", "lenient", "devices")
+@pytest.mark.usefixtures("x64", "lenient")
 @pytest.mark.parametrize(("name", "devices"), profiles.alternating(FUNCTIONS, DEVICES), indirect=["devices"])
-def test_gradients_are_the_same(name):
+def test_gradients_are_the_same(name, devices):
   fn, tree, x = case(name)
+  tree, x = devices(tree, x)
   for jit in (jax.jit, lambda step: step):  # outside of jit nothing is traced ahead
     got, want = (jit(helpers.sine_step(fn, recompute))(tree, x) for recompute in (True, False))
     helpers.assert_close(got, want, 1e-12)
   helpers.check(fn, tree, (x,), 1e-12)
 
 
-@pytest.mark.usefixtures("x64", "lenient", "devices")
+@pytest.mark.usefixtures("x64", "lenient")
 @pytest.mark.parametrize(("name", "devices"), profiles.alternating(FUNCTIONS, DEVICES), indirect=["devices"])
-def test_every_way_to_differentiate(name):
+def test_every_way_to_differentiate(name, devices):
   """Forward, forward over reverse, and vmap of it, by the inputs and by the factors."""
   fn, tree, x = case(name)
+  tree, x = devices(tree, x)
   frozen, trainable = jaxlora.split(tree)
   along = jax.tree.map(lambda leaf: jnp.sin(leaf + 1), (trainable, x))
 
@@ -129,7 +131,7 @@ def test_what_is_found():
   found = {}
   for name in FUNCTIONS:
     jaxpr = jax.make_jaxpr(FUNCTIONS[name])(jnp.ones((4, 8, 64)), jnp.ones(64)).jaxpr
-    found_here = {region.members: region for region in regions.find(jaxpr).values()}
+    found_here = {region.members: region for region in regions.find_regions(jaxpr).values()}
     found[name] = [(len(region.members) > 3, region.softmax() is not None) for region in found_here.values()]
   one, softmax = [(True, False)], [(True, True)]
   assert found["layer_norm"] == found["fast_layer_norm"] == found["rms_norm"] == one
@@ -140,7 +142,7 @@ def test_what_is_found():
 def test_regions_that_differ_are_told_apart():
   def signature(fn):
     jaxpr = jax.make_jaxpr(fn)(jnp.ones((2, 3, 64))).jaxpr
-    return next(iter(regions.find(jaxpr).values())).signature()
+    return next(iter(regions.find_regions(jaxpr).values())).signature()
 
   assert signature(lambda x: jnp.exp(x * 2.0)) == signature(lambda y: jnp.exp(y * 2.0))
   different = (
@@ -157,7 +159,7 @@ def test_regions_that_differ_are_told_apart():
   assert len({signature(fn) for fn in different}) == len(different)
 
 
-@pytest.mark.usefixtures("x64", "lenient", "one_device")
+@pytest.mark.usefixtures("x64", "lenient")
 def test_regions_whose_operands_trade_places_are_told_apart():
   """The same equations on the same shapes, once the left operand is the large one, once the right."""
 
@@ -211,7 +213,7 @@ def stack(layers, tokens=64, dtype=jnp.float32, width=32, rank=RANK):
   return fn, helpers.adapted(params, probe=lambda p: fn(p, x), rank=rank, targets="all-linear"), x
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 def test_less_is_kept_than_by_the_frozen_models_own_step():
   fn, tree, x = stack(3, tokens=32)
   floor = helpers.temp_bytes(helpers.frozen_step(fn), x, jaxlora.merge(tree))
@@ -220,7 +222,7 @@ def test_less_is_kept_than_by_the_frozen_models_own_step():
   assert temp[0] < 0.7 * temp[1]
 
 
-@pytest.mark.usefixtures("lenient", "one_device", "fresh_traces")
+@pytest.mark.usefixtures("lenient", "fresh_traces")
 def test_of_the_two_products_their_sum_is_kept(monkeypatch):
   fn, tree, x = stack(3, tokens=32)
   together = helpers.temp_bytes(helpers.sine_step(fn, True), tree, x)
@@ -258,7 +260,7 @@ def test_one_trace_for_all_steps_and_all_adapters_of_one_shape():
   assert traces == 1
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 def test_no_array_shaped_like_a_base_is_transposed_or_made():
   """In the optimised program: no transposed copy, gradient or delta of a weight."""
   fn, tree, x = stack(2)
@@ -269,7 +271,7 @@ def test_no_array_shaped_like_a_base_is_transposed_or_made():
   assert re.findall(made, text) == []
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 def test_an_activation_is_made_again_once():
   """The gradient of the next A and that of the activation itself share it."""
   fn, tree, x = stack(2)
@@ -300,7 +302,7 @@ def test_layers_that_are_alike_are_traced_and_lowered_once():
   assert functions[0] == functions[1]
 
 
-@pytest.mark.usefixtures("lenient", "one_device")
+@pytest.mark.usefixtures("lenient")
 def test_half_precision_weights_are_not_kept_in_a_wider_copy():
   fn, tree, x = stack(2, dtype=jnp.bfloat16)
   copies = 4 * sum(leaf.size for leaf in jax.tree.leaves(jaxlora.strip(tree)))

@@ -232,13 +232,11 @@ def compiled_step(variant, tokens=1024, d=128, rank=4):
   return step.lower(trainable, frozen, jnp.ones((tokens, d))).compile()
 
 
-@pytest.mark.usefixtures("one_device")
 def test_with_a_frozen_no_input_is_kept():
   lora, frozen = (compiled_step(variant).memory_analysis().temp_size_in_bytes for variant in ("lora", "lora_fa"))
   assert lora - frozen >= 1024 * 128 * 4  # the inputs of the second and of the third layer
 
 
-@pytest.mark.usefixtures("one_device")
 def test_doras_norm_costs_a_share_of_rank_over_tokens_and_forms_no_weight():
   lora, dora = (compiled_step(variant).cost_analysis()["flops"] for variant in ("lora", "dora"))
   base = 3 * 2 * 2 * 1024 * 128 * 128

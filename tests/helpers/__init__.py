@@ -18,6 +18,7 @@ from tests.helpers.compiled import (
 )
 from tests.helpers.meshes import DEVICES, mesh_of, place
 from tests.helpers.oracle import TOLERANCE, assert_close, check, frozen_step, loss_of, oracle, sine_step
+from tests.helpers.policies import POLICIES, Under, on_devices
 from tests.helpers.wrappers import FORWARD_ONLY, NEEDS_FLOAT_DATA, WRAPPERS, legal
 
 __all__ = [
@@ -27,9 +28,11 @@ __all__ = [
   "FORWARD_ONLY",
   "NEEDS_FLOAT_DATA",
   "OPTIMISED",
+  "POLICIES",
   "TOLERANCE",
   "WRAPPERS",
   "Case",
+  "Under",
   "adapted",
   "adapted_paths",
   "array",
@@ -43,6 +46,7 @@ __all__ = [
   "loss_of",
   "mesh_of",
   "normal",
+  "on_devices",
   "one_weight",
   "optimised",
   "oracle",

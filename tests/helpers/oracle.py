@@ -1,6 +1,7 @@
 """The oracle: what a wrapped function gives on a combined tree, its original must give on the merged one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 import jaxlora
 from tests.helpers.arrays import normal
+from tests.helpers.policies import Under, on_devices
 
 
 def loss_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[Any], jax.Array]:
@@ -60,12 +62,26 @@ def check(
   *,
   reverse: bool = True,
   on_materialize: str = "error",
+  policies: Sequence[Under] = (Under({}),),
 ) -> None:
-  """Values and the gradients of every factor, factored against merged, in one compilation."""
-  frozen, trainable = jaxlora.split(tree)
+  """Values and the gradients of every factor, factored against merged.
+
+  The function under all policies that run on as many devices, and the oracle, are one compilation.
+  """
+  for devices in sorted({policy.devices for policy in policies}):
+    wraps = [functools.partial(jaxlora.wrap, **policy.options) for policy in policies if policy.devices == devices]
+    functions = [*(wrap(fn, on_materialize=on_materialize) for wrap in wraps), oracle(fn)]
+    halves = on_devices(devices, *jaxlora.split(tree), args)
+    *found, want = jax.jit(functools.partial(_values_and_gradients, functions, reverse))(*halves)
+    for got in found:
+      assert_close(got, want, tolerance)
+
+
+def _values_and_gradients(functions: Sequence[Any], reverse: bool, frozen: Any, trainable: Any, args: Any) -> list[Any]:
+  """For each function its value, and its gradients by the factors; or a tangent, where there is no reverse mode."""
   tangent = jax.tree.map(lambda leaf: normal(5, leaf.shape, leaf.dtype), trainable)
 
-  def values_and_gradients(f, frozen, trainable, args):
+  def one(f: Callable[..., Any]) -> Any:
     loss = loss_of(f, args)
     of_factors = lambda trainable: loss(jaxlora.join(frozen, trainable))
     out = f(jaxlora.join(frozen, trainable), *args)
@@ -73,9 +89,4 @@ def check(
       return out, jax.grad(of_factors)(trainable)
     return out, jax.jvp(of_factors, (trainable,), (tangent,))
 
-  def both(frozen, trainable, args):
-    wrapped = jaxlora.wrap(fn, on_materialize=on_materialize)
-    return [values_and_gradients(f, frozen, trainable, args) for f in (wrapped, oracle(fn))]
-
-  got, want = jax.jit(both)(frozen, trainable, args)
-  assert_close(got, want, tolerance)
+  return [one(f) for f in functions]
