@@ -1,6 +1,7 @@
 """A function that is lowered in another form for some platforms: one trace serves them all."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -42,23 +43,34 @@ def by_platform(default: Callable[..., Any], forms: Mapping[str, Form], *args: A
   if Primitive is None:
     return default(*args)
   leaves, treedef = jax.tree.flatten(args)
-  out_def = None
-
-  def flat(fn: Callable[..., Any]) -> Callable[..., list[Any]]:
-    def call(*leaves: Any) -> list[Any]:
-      nonlocal out_def
-      out, out_def = jax.tree.flatten(fn(*jax.tree.unflatten(treedef, leaves)))
-      return out
-
-    return call
-
-  traced = jax.make_jaxpr(flat(default))(*leaves)
-  others = tuple(
-    (platform, form.single_device, jax.make_jaxpr(flat(form.fn))(*leaves)) for platform, form in forms.items()
+  traced, like = jax.make_jaxpr(lambda *leaves: default(*jax.tree.unflatten(treedef, leaves)), return_shape=True)(
+    *leaves
   )
-  out = _by_platform_p(tuple(forms)).bind(*leaves, default=traced, forms=others)
-  assert out_def is not None
-  return jax.tree.unflatten(out_def, out)
+  flat = tuple((name, form.single_device, _Flat(form.fn, treedef)) for name, form in forms.items())
+  out = _by_platform_p(tuple(forms)).bind(*leaves, default=traced, forms=flat)
+  return jax.tree.unflatten(jax.tree.structure(like), out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat:
+  """A form as a function of flat arrays. It is traced where it is lowered, and only for its platform."""
+
+  fn: Callable[..., Any]
+  treedef: Any
+
+  def __call__(self, *leaves: Any) -> list[Any]:
+    return jax.tree.leaves(self.fn(*jax.tree.unflatten(self.treedef, leaves)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mapped:
+  """A form under `jax.vmap`."""
+
+  fn: Callable[..., Any]
+  axes: tuple[int | None, ...]
+
+  def __call__(self, *leaves: Any) -> list[Any]:
+    return jax.vmap(self.fn, in_axes=self.axes)(*leaves)
 
 
 def _devices(ctx: Any) -> int | None:
@@ -70,8 +82,10 @@ def _devices(ctx: Any) -> int | None:
 
 def _lower(platform: str | None, ctx: Any, *args: Any, default: Any, forms: Sequence[Any]) -> Any:
   fitting = (form for name, single, form in forms if name == platform and (not single or _devices(ctx) == 1))
-  form = jex_core.jaxpr_as_fun(next(fitting, default))
-  return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
+  form = next(fitting, None) or jex_core.jaxpr_as_fun(default)
+  wide = any(getattr(getattr(aval, "dtype", None), "itemsize", 0) == 8 for aval in ctx.avals_in)
+  with jax.enable_x64(wide or jax.config.read("jax_enable_x64")):  # as it was traced, wherever it is lowered
+    return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
 
 
 @functools.cache
@@ -101,11 +115,10 @@ def _by_platform_p(platforms: tuple[str, ...]) -> Any:
     return primitive.bind(*primals, default=default, forms=forms), out_tangents
 
   def batch(args, dims, *, default, forms):
-    def mapped(closed):
-      return jax.make_jaxpr(jax.vmap(jex_core.jaxpr_as_fun(closed), in_axes=tuple(dims)))(*args)
-
-    others = tuple((platform, single, mapped(form)) for platform, single, form in forms)
-    out = primitive.bind(*args, default=mapped(default), forms=others)
+    axes = tuple(dims)
+    mapped = jax.make_jaxpr(jax.vmap(jex_core.jaxpr_as_fun(default), in_axes=axes))(*args)
+    others = tuple((name, single, _Mapped(form, axes)) for name, single, form in forms)
+    out = primitive.bind(*args, default=mapped, forms=others)
     return out, [0] * len(out)
 
   primitive.def_impl(impl)

@@ -1,6 +1,7 @@
 """The second thin product, `h B`, at inference on XLA's CPU backend."""
 
 from collections.abc import Hashable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -34,25 +35,39 @@ def _fused(x: Labelled, y: Labelled, over: Hashable, result: Result) -> Labelled
 
   d(x . y) = dx . y + x . dy
   """
-  dot = functools.partial(_as_dot, over=over, result=result)
-  return by_platform(dot, {"cpu": Form(functools.partial(_as_sum, over=over, result=result))}, x, y)
+  return by_platform(_Dot(over, result), {"cpu": Form(_Sum(over, result))}, x, y)
 
 
 @_fused.defjvp
 def _(over: Hashable, result: Result, primals: Any, tangents: Any) -> tuple[Labelled, Labelled]:
-  return jax.jvp(functools.partial(_as_dot, over=over, result=result), primals, tangents)
+  return jax.jvp(_Dot(over, result), primals, tangents)
 
 
-def _as_dot(x: Labelled, y: Labelled, over: Hashable, result: Result) -> Labelled:
-  return contract(x, y, [over], result)
+@dataclasses.dataclass(frozen=True)
+class _Dot:
+  """The product as a dot."""
+
+  over: Hashable
+  result: Result
+
+  def __call__(self, x: Labelled, y: Labelled) -> Labelled:
+    return contract(x, y, [self.over], self.result)
 
 
-def _as_sum(x: Labelled, y: Labelled, over: Hashable, result: Result) -> Labelled:
-  (row,) = (label for label in x.labels if label != over)
-  (column,) = (label for label in y.labels if label != over)
-  dtype = wider_dtype(result.dtype, jnp.float32)
-  total = _outer_sum(x.ordered((row, over)).astype(dtype), y.ordered((over, column)).astype(dtype))
-  return Labelled(total.astype(result.dtype), (row, column))
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+  """The product as a sum of outer products."""
+
+  over: Hashable
+  result: Result
+
+  def __call__(self, x: Labelled, y: Labelled) -> Labelled:
+    over, result = self.over, self.result
+    (row,) = (label for label in x.labels if label != over)
+    (column,) = (label for label in y.labels if label != over)
+    dtype = wider_dtype(result.dtype, jnp.float32)
+    total = _outer_sum(x.ordered((row, over)).astype(dtype), y.ordered((over, column)).astype(dtype))
+    return Labelled(total.astype(result.dtype), (row, column))
 
 
 @functools.partial(jax.jit, inline=True)  # one trace for all products of a shape

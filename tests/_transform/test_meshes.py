@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora._jax import trace_cache
 from tests import helpers
 from tests.helpers import one_weight, square_weights
 
@@ -34,17 +36,38 @@ def test_name_stacks_and_shardings_of_inner_jits_survive():
   helpers.assert_close(np.asarray(out), np.asarray(fn(jaxlora.merge(tree), x)), 1e-5)
 
 
-@pytest.mark.parametrize("spec", [("model", None), (None, "model"), (None, None)])
+def model_of(build):
+  """A function, its adapted tree, and data of four rows."""
+  x = helpers.array(2, (4, 3, 6), jnp.float32)
+  if build == "dense":
+    return lambda p, x: jnp.tanh(x @ p["w"]), one_weight((6, 8)), x
+  module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, out_features=6)
+  params = module.init(KEY, x)["params"]
+  fn = lambda p, x: module.apply({"params": p}, x)
+  return fn, helpers.adapted(params, rank=2, targets=".*/kernel", probe=lambda p: fn(p, x)), x
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("role", ["i", "o", None])
 @pytest.mark.parametrize("build", ["dense", "attention"])
-def test_sharded_bases_and_batches(spec, build):
+def test_sharded_bases_and_batches(role, build):
+  """Every base is split along its first axis of a role, heads among them, or not at all; the batch along its rows."""
   mesh = helpers.mesh_of(data=2, model=2)
   place = functools.partial(helpers.place, mesh)
-  tree = one_weight((6, 8))
-  x = helpers.array(2, (4, 3, 6), jnp.float32)
-  fn = lambda p, x: jnp.tanh(x @ p["w"])
+  fn, tree, x = model_of(build)
   expected = fn(jaxlora.merge(tree), x)
-  placed = {"w": dataclasses.replace(tree["w"], base=place(tree["w"].base, *spec))}
-  got = jax.jit(jaxlora.wrap(fn, on_materialize="error"))(placed, place(x, "data"))
+
+  def placed(node):
+    if not isinstance(node, jaxlora.LoraWeight):
+      return node
+    names = ["model" if role is not None and d == node.roles.index(role) else None for d in range(node.ndim)]
+    return dataclasses.replace(node, base=place(node.base, *names))
+
+  sharded = jax.tree.map(placed, tree, is_leaf=lambda node: isinstance(node, jaxlora.LoraWeight))
+  bases = [weight.base for weight in helpers.lora_weights(sharded)]
+  assert len(bases) == {"dense": 1, "attention": 4}[build]
+  assert all(base.sharding.is_fully_replicated == (role is None) for base in bases)
+  got = jax.jit(jaxlora.wrap(fn, on_materialize="error"))(sharded, place(x, "data"))
   helpers.assert_close(np.asarray(got), np.asarray(expected), 1e-5)
 
 
@@ -121,3 +144,24 @@ def test_explicit_sharding_of_results():
       got = jax.jit(jaxlora.wrap(fn, on_materialize="error"))({"w": weight}, data)
       assert jax.typeof(got).sharding.spec == spec("data", None)
       helpers.assert_close(np.asarray(got), np.asarray(want), 1e-5)
+
+
+@pytest.mark.usefixtures("fresh_traces")
+def test_layers_that_are_alike_share_a_trace_on_explicit_meshes():
+  """How a product is sharded is a value: equal for layers that are alike."""
+  mesh = helpers.mesh_of(jax.sharding.AxisType.Explicit, data=2)
+  misses = []
+  with jax.set_mesh(mesh):
+    x = jax.device_put(helpers.array(3, (4, 5), jnp.float32), jax.sharding.PartitionSpec("data", None))
+    for layers in (2, 4):
+      tree = square_weights(layers)
+
+      def fn(p, x, layers=layers):
+        for k in range(layers):
+          x = x @ p[f"layer_{k}"]
+        return x
+
+      trace_cache._once.cache_clear()
+      jax.jit(jaxlora.wrap(fn, on_materialize="error")).trace(tree, x)
+      misses.append(trace_cache._once.cache_info().misses)
+  assert misses[0] == misses[1] > 0

@@ -32,10 +32,10 @@ def jit(fn):
 
 @wrapper
 def scan(fn):
-  """The weights are constants of a scan over two copies of the data, backwards."""
+  """The weights are constants of a scan over the data and its reverse, backwards."""
 
   def wrapped(p, *args):
-    xs = jax.tree.map(lambda x: jnp.stack([x, x]), args)
+    xs = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), args)
     body = lambda total, here: (total + jnp.sum(fn(p, *here)), fn(p, *here))
     return lax.scan(body, jnp.zeros((), result(fn, p, args).dtype), xs, reverse=True, unroll=2)
 

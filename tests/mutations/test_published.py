@@ -1,16 +1,12 @@
 """Bugs that LoRA libraries have had, seeded one by one: a named test of this suite fails on each.
 
-Each entry patches the library in this process and calls that test, whose assertion must fail. Weights are square where
-the bug would else be an error of shapes: what is silent must be caught by values.
+Weights are square where the bug would else be an error of shapes: what is silent must be caught by values.
 """
 
-import contextlib
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
-import pytest
 
 from jaxlora._adapt import adapt, config, initializers, merge, plan
 from jaxlora._base import matrix
@@ -23,6 +19,7 @@ from tests._adapt import test_adapt, test_initializers
 from tests._transform import test_oracle
 from tests._weight import test_variants
 from tests.arithmetic import test_arithmetic
+from tests.mutations.seeding import Bug, assert_caught, each
 from tests.svd import test_decompose
 
 FACTORS, MERGED = LoraWeight.factors, merge._merged
@@ -169,40 +166,31 @@ def root_in_one_factor(patch):
   patch.setattr(matrix.LowRank, "factors", lambda self: (self.s[..., None] * self.u.mT, self.s[..., None] * self.vt))
 
 
-MUTATIONS = [
-  (raw_alpha, test_adapt.test_merge_is_the_formula, {"x64": None}),
-  (lost_root, test_adapt.test_exclude_overrides_and_train, {}),
-  (swapped_factors, test_oracle.test_factored_equals_merged, {"build": "used_twice", "wrap": "alone", "x64": None}),
-  (ignored_overrides, test_adapt.test_alpha_defaults_to_the_rank_of_the_leaf, {}),
-  (ignored_exclude, test_adapt.test_exclude_overrides_and_train, {}),
-  (merged_twice, test_oracle.test_factored_equals_merged, {"build": "embed_tied", "wrap": "alone", "x64": None}),
-  (scale_twice, test_adapt.test_merge_is_the_formula, {"x64": None}),
-  (magnitude_over_the_inputs, test_variants.test_dora_is_the_magnitude_times_the_direction, {"x64": None}),
-  (
+BUGS = [
+  Bug(raw_alpha, test_adapt.test_merge_is_the_formula, {"x64": None}),
+  Bug(lost_root, test_adapt.test_exclude_overrides_and_train),
+  Bug(swapped_factors, test_oracle.test_factored_equals_merged, {"build": "used_twice", "wrap": "alone", "x64": None}),
+  Bug(ignored_overrides, test_adapt.test_alpha_defaults_to_the_rank_of_the_leaf),
+  Bug(ignored_exclude, test_adapt.test_exclude_overrides_and_train),
+  Bug(merged_twice, test_oracle.test_factored_equals_merged, {"build": "embed_tied", "wrap": "alone", "x64": None}),
+  Bug(scale_twice, test_adapt.test_merge_is_the_formula, {"x64": None}),
+  Bug(magnitude_over_the_inputs, test_variants.test_dora_is_the_magnitude_times_the_direction, {"x64": None}),
+  Bug(
     base_changed_at_the_start,
     test_initializers.test_variants_of_a_product_start_so_too,
     {"variant": "lora_fa", "x64": None},
   ),
-  (one_key_for_all, test_adapt.test_every_leaf_has_a_key_of_its_own, {}),
-  (fan_of_the_stack, test_adapt.test_initialisers, {"init": "kaiming", "variance": 1 / (3 * 400)}),
-  (b_not_zero, test_adapt.test_initialisers, {"init": "gaussian", "variance": 1 / 256}),
-  (sums_of_factors, test_arithmetic.test_opposite_weights_cancel, {"x64": None}),
-  (scale_lost_in_a_sum, test_arithmetic.test_exact_is_the_sum_of_the_deltas, {"x64": None}),
-  (dare_without_rescaling, test_arithmetic.test_dare_drops_and_rescales, {"x64": None}),
-  (ties_without_signs, test_arithmetic.test_sparse_merges_are_the_papers, {"method": "ties", "x64": None}),
-  (root_in_one_factor, test_decompose.test_low_rank_is_numpys_svd, {"x64": None}),
+  Bug(one_key_for_all, test_adapt.test_every_leaf_has_a_key_of_its_own),
+  Bug(fan_of_the_stack, test_adapt.test_initialisers, {"init": "kaiming", "variance": 1 / (3 * 400)}),
+  Bug(b_not_zero, test_adapt.test_initialisers, {"init": "gaussian", "variance": 1 / 256}),
+  Bug(sums_of_factors, test_arithmetic.test_opposite_weights_cancel, {"x64": None}),
+  Bug(scale_lost_in_a_sum, test_arithmetic.test_exact_is_the_sum_of_the_deltas, {"x64": None}),
+  Bug(dare_without_rescaling, test_arithmetic.test_dare_drops_and_rescales, {"x64": None}),
+  Bug(ties_without_signs, test_arithmetic.test_sparse_merges_are_the_papers, {"method": "ties", "x64": None}),
+  Bug(root_in_one_factor, test_decompose.test_low_rank_is_numpys_svd, {"x64": None}),
 ]
 
 
-@pytest.mark.parametrize(("mutate", "test", "options"), MUTATIONS, ids=[entry[0].__name__ for entry in MUTATIONS])
-def test_the_suite_fails_on(mutate, test, options):
-  marks = {name for mark in getattr(test, "pytestmark", ()) if mark.name == "usefixtures" for name in mark.args}
-  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-    if "x64" in options:
-      stack.enter_context(jax.enable_x64(True))
-    if "lenient" in marks:
-      stack.enter_context(jax.numpy_dtype_promotion("standard"))
-      stack.enter_context(jax.numpy_rank_promotion("allow"))
-    mutate(patch)
-    with pytest.raises(AssertionError):
-      test(**options)
+@each(BUGS)
+def test_the_suite_fails_on(bug):
+  assert_caught(bug)
