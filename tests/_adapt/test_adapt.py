@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxlora
-from tests.helpers import adapted_paths
+from tests.helpers import adapted_paths, square_weights
 
 KEY = jax.random.key(0)
 
@@ -245,6 +245,14 @@ def test_another_tasks_adapter_takes_the_place_of_the_first():
 class Holder:
   kernel: jax.Array
   layers: list
+
+
+def test_the_halves_of_square_weights_are_joined_part_by_part():
+  tree = square_weights(2)
+  chex.assert_trees_all_equal(jaxlora.join(*jaxlora.split(tree)), tree)
+  other = square_weights(2, seed=3)
+  swapped = jaxlora.join(jaxlora.split(tree)[0], jaxlora.split(other)[1])
+  chex.assert_trees_all_equal(swapped, other)
 
 
 def test_any_pytree_is_a_parameter_tree():

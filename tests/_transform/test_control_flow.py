@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxlora
-from jaxlora._transform import interpreter
+from jaxlora._jax import control_flow
 from tests import helpers
-from tests.helpers import one_weight
+from tests.helpers import one_weight, square_weights
 
 KEY = jax.random.key(0)
 X = helpers.array(2, (3, 5), jnp.float32)
@@ -17,8 +17,8 @@ X = helpers.array(2, (3, 5), jnp.float32)
 @pytest.mark.parametrize("wrap", ["scan", "cond", "jit", "remat", "shard_map", "while"])
 def test_control_flow_of_an_unknown_form_materialises_instead_of_crashing(wrap, monkeypatch):
   """A JAX to come may name the parameters of its control flow otherwise."""
-  monkeypatch.setattr(interpreter, "scan_counts", lambda params: None)
-  monkeypatch.setattr(interpreter, "_PARAMETERS", dict.fromkeys(interpreter._PARAMETERS, ("unheard_of",)))
+  unknown = lambda params: params["unheard_of"]
+  monkeypatch.setattr(control_flow, "_READERS", dict.fromkeys(control_flow._READERS, unknown))
   case = helpers.BUILDERS["dense"](jnp.float32)
   fn = helpers.WRAPPERS[wrap](case.fn)
   tree = case.adapted()
@@ -60,6 +60,33 @@ def test_weights_that_a_body_hands_on_through_a_call_stay_factored(boundary):
 
   for fn in (through_xs, through_carry, through_cond):
     helpers.check(fn, one_weight((3, 5, 5), axes={"w": "sio"}), (X,), 1e-5)
+
+
+@pytest.mark.parametrize("loop", [lax.scan, lax.fori_loop], ids=["scan", "fori_loop"])
+def test_carries_of_one_type_keep_their_places(loop):
+  """Beside a weight that rides along: carries that trade places are wrong in values alone."""
+
+  def step(carry):
+    x, w, y = carry
+    return jnp.tanh(x @ w) + 1, w, y / 2 + x
+
+  def fn(p, x):
+    start = x, p["w"], 2 * x
+    if loop is lax.scan:
+      x, w, y = lax.scan(lambda carry, _: (step(carry), None), start, length=3)[0]
+    else:
+      x, w, y = lax.fori_loop(0, 3, lambda _, carry: step(carry), start)
+    return x, y @ w
+
+  helpers.check(fn, one_weight((5, 5)), (X,), 1e-5)
+
+
+def test_branches_hand_on_several_weights_in_their_places():
+  def fn(p, x):
+    w, v = lax.cond(x[0, 0] > 0, lambda w, v: (w, v), lambda w, v: (w, v), p["layer_0"], p["layer_1"])
+    return jnp.tanh(x @ w) @ v
+
+  helpers.check(fn, square_weights(2), (X,), 1e-5)
 
 
 def test_a_scan_over_an_axis_of_one():

@@ -67,6 +67,12 @@ def test_scanned_layers_have_masks_of_their_own():
   assert masks_differ(lambda p, x: lax.scan(lambda c, w: (c, x @ w), 0.0, p["w"])[1], same)
 
 
+def test_every_leaf_has_masks_of_its_own():
+  tree = square_weights(2, dropout=0.5)
+  same = dict.fromkeys(tree, tree["layer_0"])
+  assert masks_differ(lambda p, x: (x @ p["layer_0"], x @ p["layer_1"]), same)
+
+
 def test_dropout_under_remat_recomputes_the_same_mask():
   tree = one_weight(dropout=0.5)
   fn = lambda p, x: jnp.tanh(x @ p["w"])

@@ -29,3 +29,13 @@ def test_a_jitted_layer_stays_one_function():
   assert texts[0].count("func.func") == texts[1].count("func.func")
   assert len(re.findall(r"func\.func private @block\w*\(", texts[1])) == 1
   assert [use.path for use in jaxlora.explain(fn, tree, X).uses] == list(tree)
+
+
+def test_jitted_functions_of_one_name_are_told_apart():
+  """Of one name, on operands of one type, and once with the weights the other way round."""
+  first, second = jax.jit(lambda w, x: jnp.tanh(x @ w)), jax.jit(lambda w, x: jnp.sin(x @ w.T))
+
+  def fn(p, x):
+    return second(p["layer_1"], first(p["layer_0"], x)), first(p["layer_1"], second(p["layer_0"], x))
+
+  helpers.check(fn, square_weights(2), (X,), 1e-5)

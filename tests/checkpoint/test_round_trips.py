@@ -35,6 +35,13 @@ def test_every_variant_and_its_halves_come_back(tmp_path, variant):
   assert_same(jaxlora.join(*jaxlora.split(back)), tree)
 
 
+def test_factors_of_one_shape_come_back_in_their_places(tmp_path):
+  params = {"kernel": jnp.ones((6, 6))}
+  tree = adapted(params, targets="kernel")
+  checkpoint.save(tmp_path / "a", tree)
+  assert_same(checkpoint.restore(tmp_path / "a", params), tree)
+
+
 def test_starting_factors_come_back(tmp_path):
   params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)).astype("float32"))}
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, init="pissa"), jax.random.key(0))
