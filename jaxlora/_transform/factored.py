@@ -48,12 +48,16 @@ class TracedWeight:
     raise NotImplementedError
 
   def mapped(self, by: Callable[[jax.Array, str], Any], **changes: Any) -> Any:
-    """The same with every factor by `by(factor, the role whose axes it holds)`."""
+    """The same with every factor, and a gain, by `by(factor, the role whose axes it holds)`."""
+    raise NotImplementedError
+
+  def reshaped(self, shape: tuple[int, ...], roles: str, base: Any) -> Any:
+    """The weight reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
     raise NotImplementedError
 
   def with_roles(self, roles: str) -> Any:
     """The weight with other roles for its axes of size 1, which lie in both factors as well as in either."""
-    raise NotImplementedError
+    return self if roles == self.roles else self.reshaped(self.shape, roles, self.base)
 
   def flipped(self) -> Any:
     """The same weight with A and B trading places: contracted and free axes trade roles."""
@@ -96,26 +100,18 @@ class Factored(TracedWeight):
     return self.a.shape[self.roles.count("s")]
 
   def mapped(self, by: Callable[[jax.Array, str], Any], **changes: Any) -> "Factored":
-    """The same with every factor, and the gain, by `by(factor, the role whose axes it holds)`."""
     gain = None if self.gain is None else by(self.gain, self.gained)
     return self.replace(a=by(self.a, "i"), b=by(self.b, "o"), gain=gain, **changes)
 
   def flipped(self) -> "Factored":
-    """The same weight with A and B trading places: contracted and free axes trade roles."""
     trade = str.maketrans("io", "oi")
     return self.replace(a=self.b, b=self.a, roles=self.roles.translate(trade), gained=self.gained.translate(trade))
 
   def reshaped(self, shape: tuple[int, ...], roles: str, base: Any) -> "Factored":
-    """The weight reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
-
     def sized(factor: jax.Array, own: str) -> jax.Array:
       return lax.reshape(factor, factor_shape(shape, roles, own, rank_of(self, factor)))
 
     return self.mapped(sized, base=base, roles=roles)
-
-  def with_roles(self, roles: str) -> "Factored":
-    """The weight with other roles for its axes of size 1, which lie in both factors as well as in either."""
-    return self if roles == self.roles else self.reshaped(self.shape, roles, self.base)
 
   def array(self) -> jax.Array:
     delta = low_rank_delta(self.a, self.b, self.roles)

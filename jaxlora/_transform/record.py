@@ -34,7 +34,7 @@ class Use:
     factored: whether the weight stayed factored.
     source: the user's source line.
     reason: why it was materialised; empty where it was not.
-    way: how the rows of a mixed batch are computed; empty for a weight of one adapter.
+    way: by which of several ways, where its kind of weight has more than one; empty else.
   """
 
   path: str

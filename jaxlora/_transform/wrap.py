@@ -129,7 +129,7 @@ def _returned(record: Record, value: Any) -> Any:
 
 def traced_value(node: Any, path: str, dropout_key: Any) -> Any:
   """Converts an argument leaf to its traced value."""
-  if not is_adapted(node):  # traced weights among them: rows of a mixed batch come with those
+  if not is_adapted(node):  # traced weights among them, of functions that make their own
     return node
   check_weight(node, path)
   if isinstance(node, FullWeight):

@@ -44,7 +44,6 @@ class RoutedWeight(TracedWeight):
     return self.a.shape[0]
 
   def reshaped(self, shape: tuple[int, ...], roles: str, base: Any) -> "RoutedWeight":
-    """The weight reshaped where no group of axes mixes roles; axes of size 1 may change hands between the factors."""
     rank = self.a.shape[1 + self.roles.count("s")]
 
     def sized(factors: jax.Array, own: str) -> jax.Array:
@@ -52,12 +51,7 @@ class RoutedWeight(TracedWeight):
 
     return self.replace(a=sized(self.a, "i"), b=sized(self.b, "o"), base=base, roles=roles)
 
-  def with_roles(self, roles: str) -> "RoutedWeight":
-    """The weight with other roles for its axes of size 1, which lie in both factors as well as in either."""
-    return self if roles == self.roles else self.reshaped(self.shape, roles, self.base)
-
   def flipped(self) -> "RoutedWeight":
-    """The same weight with A and B trading places: contracted and free axes trade roles."""
     return self.replace(a=self.b, b=self.a, roles=self.roles.translate(str.maketrans("io", "oi")))
 
   def simpler(self) -> Factored:
