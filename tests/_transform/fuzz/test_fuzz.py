@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from tests import helpers
-from tests.helpers import POLICIES
 from tests._transform.fuzz.programs import Program, programs
+from tests.helpers import POLICIES
 
 TOLERANCE, NARROW_TOLERANCE = 1e-11, 1e-3  # the second where a program casts to float32: a wrong rule is wrong by more
 EXAMPLES = itertools.count(1)
