@@ -67,7 +67,7 @@ def test_at_init_the_function_is_the_base_bit_for_bit(build):
   case = helpers.BUILDERS[build](jnp.float32)
   tree = jaxlora.adapt(case.params, case.config, jax.random.key(0), probe=lambda p: case.fn(p, *case.args))
   # As users compile it: without optimisation XLA rounds one function in two ways, alone and fused with an addition.
-  jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+  jit = functools.partial(jax.jit, compiler_options=helpers.OPTIMISED)
   got = jit(jaxlora.wrap(case.fn))(tree, *case.args)
   np.testing.assert_array_equal(got, jit(case.fn)(case.params, *case.args))
 

@@ -71,7 +71,7 @@ def test_in_every_control_flow(variant, wrap, x64):
 @pytest.mark.parametrize("build", ["dense", "embed_tied"])
 def test_at_init_the_function_is_the_base_bit_for_bit(variant, build):
   case = helpers.BUILDERS[build](jnp.float32)
-  jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+  jit = functools.partial(jax.jit, compiler_options=helpers.OPTIMISED)
   got = jit(jaxlora.wrap(case.fn))(adapted(variant, build, jnp.float32, moved=False), *case.args)
   np.testing.assert_array_equal(got, jit(case.fn)(case.params, *case.args))
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 import math
+import os
 from typing import Any
 
 import jax
 
 import jaxlora
 
+# As users compile, whatever the suite does to compile fast.
 OPTIMISED = {"xla_backend_optimization_level": 3}
+if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+  OPTIMISED["xla_cpu_use_fusion_emitters"] = True
 
 
 def equations(jaxpr: Any):
