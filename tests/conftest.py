@@ -32,6 +32,9 @@ _COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthChec
 hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("nightly", max_examples=5000, **_COMMON)
 
+# What a script leaves when it has run once; an example; libtpu, which lets one process in at a time.
+ON_ONE_WORKER = ("benchmarks/", "serving/test_decode.py", "_platform/test_compilers.py")
+
 
 def pytest_addoption(parser):
   parser.addoption(
@@ -58,6 +61,21 @@ def pytest_collection_modifyitems(config, items):
   left_out = [item for item in items if item.get_closest_marker("nightly")]
   items[:] = [item for item in items if not item.get_closest_marker("nightly")]
   config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Tests of the files that share something costly go to one worker; all others are dealt out one by one."""
+  if config.getvalue("dist") != "load":
+    return None
+  from xdist.scheduler.loadscope import LoadScopeScheduling
+
+  class Scheduling(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      file = nodeid.split("::")[0]
+      return file if file.removeprefix("tests/").startswith(ON_ONE_WORKER) else nodeid
+
+  return Scheduling(config, log)
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from tests import helpers
 
 pytest.importorskip("libtpu", reason="the TPU's compiler needs jaxlora[compilers]")
 
-# libtpu lets one process in at a time.
-pytestmark = pytest.mark.xdist_group("libtpu")
 # libtpu asks for these when it is first loaded: no metadata server, no log files, and several processes of a test run.
 _ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

@@ -12,7 +12,6 @@ import jaxlora
 from tests import helpers
 from tests.helpers.paths import EXAMPLES
 
-pytestmark = pytest.mark.xdist_group("decode")  # one example, loaded once
 EXAMPLE = EXAMPLES / "decode.py"
 
 
