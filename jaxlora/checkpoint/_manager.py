@@ -1,6 +1,7 @@
 """`Manager`: the checkpoints of a training run."""
 
 import os
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,6 +186,8 @@ class Manager:
   def _reload(self) -> None:
     """Forgets a step whose write failed: orbax still lists it, and its files still take room."""
     self.orbax.reload()
+    clear_unfinished(self._folder)
+    time.sleep(0.05)  # a thread of that write may make its folder once more
     clear_unfinished(self._folder)
 
 

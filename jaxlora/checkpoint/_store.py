@@ -1,7 +1,9 @@
 """Folders and steps on disk, by orbax."""
 
 from collections.abc import Mapping
+import contextlib
 import os
+import time
 from typing import Any
 
 from etils import epath
@@ -47,10 +49,22 @@ def _steps(folder: epath.Path) -> list[int]:
 
 
 def clear_unfinished(folder: epath.Path) -> None:
-  """Removes the files of saves that failed; those that cannot be removed now go when the folder is next opened."""
-  for entry in folder.iterdir() if folder.is_dir() else ():
-    if ocp.utils.is_tmp_checkpoint(entry):
-      entry.rmtree(missing_ok=True)
+  """Removes the files of saves that failed; those that cannot be removed now go when the folder is next opened.
+
+  Threads of a write that failed may still be writing: a folder that does not empty is tried again for a second.
+  """
+  for tries in range(_TRIES):
+    left = [entry for entry in folder.iterdir() if ocp.utils.is_tmp_checkpoint(entry)] if folder.is_dir() else []
+    if not left:
+      return
+    if tries:
+      time.sleep(1 / _TRIES)
+    for entry in left:
+      with contextlib.suppress(OSError):
+        entry.rmtree(missing_ok=True)
+
+
+_TRIES = 20
 
 
 def own_steps(folder: epath.Path) -> list[int]:
