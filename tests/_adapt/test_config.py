@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import jaxlora
+from tests.helpers import adapted_paths
 
 KEY = jax.random.key(0)
 PARAMS = {
@@ -261,6 +262,17 @@ def test_a_leaf_the_probe_does_not_multiply_by_is_named():
   probe = lambda p: jax.lax.scan(lambda c, b: (c + b, None), jnp.ones((2, 5)) @ p["w"], p["stacked_bias"][:, None] * 1)
   with pytest.raises(ValueError, match=r"stacked_bias: shape \(3, 4\): no product tells which axes are contracted"):
     adapt(params, targets="stacked_bias", probe=probe)
+
+
+def test_what_a_loop_carries_into_its_next_step_is_seen():
+  """`first` reaches `second` one step later: it is no classifier, though it is the last to make a result."""
+  params = {"before": jnp.ones((7, 5)), "first": jnp.ones((5, 6)), "second": jnp.ones((6, 4))}
+
+  def probe(p):
+    step = lambda carry, x: ((x @ p["first"], carry[1] + carry[0] @ p["second"]), None)
+    return jax.lax.scan(step, (jnp.zeros((2, 6)), jnp.zeros((2, 4))), jnp.ones((3, 2, 7)) @ p["before"])[0]
+
+  assert adapted_paths(adapt(params, targets="all-linear", probe=probe)) == ["before", "first"]
 
 
 def test_leaves_that_are_no_arrays_stay_as_they_are():

@@ -8,7 +8,7 @@ import pytest
 
 import jaxlora
 from tests import helpers
-from tests.serving.banks import bank_of, close, one_by_one
+from tests.serving.banks import adapters, bank_of, close, data, mlp, one_by_one, params_of
 
 
 class Decoder(nn.Module):
@@ -57,3 +57,17 @@ def test_decoding_with_a_cache(capacity):
   close(state, (cache, y))
   text = stepped.lower(params, bank, jnp.asarray(ids), *state).as_text()
   assert "scatter" not in text  # rows write to one place of their caches
+
+
+def test_rows_that_write_to_one_place_write_together():
+  def fn(p, cache, x, place):
+    return lax.dynamic_update_slice(cache, mlp(p, x), (0, place, 0))
+
+  params, trees, ids, x = params_of(), adapters(), (2, -1, 0), data(3)
+  args = helpers.array(6, (3, 9, 5), jnp.float32), x, jnp.asarray(2)
+  routed = jax.jit(jaxlora.route(fn, in_axes=(0, 0, None)))
+  close(
+    routed(params, bank_of(trees), jnp.asarray(ids), *args),
+    one_by_one(lambda p, *rows: fn(p, *rows, args[2]), params, trees, ids, *args[:2]),
+  )
+  assert "scatter" not in routed.lower(params, bank_of(trees), jnp.asarray(ids), *args).as_text()
