@@ -122,9 +122,9 @@ def textbook(base: Base) -> Program:
   return trainer(logits, factors, base.params)
 
 
-def wrap(fn: Callable[..., Any], recompute: bool = True) -> Callable[..., Any]:
+def wrap(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
   """`jaxlora.wrap` that raises where it would materialise."""
-  return jaxlora.wrap(fn, on_materialize="error", recompute=recompute)
+  return jaxlora.wrap(fn, on_materialize="error", **options)
 
 
 def adapt(base: Base, variant: str = "lora") -> Any:
@@ -135,16 +135,16 @@ def adapt(base: Base, variant: str = "lora") -> Any:
   return jaxlora.adapt(base.params, config, jax.random.key(2), probe=probe)
 
 
-def jaxlora_split(base: Base, recompute: bool = True, variant: str = "lora") -> Program:
+def jaxlora_split(base: Base, variant: str = "lora", **options: Any) -> Program:
   """The flow with two halves: the optimizer sees the trainable one, and the frozen one is an argument."""
-  apply = wrap(base.model.apply, recompute)
+  apply = wrap(base.model.apply, **options)
   frozen, trainable = jaxlora.split(adapt(base, variant))
   return trainer(lambda half, frozen, x: apply({"params": jaxlora.join(frozen, half)}, x), trainable, frozen)
 
 
-def jaxlora_train_state(base: Base, recompute: bool = True) -> Program:
+def jaxlora_train_state(base: Base, **options: Any) -> Program:
   """The flow with one tree in a `TrainState`, donated whole."""
-  apply = wrap(base.model.apply, recompute)
+  apply = wrap(base.model.apply, **options)
   tx = jaxlora.optimizer(optax.adamw(LEARNING_RATE))
   state = TrainState.create(apply_fn=apply, params=adapt(base), tx=tx).replace(step=jnp.zeros((), jnp.int32))
 
@@ -204,23 +204,23 @@ def factor_parameters(base: Base) -> int:
   return total
 
 
-def contestants() -> list[Contestant]:
-  """All contestants on JAX; PEFT runs in a process of its own (`peft_torch.py`)."""
+def contestants(**options: Any) -> list[Contestant]:
+  """All contestants on JAX, the library's with these options of `wrap`; PEFT has a process of its own."""
   return [
     Contestant(FLOOR, floor, lambda base: 0),
     Contestant(FULL, full, all_parameters),
     Contestant("textbook merge", textbook, factor_parameters),
     Contestant("qwix", qwix, factor_parameters, package="qwix"),
     Contestant("nnx.LoRA", nnx_lora, factor_parameters, misfit=no_twin),
-    Contestant("jaxlora", jaxlora_split, factor_parameters),
-    Contestant("jaxlora, TrainState", jaxlora_train_state, factor_parameters),
+    Contestant("jaxlora", functools.partial(jaxlora_split, **options), factor_parameters),
+    Contestant("jaxlora, TrainState", functools.partial(jaxlora_train_state, **options), factor_parameters),
   ]
 
 
-def recompute_contestants() -> list[Contestant]:
-  """The library with `recompute=` off and on."""
+def recompute_contestants(**options: Any) -> list[Contestant]:
+  """The library with `recompute=` off and on, and these options of `wrap`."""
   return [
-    Contestant(f"jaxlora, {name}", functools.partial(jaxlora_split, recompute=on), factor_parameters)
+    Contestant(f"jaxlora, {name}", functools.partial(jaxlora_split, recompute=on, **options), factor_parameters)
     for name, on in (("no recompute", False), ("recompute", True))
   ]
 

@@ -16,15 +16,21 @@ INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "mlp_in": 1, "mlp_out"
 TARGETS = rf"(.*/)?({'|'.join(INPUT_AXES)})/kernel"
 
 
+def dtypes(model: Any) -> dict[str, Any]:
+  """The dtypes of a layer: that of the computation, and that of its parameters."""
+  return {"dtype": model.dtype, "param_dtype": model.param_dtype or model.dtype}
+
+
 class Block(nn.Module):
   """One pre-norm transformer block."""
 
   dtype: Any = jnp.float32
   decode: bool = False
+  param_dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    width, types = x.shape[-1], {"dtype": self.dtype, "param_dtype": self.dtype}
+    width, types = x.shape[-1], dtypes(self)
     attention = nn.MultiHeadDotProductAttention(
       max(1, width // HEAD_WIDTH), decode=self.decode, name="attention", **types
     )
@@ -41,9 +47,11 @@ class LanguageModel(nn.Module):
   Attributes:
     width: d; heads are 64 wide, the MLP is 4 d wide.
     positions: the longest sequence, and the length of the cache.
+    dtype: of the computation.
     scan: whether one block is scanned over stacked parameters.
     remat: whether each block is recomputed in the backward pass.
     decode: whether attention keeps a cache of keys and values, in the collection "cache".
+    param_dtype: of the parameters; None takes `dtype`.
   """
 
   vocabulary: int = 4096
@@ -54,6 +62,7 @@ class LanguageModel(nn.Module):
   scan: bool = False
   remat: bool = False
   decode: bool = False
+  param_dtype: Any = None
 
   @nn.compact
   def __call__(self, tokens: jax.Array, eps: jax.Array | None = None, start: jax.Array | int = 0) -> jax.Array:
@@ -64,8 +73,9 @@ class LanguageModel(nn.Module):
       eps: (batch, time, width), added to the embedded tokens; the gradient with respect to it is the input gradient.
       start: the position of the first token.
     """
-    types = {"dtype": self.dtype, "param_dtype": self.dtype}
-    position = self.param("position", nn.initializers.normal(0.02), (self.positions, self.width), self.dtype)
+    types = dtypes(self)
+    shape = (self.positions, self.width)
+    position = self.param("position", nn.initializers.normal(0.02), shape, types["param_dtype"]).astype(self.dtype)
     x = nn.Embed(self.vocabulary, self.width, name="embed", **types)(tokens)
     x = x + jax.lax.dynamic_slice_in_dim(position, start, tokens.shape[1])[None]
     if eps is not None:
@@ -78,7 +88,7 @@ class LanguageModel(nn.Module):
     block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
     if not self.scan:
       for k in range(self.layers):
-        x = block(self.dtype, self.decode, name=f"block_{k}")(x)
+        x = block(self.dtype, self.decode, self.param_dtype, name=f"block_{k}")(x)
       return x
     scanned = nn.scan(
       lambda block, x, _: (block(x), None),
@@ -86,7 +96,7 @@ class LanguageModel(nn.Module):
       split_rngs={"params": True},
       length=self.layers,
     )
-    return scanned(block(self.dtype, self.decode, name="blocks"), x, None)[0]
+    return scanned(block(self.dtype, self.decode, self.param_dtype, name="blocks"), x, None)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from models import HEAD_WIDTH, LanguageModel, Params
+from models import HEAD_WIDTH, LanguageModel, Params, dtypes
 
 
 def adapted(size_in: int, size_out: int, rank: int, rngs: nnx.Rngs, types: dict[str, Any]) -> nnx.LoRA:
@@ -53,17 +53,17 @@ class Twin(nnx.Module):
   """The same layers as the Linen model's, with the same names."""
 
   def __init__(self, model: LanguageModel, rank: int, rngs: nnx.Rngs):
-    types = {"dtype": model.dtype, "param_dtype": model.dtype}
+    types = dtypes(model)
     self.embed = nnx.Embed(model.vocabulary, model.width, rngs=rngs, **types)
-    self.position = nnx.Param(jnp.zeros((model.positions, model.width), model.dtype))
-    self.layers = model.layers
+    self.position = nnx.Param(jnp.zeros((model.positions, model.width), types["param_dtype"]))
+    self.dtype, self.layers = model.dtype, model.layers
     for k in range(model.layers):
       setattr(self, f"block_{k}", Block(model.width, rank, rngs, types))
     self.norm = nnx.LayerNorm(model.width, rngs=rngs, **types)
     self.head = nnx.Linear(model.width, model.vocabulary, use_bias=False, rngs=rngs, **types)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    x = self.embed(tokens) + self.position[...][None, : tokens.shape[1]]
+    x = self.embed(tokens) + self.position[...].astype(self.dtype)[None, : tokens.shape[1]]
     for k in range(self.layers):
       x = getattr(self, f"block_{k}")(x)
     return self.head(self.norm(x))

@@ -59,6 +59,11 @@ TABLES = {
   "variants": _benchmark("variants"),
   "serving": _benchmark("serving"),
   "compile_time": _benchmark("compile_time"),
+  **{
+    name: _benchmark("compiled", folder=name)
+    for chip in ("v5e", "v5p", "v6e", "h100")
+    for name in (f"compiled_{chip}", f"compiled_fits_{chip}")
+  },
 }
 
 

@@ -24,6 +24,7 @@ class Settings(NamedTuple):
   scan: bool = False
   remat: bool = False
   bf16: bool = False
+  mixed: bool = False
 
   @classmethod
   def parse(cls, parser: argparse.ArgumentParser, args: argparse.Namespace, **changes: Any) -> "Settings":
@@ -32,19 +33,24 @@ class Settings(NamedTuple):
     self = cls(**{**given, "width": args.d, **changes})
     if self.width % models.HEAD_WIDTH:
       parser.error(f"--d {self.width}: heads are {models.HEAD_WIDTH} wide, d must be a multiple of that")
+    if self.bf16 and self.mixed:
+      parser.error("--bf16 and --mixed: parameters are in bfloat16 or in float32; leave one of them out")
     if self.rank > self.width:
       parser.error(f"--rank {self.rank} is larger than the smallest side of a kernel, {self.width}")
     return self
 
   def model(self) -> LanguageModel:
     """The model of these sizes."""
-    dtype = jnp.bfloat16 if self.bf16 else jnp.float32
-    return LanguageModel(self.vocabulary, self.width, self.layers, self.seq, dtype, self.scan, self.remat)
+    dtype = jnp.bfloat16 if self.bf16 or self.mixed else jnp.float32
+    held = jnp.float32 if self.mixed else None
+    sizes = (self.vocabulary, self.width, self.layers, self.seq)
+    return LanguageModel(*sizes, dtype, self.scan, self.remat, param_dtype=held)
 
-  def title(self) -> str:
-    """Its description in tables."""
-    marks = [mark for mark, on in (("scanned", self.scan), ("remat", self.remat), ("bf16", self.bf16)) if on]
-    sizes = f"d={self.width}, {self.layers} layers, {self.batch} x {self.seq} tokens, rank {self.rank}"
+  def title(self, batch: int | str | None = None) -> str:
+    """Its description in tables; `batch` stands for the number of sequences."""
+    named = {"scanned": self.scan, "remat": self.remat, "bf16": self.bf16, "bf16 on float32 parameters": self.mixed}
+    marks = [mark for mark, on in named.items() if on]
+    sizes = f"d={self.width}, {self.layers} layers, {batch or self.batch} x {self.seq} tokens, rank {self.rank}"
     return ", ".join([sizes, *marks])
 
 
@@ -76,6 +82,11 @@ def make_base(settings: Settings) -> Base:
   model = settings.model()
   tokens = jax.random.randint(jax.random.key(1), (settings.batch, settings.seq + 1), 0, settings.vocabulary)
   return Base(settings, model, models.init(model), Batch(tokens[:, :-1], tokens[:, 1:]))
+
+
+def base_shapes(settings: Settings) -> Base:
+  """The base of these settings with shapes in the place of arrays, however large: nothing is computed."""
+  return Base(settings, settings.model(), *jax.eval_shape(lambda: make_base(settings)[2:]))
 
 
 def loss_of(logits: jax.Array, y: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ def check_trains(contestant: Contestant, compiled: Compiled, base: Base, steps: 
   check = {
     "losses": losses,
     "base_unchanged": unchanged,
-    "starts_at_base": abs(losses[0] - first) < (2e-2 if base.settings.bf16 else 1e-4) * first,
+    "starts_at_base": abs(losses[0] - first) < (2e-2 if base.model.dtype == jnp.bfloat16 else 1e-4) * first,
     "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(program.trained(program.state))),
   }
   faults = {

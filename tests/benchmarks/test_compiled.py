@@ -1,0 +1,200 @@
+"""benchmarks/compiled.py from end to end, on a tiny model: compiled for chips that are not here."""
+
+import importlib.metadata
+import json
+
+import jax
+import pytest
+
+from tests.helpers import bench_scripts
+
+for package in ("matplotlib", "tqdm"):
+  pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
+
+MODULES = ("compiled", "ahead", "chips", "contestants", "settings", "models", "steps", "harness", "report")
+TINY = ["--d=128", "--layers=2", "--batch=2", "--seq=128", "--rank=2", "--vocabulary=32", "--rounds=2", "--quiet"]
+HERE = ["frozen floor", "full fine-tuning", "nnx.LoRA", "jaxlora", "jaxlora, TrainState", "jaxlora, no recompute"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+  with bench_scripts.modules(*MODULES) as found:
+    yield found
+
+
+def needs(bench, name):
+  """The chip, if its compiler is installed."""
+  chip = bench.chips.CHIPS[name]
+  try:
+    bench.chips.device_of(chip)
+  except bench.chips.NoCompilerError as error:
+    pytest.skip(str(error))
+  return chip
+
+
+def run(bench, out, *options):
+  """A run of the script, and what every one owes: a table, a JSON that says what was returned, and a plot."""
+  finished = bench_scripts.finish(bench.compiled.main, [*TINY, *options], out)
+  assert json.loads((out / "compiled.json").read_text()) == finished.results
+  assert (out / "compiled.png").read_bytes().startswith(b"\x89PNG")
+  for name in finished.results["rows"]:
+    assert any(line.startswith(f"{name}  ") for line in finished.printed.splitlines()), name
+  assert "compiled, not run" in finished.printed
+  assert bench.compiled.tables(finished.results).count("\n| jaxlora") >= 3
+  return finished
+
+
+def test_a_tpu_that_is_not_here(bench, tmp_path):
+  needs(bench, "v5e:2x2")
+  finished = run(bench, tmp_path, "--bf16", "--only=nnx,jaxlora")
+  rows = finished.results["rows"]
+  assert list(rows) == HERE
+  for row in rows.values():
+    assert row["cycles"] > 0
+    assert row["microseconds"]["cycles"] == pytest.approx(row["cycles"] / 1500)
+  assert rows["frozen floor"]["over_floor"]["cycles"] == 1
+  assert rows["jaxlora"]["flops"] < rows["full fine-tuning"]["flops"]
+  assert finished.results["over_best_peer"]["peer"] == "nnx.LoRA"
+  assert finished.results["run"] is None
+  assert "Nothing was run" in finished.printed
+  assert "libtpu" in finished.results["versions"]
+
+
+def test_a_scanned_step_has_cycles_for_every_layer_and_neither_flops_nor_bytes(bench):
+  chip = needs(bench, "v5e:2x2")
+  target = bench.compiled.Target(chip, bench.chips.device_of(chip))
+  floor, *_ = bench.contestants.contestants()
+
+  def scanned(layers):
+    settings = bench.settings.Settings(128, layers, 2, 128, 2, vocabulary=32, scan=True)
+    step = bench.ahead.compile_for(target, floor, bench.settings.base_shapes(settings))
+    return bench.ahead.figures(step, chip, settings)
+
+  few, many = scanned(4), scanned(8)
+  assert few["flops"] is None
+  assert few["bytes"] is None
+  assert 1.5 < many["cycles"] / few["cycles"] < 2
+
+
+def test_a_gpu_that_is_not_here(bench, tmp_path):
+  needs(bench, "h100")
+  finished = run(bench, tmp_path, "--chip=h100", "--mixed", "--layers=1", "--only=jaxlora")
+  rows = finished.results["rows"]
+  assert rows["jaxlora"]["flops"] < rows["full fine-tuning"]["flops"]
+  for row in rows.values():
+    assert row["gemms"] > 0
+    assert 0 < row["bytes_outside"] < row["bytes"]
+    assert "cycles" not in row
+
+
+def test_where_the_chip_is_here_its_steps_run(bench, tmp_path, monkeypatch):
+  monkeypatch.setattr(bench.compiled, "is_here", lambda device: True)
+  monkeypatch.setattr(bench.compiled, "device_of", lambda chip: None)
+  row = {"cycles": 3, "temp": 0, "flops": 2.0, "bytes": 1.0}
+  monkeypatch.setattr(bench.compiled, "compile_for", lambda *_: None)
+  monkeypatch.setattr(bench.compiled, "figures", lambda *_: dict(row))
+  everybody = [one for one in bench.contestants.contestants() if one.name in ("frozen floor", "textbook merge")]
+  monkeypatch.setattr(bench.compiled, "candidates", lambda *_: everybody)
+  finished = bench_scripts.finish(bench.compiled.main, [*TINY, "--layers=1"], tmp_path)
+  assert set(finished.results["run"]["seconds"]) == {"frozen floor", "textbook merge", "frozen floor (again)"}
+  assert "run on this host's cpu, step / floor: frozen floor 1.00" in finished.printed
+  assert finished.results["rows"]["textbook merge"]["over_floor"] == {
+    **row,
+    "cycles": 1,
+    "temp": None,
+    "flops": 1,
+    "bytes": 1,
+  }
+
+
+@pytest.mark.parametrize(("limit", "begin"), [(0, 1), (0, 8), (1, 1), (5, 1), (100, 64), (100, 1024), (4096, 1)])
+def test_the_largest_that_fits_is_found_to_a_sixteenth(bench, limit, begin):
+  tried = []
+  found = bench.ahead.largest(lambda k: tried.append(k) or k <= limit, begin, most=1024)
+  expected = min(limit, 1024)
+  assert found <= expected <= found + max(0, found // 16)
+  assert len(tried) == len(set(tried)) <= 16
+
+
+def test_what_fits_a_tpu_is_what_its_compiler_takes(bench):
+  """Steps of a model that no host would hold: only shapes are made."""
+  chip = needs(bench, "v5e:2x2")
+  target = bench.compiled.Target(chip, bench.chips.device_of(chip))
+  settings = bench.settings.Settings(16384, 1, 1, 128, 2, vocabulary=32, bf16=True)  # 6.4 GB of parameters
+  floor, full, *_ = bench.contestants.contestants()
+  assert bench.ahead.step_fits(target, floor, settings)
+  assert not bench.ahead.step_fits(target, full, settings)
+
+
+def test_fits_end_to_end(bench, tmp_path, monkeypatch):
+  monkeypatch.setattr(bench.compiled, "device_of", lambda chip: jax.devices("cpu")[0])
+  limits = {"frozen floor": 40, "full fine-tuning": 0}
+  monkeypatch.setattr(bench.compiled, "step_fits", lambda _, one, at: at.batch <= limits.get(one.name, 33))
+  finished = run(bench, tmp_path, "--fits", "--only=jaxlora", "--scan")
+  rows = finished.results["rows"]
+  assert rows["frozen floor"] == {"batch": 40, "tokens": 40 * 128}
+  assert rows["full fine-tuning"]["batch"] == 0
+  assert 31 <= rows["jaxlora"]["batch"] <= 33
+  assert "B x 128 tokens" in finished.results["title"]
+
+
+def test_fits_has_sizes_of_its_own(bench):
+  _, args = bench.compiled.parse(["--fits", "--chip=h100"])
+  parser = bench.compiled.make_parser()
+  base = bench.settings.base_shapes(bench.settings.Settings.parse(parser, args))
+  assert 0.9e9 < bench.contestants.all_parameters(base) < 1.1e9
+  assert args.recorded.name == "compiled_fits_h100"
+  assert {"compiled_fits_h100", "compiled_v5e"} <= set(bench.report.TABLES)
+
+
+def test_mixed_is_bfloat16_on_float32_parameters(bench):
+  settings = bench.settings.Settings(64, 1, 2, 8, 2, vocabulary=32, mixed=True)
+  base = bench.settings.base_shapes(settings)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(base.params)} == {"float32"}
+  for scan in (False, True):
+    model = settings._replace(scan=scan).model()
+    params = bench.settings.base_shapes(settings._replace(scan=scan)).params
+    logits = jax.eval_shape(lambda params, x, model=model: model.apply({"params": params}, x), params, base.batch.x)
+    assert logits.dtype.name == "bfloat16"
+
+
+def test_all_train_in_mixed_precision(bench):
+  base = bench.settings.make_base(bench.settings.Settings(64, 1, 2, 8, 2, vocabulary=32, mixed=True))
+  here, _ = bench.contestants.present(bench.contestants.contestants(), base.settings)
+  for name, entry in bench.steps.prepare(base, here, lambda _: None).items():
+    assert name == "frozen floor" or entry.check["starts_at_base"]
+
+
+@pytest.mark.parametrize(("chip", "extra"), [("v6e:2x2", "compilers"), ("h100", "compilers-gpu")])
+def test_a_compiler_that_is_not_installed_is_an_error_that_says_what_to_install(
+  bench, chip, extra, capsys, monkeypatch
+):
+  def missing(package):
+    raise importlib.metadata.PackageNotFoundError(package)
+
+  monkeypatch.setattr(importlib.metadata, "distribution", missing)
+  with pytest.raises(SystemExit) as caught:
+    bench.compiled.main([*TINY, f"--chip={chip}"])
+  assert caught.value.code == 2
+  assert f"pip install 'jaxlora[{extra}]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (["--chip=v9"], "invalid choice: 'v9'"),
+    (["--bf16", "--mixed"], "leave one of them out"),
+    (["--only=lorax"], "no contestant begins with 'lorax'"),
+    (["--quick", "--record"], "--record and --quick"),
+  ],
+)
+def test_bad_arguments_end_with_a_message(bench, options, message, capsys):
+  with pytest.raises(SystemExit):
+    bench.compiled.main([*TINY, *options])
+  assert message in capsys.readouterr().err
+
+
+def test_help_has_an_example(bench, capsys):
+  with pytest.raises(SystemExit):
+    bench.compiled.main(["--help"])
+  assert "example: python benchmarks/compiled.py" in capsys.readouterr().out

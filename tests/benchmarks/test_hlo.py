@@ -1,0 +1,105 @@
+"""benchmarks/hlo.py: figures from the text of optimised HLO, without any compiler."""
+
+import pytest
+
+from tests.helpers import bench_scripts
+
+pytest.importorskip("matplotlib", reason="benchmarks need jaxlora[bench]")
+
+TPU = """HloModule jit_step, is_scheduled=true
+
+%fused.1 (param_0: bf16[8,128]) -> bf16[8,128] {
+  %param_0 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %copy.9 = bf16[8,128]{1,0:T(8,128)(2,1)} copy(%param_0), backend_config={"estimated_cycles":"1000000"}
+}
+
+%inner_body (state: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  ROOT %fusion.3 = bf16[8,128]{1,0} fusion(%state), kind=kLoop, calls=%fused.1, backend_config={"estimated_cycles":"2"}
+}
+
+%body (state: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %fusion.2 = bf16[8,128]{1,0} fusion(%state), kind=kLoop, calls=%fused.1, backend_config={"estimated_cycles":"30"}
+  ROOT %while.2 = (s32[], bf16[8,128]) while(%fusion.2), condition=%condition, body=%inner_body, \
+backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%called (x: bf16[8,128]) -> bf16[8,128] {
+  ROOT %fusion.4 = bf16[8,128]{1,0} fusion(%x), kind=kLoop, calls=%fused.1, backend_config={"estimated_cycles":"700"}
+}
+
+ENTRY %main.1 (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="state[0][\\'kernel\\']"}
+  %copy-start.1 = (bf16[8,128]{1,0:T(8,128)S(1)}, bf16[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %fusion.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}, /*index=1*/f32[8]{0}) fusion(%x), kind=kLoop, calls=%fused.1, \
+backend_config={"estimated_cycles":"4000"}
+  %while.1 = (s32[], bf16[8,128]) while(%fusion.1), condition=%condition, body=%body, metadata={op_name="while"}
+  %call.1 = bf16[8,128]{1,0} call(%while.1), to_apply=%called
+  %async-start.1 = bf16[8,128]{1,0} async-start(%call.1), calls=%called, backend_config={"estimated_cycles":"50000"}
+  ROOT %done = bf16[8,128]{1,0} async-done(%async-start.1)
+}
+"""
+
+GPU = """HloModule jit_step, is_scheduled=true
+
+%body (state: f32[4,8]) -> f32[4,8] {
+  %state = f32[4,8]{1,0} parameter(0)
+  %weight = f32[8,8]{1,0} constant({...})
+  ROOT %gemm.2 = (f32[4,8]{1,0}, s8[64]{0}) custom-call(%state, %weight), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+
+ENTRY %main.1 (x: bf16[2,16,32], y: bf16[2,32,8]) -> bf16[2,16,8] {
+  %x = bf16[2,16,32]{2,1,0} parameter(0)
+  %y = bf16[2,32,8]{2,1,0} parameter(1)
+  %gemm.1 = (bf16[2,16,8]{2,1,0}, s8[100]{0}) custom-call(%x, %y), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],\
+"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]}}}
+  %out = bf16[2,16,8]{2,1,0} get-tuple-element(%gemm.1), index=0
+  %bitcast.1 = bf16[32,8]{1,0} bitcast(%out)
+  %sum = f32[4,8]{1,0} fusion(%bitcast.1, %x), kind=kLoop, calls=%fused
+  %softmax = bf16[10]{0} custom-call(%sum), custom_call_target="__other"
+  %while.1 = f32[4,8]{1,0} while(%sum), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %copy.1 = f32[4,8]{0,1} copy(%while.1)
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def hlo():
+  with bench_scripts.modules("hlo") as bench:
+    yield bench.hlo
+
+
+def test_cycles_are_of_what_runs_as_often_as_it_does(hlo):
+  """A loop that does not say how often it runs is taken to run once a layer; the inside of a fusion is not counted."""
+  assert hlo.cycles(TPU, trips=7) == 4000 + 7 * (30 + 5 * 2) + 700 + 50000
+
+
+def test_gemms_and_what_runs_between_them(hlo):
+  found = hlo.gemms(GPU, trips=7)
+  assert found.calls == 1 + 3
+  assert found.flops == 2 * (2 * 16 * 8) * 32 + 3 * 2 * (4 * 8) * 8
+  operands_and_results = 2 * (2 * 16 * 32 + 2 * 32 * 8 + 2 * 16 * 8) + 100
+  assert found.bytes == operands_and_results + 3 * (4 * (32 + 64 + 32) + 64)
+  fusion, other, copy = 2 * 32 * 8 + 2 * 2 * 16 * 32 + 4 * 32, 4 * 32 + 2 * 10, 2 * 4 * 32
+  assert found.bytes_outside == fusion + other + copy
+
+
+@pytest.mark.parametrize(
+  ("type_", "size"),
+  [
+    ("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}", 2048),
+    ("(s32[], pred[3]{0}, /*index=2*/f8e4m3fn[5]{0})", 12),
+    ("c64[2]", 16),
+    ("s4[3]", 2),
+    ("token[]", 0),
+    ("f32[0,4]", 0),
+  ],
+)
+def test_bytes_of_a_type(hlo, type_, size):
+  assert hlo.bytes_of(type_) == size
+
+
+def test_text_without_an_entry_is_an_error(hlo):
+  with pytest.raises(ValueError, match="no ENTRY computation"):
+    hlo.cycles("module @jit_step {}", 1)
