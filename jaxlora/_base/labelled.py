@@ -90,6 +90,24 @@ def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Resul
   return Labelled(product, labels)
 
 
+def type_of(x: Any) -> Any:
+  """The type of an array; a type is its own."""
+  return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+
+
 def explicitly_sharded(x: Any) -> bool:
   """Whether the type of `x` carries its sharding: flattening its axes would then have to give one, too."""
-  return any(axis is not None for axis in getattr(jax.typeof(x).sharding, "spec", ()))
+  return any(axis is not None for axis in getattr(type_of(x).sharding, "spec", ()))
+
+
+def own_labels(labels: Sequence[Hashable]) -> list[Hashable]:
+  """The labels of axes that only the input has."""
+  return [label for label in labels if isinstance(label, tuple)]
+
+
+def merged_alike(x: Labelled, y: Labelled, axes: Sequence[Hashable]) -> tuple[Labelled, Labelled, list[Hashable]]:
+  """Both with the axes that they share flattened to one, if that can be done to both; and those axes' labels then."""
+  flat = x.flattened(axes), y.flattened(axes)
+  if flat[0].labels == x.labels or flat[1].labels == y.labels:
+    return x, y, list(axes)
+  return *flat, [label for label in flat[1].labels if isinstance(label, Run)]

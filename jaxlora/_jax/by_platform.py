@@ -23,21 +23,26 @@ class Form(NamedTuple):
   Attributes:
     fn: of the same arguments, with results of the same types.
     single_device: whether it is only for programs that run on one device.
+    shared: numbers of the flat operands that `jax.vmap` may not map: where it does, the default form is used.
   """
 
   fn: Callable[..., Any]
   single_device: bool = False
+  shared: tuple[int, ...] = ()
+
+
+EVERYWHERE = "everywhere"  # in a platform's place: a form for all platforms that have none of their own
 
 
 def by_platform(default: Callable[..., Any], forms: Mapping[str, Form], *args: Any) -> Any:
   """`default(*args)`, which compilers of the platforms in `forms` are given in their own form.
 
   All forms compute the same. Tangents are those of `default`; batching maps every form. Outside of `jax.jit` it is
-  `default`.
+  `default`, or the form that is for `EVERYWHERE`.
 
   Args:
     default: a function of pytrees of arrays.
-    forms: platform, as JAX names it -> its form.
+    forms: platform, as JAX names it, or `EVERYWHERE` -> its form.
     *args: pytrees of arrays.
   """
   if Primitive is None:
@@ -46,7 +51,7 @@ def by_platform(default: Callable[..., Any], forms: Mapping[str, Form], *args: A
   traced, like = jax.make_jaxpr(lambda *leaves: default(*jax.tree.unflatten(treedef, leaves)), return_shape=True)(
     *leaves
   )
-  flat = tuple((name, form.single_device, _Flat(form.fn, treedef)) for name, form in forms.items())
+  flat = tuple((name, form._replace(fn=_Flat(form.fn, treedef))) for name, form in forms.items())
   out = _by_platform_p(tuple(forms)).bind(*leaves, default=traced, forms=flat)
   return jax.tree.unflatten(jax.tree.structure(like), out)
 
@@ -81,7 +86,9 @@ def _devices(ctx: Any) -> int | None:
 
 
 def _lower(platform: str | None, ctx: Any, *args: Any, default: Any, forms: Sequence[Any]) -> Any:
-  fitting = (form for name, single, form in forms if name == platform and (not single or _devices(ctx) == 1))
+  fitting = (
+    form.fn for name, form in forms if name in (platform, EVERYWHERE) and (not form.single_device or _devices(ctx) == 1)
+  )
   form = next(fitting, None) or jex_core.jaxpr_as_fun(default)
   wide = any(getattr(getattr(aval, "dtype", None), "itemsize", 0) == 8 for aval in ctx.avals_in)
   with jax.enable_x64(wide or jax.config.read("jax_enable_x64")):  # as it was traced, wherever it is lowered
@@ -95,8 +102,8 @@ def _by_platform_p(platforms: tuple[str, ...]) -> Any:
   primitive.multiple_results = True
 
   def impl(*args, default, forms):
-    del forms
-    return jex_core.jaxpr_as_fun(default)(*args)
+    form = dict(forms).get(EVERYWHERE)
+    return jex_core.jaxpr_as_fun(default)(*args) if form is None else form.fn(*args)
 
   def abstract_eval(*args, default, forms):
     del args, forms
@@ -117,7 +124,11 @@ def _by_platform_p(platforms: tuple[str, ...]) -> Any:
   def batch(args, dims, *, default, forms):
     axes = tuple(dims)
     mapped = jax.make_jaxpr(jax.vmap(jex_core.jaxpr_as_fun(default), in_axes=axes))(*args)
-    others = tuple((name, single, _Mapped(form, axes)) for name, single, form in forms)
+    others = tuple(
+      (name, form._replace(fn=_Mapped(form.fn, axes)))
+      for name, form in forms
+      if all(axes[k] is None for k in form.shared)
+    )
     out = primitive.bind(*args, default=mapped, forms=others)
     return out, [0] * len(out)
 
@@ -126,6 +137,6 @@ def _by_platform_p(platforms: tuple[str, ...]) -> Any:
   ad.primitive_jvps[primitive] = jvp
   batching.primitive_batchers[primitive] = batch
   mlir.register_lowering(primitive, functools.partial(_lower, None))
-  for platform in platforms:
+  for platform in {*platforms} - {EVERYWHERE}:
     mlir.register_lowering(primitive, functools.partial(_lower, platform), platform=platform)
   return primitive

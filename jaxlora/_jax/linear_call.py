@@ -4,7 +4,7 @@
 derivatives need.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.extend import core as jex_core
 
+from jaxlora._jax.by_platform import EVERYWHERE, Form, by_platform
 from jaxlora._jax.jaxpr import without_dead_code
 from jaxlora._jax.trace_cache import traced_once
 
@@ -26,12 +27,16 @@ except (
 ):  # a JAX that moved them: a linear call gives way to a plain one, and memory is saved no longer
   Primitive = None  # type: ignore[assignment,misc]
 
+# From residuals, the cotangents of all results and the types of the flat linear operands to their flat cotangents.
+Transpose = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
+
 
 def linear_call(
   fn: Callable[[Any, Any], Any],
   before: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
   residuals: Any,
   linear: Any,
+  transposes: Mapping[str, Transpose] | None = None,
 ) -> Any:
   """`fn(residuals, linear)`, where the transpose in `linear` first puts its residuals through `before`.
 
@@ -40,6 +45,8 @@ def linear_call(
     before: from flat residuals and flat cotangents to the residuals that the transpose uses, of the same types.
     residuals: pytree of arrays.
     linear: pytree of arrays.
+    transposes: platform, as JAX names it, or `EVERYWHERE` -> the transpose that programs for it are given instead.
+      Batching drops them.
 
   Returns:
     What `fn` returns.
@@ -48,7 +55,7 @@ def linear_call(
     return fn(residuals, linear)
   kept, kept_def = jax.tree.flatten(residuals)
   moving, moving_def = jax.tree.flatten(linear)
-  out_def = None
+  out_def: Any = None
 
   def flat(*leaves):
     nonlocal out_def
@@ -58,10 +65,28 @@ def linear_call(
     return out
 
   jaxpr, used = without_dead_code(jax.make_jaxpr(flat)(*kept, *moving), len(moving))
-  kept = [value for value, use in zip(kept, used, strict=False) if use]
-  assert out_def is not None
-  out = _linear_call_p().bind(*kept, *moving, jaxpr=jaxpr, before=before, count=len(kept))
+  used, all_kept = used[: len(kept)], kept
+  kept = [value for value, use in zip(kept, used, strict=True) if use]
+  gone = tuple(None if use else jax.typeof(value) for value, use in zip(all_kept, used, strict=True))
+  forms = tuple((name, _Given(fn, kept_def, gone, out_def)) for name, fn in (transposes or {}).items())
+  out = _linear_call_p().bind(*kept, *moving, jaxpr=jaxpr, before=before, count=len(kept), transposes=forms)
   return jax.tree.unflatten(out_def, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+  """A transpose that was given, of flat residuals and cotangents."""
+
+  fn: Transpose
+  kept_def: Any
+  gone: tuple[Any, ...]  # for each residual that the linear call does not keep its type, else `None`
+  out_def: Any
+
+  def __call__(self, residuals: Sequence[Any], cotangents: Sequence[Any], types: Sequence[Any]) -> list[Any]:
+    kept = iter(residuals)
+    full = [next(kept) if gone is None else ad.zeros_like_aval(gone) for gone in self.gone]  # which nothing reads
+    tree = jax.tree.unflatten(self.kept_def, full)
+    return self.fn(tree, jax.tree.unflatten(self.out_def, cotangents), types)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +97,28 @@ class _Transpose:
   before: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
   types: tuple[Any, ...]  # of the linear operands
   zeros: tuple[Any, ...]  # for each cotangent that is zero its type, else `None`
+  given: tuple[tuple[str, _Given], ...]
 
   def __call__(self, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
-    given = iter(cotangents)
-    full = [next(given) if zero is None else ad.instantiate_zeros(ad.Zero(zero)) for zero in self.zeros]
+    if not self.given:
+      return self.default(residuals, cotangents)
+    forms = {name: functools.partial(self.by, given) for name, given in self.given}
+    if EVERYWHERE in forms:
+      return forms[EVERYWHERE](residuals, cotangents)
+    return by_platform(self.default, {name: Form(fn) for name, fn in forms.items()}, residuals, cotangents)
+
+  def default(self, residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
     kept, fn = self.before(residuals, cotangents), jex_core.jaxpr_as_fun(self.jaxpr)
-    return jax.linear_transpose(lambda *linear: fn(*kept, *linear), *self.types)(full)
+    transpose = jax.linear_transpose(lambda *linear: fn(*kept, *linear), *self.types)
+    return list(transpose(self.full(cotangents)))
+
+  def by(self, given: _Given, residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    return list(given(residuals, self.full(cotangents), self.types))
+
+  def full(self, cotangents: Sequence[Any]) -> list[Any]:
+    """All cotangents, zeros included."""
+    given = iter(cotangents)
+    return [next(given) if zero is None else ad.instantiate_zeros(ad.Zero(zero)) for zero in self.zeros]
 
 
 @functools.cache
@@ -85,12 +126,12 @@ def _linear_call_p() -> Any:
   primitive = Primitive("jaxlora_linear_call")
   primitive.multiple_results = True
 
-  def impl(*args, jaxpr, before, count):
-    del before, count
+  def impl(*args, jaxpr, before, count, transposes):
+    del before, count, transposes
     return jex_core.jaxpr_as_fun(jaxpr)(*args)
 
-  def abstract_eval(*args, jaxpr, before, count):
-    del args, before, count
+  def abstract_eval(*args, jaxpr, before, count, transposes):
+    del args, before, count, transposes
     return jaxpr.out_avals
 
   def jvp(primals, tangents, **params):
@@ -113,17 +154,18 @@ def _linear_call_p() -> Any:
       total = [ad.add_tangents(*pair) for pair in zip(total, straight, strict=True)]
     return out, total
 
-  def transpose(cotangents, *args, jaxpr, before, count):
+  def transpose(cotangents, *args, jaxpr, before, count, transposes):
     moving = [cotangent for cotangent in cotangents if type(cotangent) is not ad.Zero]
     # Not only shapes: under shard_map types say what differs between shards.
     types = tuple(arg.aval for arg in args[count:])
     zeros = tuple(cotangent.aval if type(cotangent) is ad.Zero else None for cotangent in cotangents)
-    moved = traced_once(_Transpose(jaxpr, before, types, zeros), args[:count], moving)
+    moved = traced_once(_Transpose(jaxpr, before, types, zeros, transposes), args[:count], moving)
     return [None] * count + list(moved)
 
-  def batch(args, dims, *, jaxpr, before, count):
+  def batch(args, dims, *, jaxpr, before, count, transposes):
+    del transposes
     mapped = jax.vmap(jex_core.jaxpr_as_fun(jaxpr), in_axes=tuple(dims))
-    out = primitive.bind(*args, jaxpr=jax.make_jaxpr(mapped)(*args), before=before, count=count)
+    out = primitive.bind(*args, jaxpr=jax.make_jaxpr(mapped)(*args), before=before, count=count, transposes=())
     return out, [0] * len(out)
 
   primitive.def_impl(impl)

@@ -25,17 +25,18 @@ def kept_sum(base: jax.Array, delta: jax.Array) -> jax.Array:
 
 @kept_sum.defjvp
 def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  return jax.jvp(_one_array, primals, tangents)
+  return jax.jvp(sum_once, primals, tangents)
 
 
 @jax.custom_jvp
-def _one_array(base: jax.Array, delta: jax.Array) -> jax.Array:
+def sum_once(base: jax.Array, delta: jax.Array) -> jax.Array:
+  """The sum as one array."""
   return by_platform(plain_sum, {"cpu": Form(_apart)}, base, delta)
 
 
-@_one_array.defjvp
+@sum_once.defjvp
 def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  return _one_array(*primals), jax.jvp(plain_sum, primals, tangents)[1]
+  return sum_once(*primals), jax.jvp(plain_sum, primals, tangents)[1]
 
 
 def _apart(base: jax.Array, delta: jax.Array) -> jax.Array:

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 
 from jaxlora._base.labelled import Labelled, Result, contract
+from jaxlora._jax.by_platform import EVERYWHERE, Form, by_platform
+from jaxlora._jax.linear_call import Transpose
 from jaxlora._platform.expand import expand
-from jaxlora._platform.kept_sum import kept_sum, plain_sum
+from jaxlora._platform.kept_sum import kept_sum, plain_sum, sum_once
 from jaxlora._platform.regions import Region, find_regions
 from jaxlora._platform.wait import Wait, by_barrier, by_compiler
 
@@ -65,6 +67,25 @@ class Policy:
   flattens: bool
   shares_traces: bool
   banks: Banks
+  add_once: Callable[[jax.Array, jax.Array], jax.Array] = plain_sum
+  joins: bool = True
+  pinned: bool = True
+
+  def lowered(
+    self, default: Callable[..., Any], forms: Mapping[str, Callable[..., Any]], *args: Any, shared: Sequence[int] = ()
+  ) -> Any:
+    """`default(*args)`, in the form of the platform that the program is lowered for, or that the user has said."""
+    known = {name: Form(fn, shared=tuple(shared)) for name, fn in self._fitting(forms).items()}
+    return by_platform(default, known, *args) if known else default(*args)
+
+  def transposes(self, forms: Mapping[str, Transpose]) -> Mapping[str, Transpose]:
+    """The transposes of a linear call, by the platform that it is lowered for."""
+    return self._fitting(forms)
+
+  def _fitting(self, forms: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not self.pinned:
+      return forms
+    return {EVERYWHERE: forms[self.name]} if self.name in forms else {}
 
   def sum(self, base: jax.Array, delta: jax.Array, looping: bool) -> jax.Array:
     """The base's product plus the low-rank part, in the base product's dtype."""
@@ -89,6 +110,8 @@ CPU = Policy(
   flattens=True,
   shares_traces=True,
   banks=Banks(spare_terms=8, loops=True),
+  add_once=sum_once,
+  pinned=False,
 )
 # Arithmetic is cheaper by far than memory: more superfluous terms, and no loops over rows.
 GPU = dataclasses.replace(
@@ -99,6 +122,8 @@ GPU = dataclasses.replace(
   wait=by_barrier,
   widens_bases=False,
   banks=Banks(spare_terms=128, loops=False),
+  add_once=plain_sum,
+  pinned=True,
 )
 TPU = dataclasses.replace(GPU, name="tpu")
 # The plain form everywhere: `x W + (x A) B`, and JAX's own differentiation.
@@ -113,6 +138,7 @@ NONE = Policy(
   flattens=False,
   shares_traces=False,
   banks=Banks(spare_terms=0, loops=False),
+  joins=False,
 )
 PLATFORMS = {"cpu": CPU, "gpu": GPU, "cuda": GPU, "rocm": GPU, "tpu": TPU}
 TUNINGS = ("auto", "none")

@@ -9,7 +9,7 @@ the result is rematerialised once for all.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.custom_derivatives import SymbolicZero
@@ -17,14 +17,22 @@ import jax.numpy as jnp
 
 from jaxlora._jax.jaxpr import equation_context
 from jaxlora._jax.trace_cache import traced_once
+from jaxlora._platform.policy import Policy
 from jaxlora._platform.regions import Region
-from jaxlora._platform.wait import Wait, late, residuals_used
+from jaxlora._platform.wait import at_once, by_barrier, late, residuals_used
 
-Shrinks = Callable[[Any, Any], Any]  # `(result, factors) -> thin products`, bilinear
+
+class Shrinks(Protocol):
+  """`(result, factors) -> thin products`, bilinear."""
+
+  def __call__(self, x: Any, factors: Sequence[Any]) -> Any: ...
+
+  def apart(self) -> "Shrinks":
+    """The same with all axes of the result apart."""
 
 
 def evaluate_region(
-  region: Region, values: Sequence[Any], shrinks: Shrinks, factors: Sequence[Any], wait: Wait
+  region: Region, values: Sequence[Any], shrinks: Shrinks, factors: Sequence[Any], policy: Policy
 ) -> tuple[Any, Any, Any]:
   """A region's result, together with the thin products that read it.
 
@@ -33,16 +41,16 @@ def evaluate_region(
     values: of its inputs.
     shrinks: `shrinks(result, factors)`, bilinear.
     factors: arrays, perhaps none.
-    wait: how residuals wait for their cotangents.
+    policy: how residuals wait for their cotangents, and how thin products are written.
 
   Returns:
     The result; the small variables, as constants; `shrinks(result, factors)`.
   """
   with equation_context(region.equations[-1]):
-    return traced_once(_Evaluated(_Comparable(region), shrinks, wait), list(values), list(factors))
+    return traced_once(_Evaluated(Comparable(region), shrinks, policy), list(values), list(factors))
 
 
-class _Comparable:
+class Comparable:
   """A region as a value: equal to every other one with its signature."""
 
   def __init__(self, region: Region):
@@ -55,7 +63,7 @@ class _Comparable:
       self.hash = hash(self.signature)
 
   def __eq__(self, other: Any) -> bool:
-    return isinstance(other, _Comparable) and self.signature == other.signature
+    return isinstance(other, Comparable) and self.signature == other.signature
 
   def __hash__(self) -> int:
     return self.hash
@@ -65,9 +73,9 @@ class _Comparable:
 class _Evaluated:
   """See `evaluate_region`; equal for regions that are alike, so that it is traced once for all of them."""
 
-  comparable: _Comparable
+  comparable: Comparable
   shrinks: Shrinks
-  wait: Wait
+  policy: Policy
 
   def __call__(self, values: list[Any], factors: list[Any]) -> tuple[Any, Any, Any]:
     region, shrinks = self.comparable.region, self.shrinks
@@ -76,18 +84,23 @@ class _Evaluated:
     @jax.custom_jvp
     def call(values, factors):
       env = region.evaluate(values)
-      return env[region.result], [env[var] for var in region.small], shrinks(env[region.result], factors)
+      result = env[region.result]
+      thin = self.policy.lowered(shrinks, {"tpu": shrinks.apart()}, result, factors) if factors else []
+      return result, [env[var] for var in region.small], thin
 
     def jvp(primals, tangents):
       result, small, thin = call(*primals)
       values, factors = primals
       moving = [[k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)] for steps in tangents]
       steps = [[steps[k] for k in numbers] for steps, numbers in zip(tangents, moving, strict=True)]
-      along = _along(region, shrinks, *moving, from_result=True)
+      along = functools.partial(_along, region, inputs=moving[0], factors=moving[1], from_result=True)
       kept = (values, factors, small, result)
-      if not region.softmax() or residuals_used(along, kept, steps)[place]:
-        along = _along(region, shrinks, *moving, from_result=False)
-      d_result, d_thin = late(along, kept, steps, self.wait)
+      if not region.softmax() or residuals_used(along(shrinks), kept, steps)[place]:
+        along = functools.partial(along, from_result=False)
+      transposes = self.policy.transposes({"tpu": _TransposeApart(along(shrinks.apart()), is_norm(region), steps)})
+      d_result, d_thin = late(along(shrinks), kept, steps, self.policy.wait, transposes)
+      if not moving[1]:
+        d_thin = jax.tree.map(jnp.zeros_like, thin)
       if d_result is None:
         return (result, small, thin), (*jax.tree.map(_no_tangent, (result, small)), d_thin)
       return (result, small, thin), (d_result, _of_small(region, values, moving[0], steps[0]), d_thin)
@@ -95,6 +108,35 @@ class _Evaluated:
     call.defjvp(jvp, symbolic_zeros=True)
     result, small, thin = call(values, factors)
     return result, list(map(jax.lax.stop_gradient, small)), thin
+
+
+class _TransposeApart:
+  """The transpose that programs for TPUs are given.
+
+  XLA's TPU backend sees for itself what the forward pass has made, and keeps it or not. It is left to, but for an
+  activation whose thin product needs it again: kept beside its input, it would have to leave the chip's own memory.
+  """
+
+  def __init__(self, along: Any, of_rows: bool, steps: Sequence[Any]):
+    self.along = along
+    self.of_rows = of_rows
+    self.counts = [len(part) for part in steps]
+
+  def __call__(self, residuals: Any, cotangents: Any, types: Sequence[Any]) -> Sequence[Any]:
+    d_result, d_thin = cotangents
+    inputs, factors = types[: self.counts[0]], types[self.counts[0] :]
+    zeros = [jnp.zeros(like.shape, like.dtype) for like in types]
+    out = []
+    if inputs:
+      of_inputs = lambda *steps: self.along(residuals, [list(steps), zeros[self.counts[0] :]])[0]
+      out += jax.linear_transpose(of_inputs, *inputs)(d_result)
+    if factors:
+      leaves, treedef = jax.tree.flatten(residuals)
+      wait = at_once if self.of_rows else by_barrier
+      kept = jax.tree.unflatten(treedef, wait(leaves, jax.tree.leaves(d_thin)))
+      of_factors = lambda *steps: self.along(kept, [zeros[: self.counts[0]], list(steps)])[1]
+      out += jax.linear_transpose(of_factors, *factors)(d_thin)
+    return out
 
 
 def _no_tangent(value: Any) -> SymbolicZero:
@@ -112,11 +154,13 @@ def _of_small(region: Region, values: Sequence[Any], inputs: Sequence[int], step
 
 
 def _along(
-  region: Region, shrinks: Shrinks, inputs: Sequence[int], factors: Sequence[int], *, from_result: bool
+  region: Region, shrinks: Shrinks, *, inputs: Sequence[int], factors: Sequence[int], from_result: bool
 ) -> Callable[[Any, Any], Any]:
   """The derivative as a function of what is kept, and of the tangents of the numbered inputs and factors.
 
-  d h = shrinks(d result, factors) + shrinks(result rematerialised, d factors)
+  d h = shrinks(result rematerialised, d factors)
+
+  Along the result, `h` is differentiated with the products that it is a part of.
   """
 
   def along(kept, steps):
@@ -131,10 +175,9 @@ def _along(
 
     start = [values[k] for k in inputs]
     again, d_result = jax.jvp(of_inputs, start, list(steps[0])) if inputs else (of_inputs(), None)
-    terms = [shrinks(d_result, all_factors)] if inputs else []
-    if factors:
-      terms.append(shrinks(again, with_some(list(map(jnp.zeros_like, all_factors)), factors, steps[1])))
-    return d_result, jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *terms)
+    if not factors:
+      return d_result, None
+    return d_result, shrinks(again, with_some(list(map(jnp.zeros_like, all_factors)), factors, steps[1]))
 
   return along
 
@@ -145,6 +188,11 @@ def with_some(values: Sequence[Any], numbers: Sequence[int], some: Sequence[Any]
   for k, value in zip(numbers, some, strict=True):
     out[k] = value
   return out
+
+
+def is_norm(region: Region) -> bool:
+  """Whether a region has statistics of rows, and is no softmax."""
+  return bool(region.small) and region.softmax() is None
 
 
 def rematerialised(region: Region) -> Callable[[Sequence[Any]], Any]:

@@ -4,7 +4,8 @@ A compiler would otherwise merge the rematerialised value with the original, or 
 the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,18 +14,49 @@ import jax.numpy as jnp
 
 from jaxlora._jax.by_platform import Form, by_platform
 from jaxlora._jax.jaxpr import without_dead_code
-from jaxlora._jax.linear_call import linear_call
+from jaxlora._jax.linear_call import Transpose, linear_call
 
 # From residuals and cotangents, flat, to the residuals: the same values, which depend on the cotangents.
 Wait = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
 
 
-def late(fn: Callable[[Any, Any], Any], residuals: Sequence[Any], linear: Any, wait: Wait) -> Any:
+def late(
+  fn: Callable[[Any, Any], Any],
+  residuals: Any,
+  linear: Any,
+  wait: Wait,
+  transposes: Mapping[str, Transpose] | None = None,
+) -> Any:
   """`fn(residuals, linear)`, linear in the second argument, whose transpose reads residuals only after its cotangent.
 
-  Forward mode, second derivatives and batching are those of `fn`.
+  Forward mode, second derivatives and batching are those of `fn`. Programs for the platforms in `transposes` are given
+  that transpose instead.
   """
-  return linear_call(fn, wait, tuple(residuals), linear)
+  return linear_call(fn, wait, residuals, linear, transposes)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposeOf:
+  """The transpose of `fn(residuals, linear)`, whose residuals wait in their own way: one of `late`'s `transposes`.
+
+  `linear` is a pytree of the structure that `treedef` has.
+  """
+
+  fn: Callable[[Any, Any], Any]
+  wait: Wait
+  treedef: Any
+
+  def __call__(self, residuals: Any, cotangents: Any, types: Sequence[Any]) -> Sequence[Any]:
+    leaves, treedef = jax.tree.flatten(residuals)
+    kept = jax.tree.unflatten(treedef, self.wait(leaves, jax.tree.leaves(cotangents)))
+    transpose = jax.linear_transpose(lambda *linear: self.fn(kept, jax.tree.unflatten(self.treedef, linear)), *types)
+    return transpose(cotangents)
+
+
+def at_once(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """Waits for nothing: the compiler sees that the forward pass has made the same, and keeps it or not as it likes."""
+  del cotangents
+  return residuals
 
 
 def residuals_used(fn: Callable[[Any, Any], Any], residuals: Any, linear: Any) -> list[bool]:

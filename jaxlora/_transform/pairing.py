@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 from typing import Any
 
-from jaxlora._base.labelled import Labelled, Run
+from jaxlora._base.labelled import own_labels
 from jaxlora._transform.factored import Unfactorable
 
 
@@ -41,19 +41,6 @@ class Pairing:
   def product(self, x: Any, w: Any, by: Callable[..., Any], *rest: Any) -> Any:
     """`by` of the two in the order of the `dot_general`."""
     return by(*((w, x) if self.weight_first else (x, w)), *rest)
-
-
-def own_labels(labels: Sequence[Hashable]) -> list[Hashable]:
-  """The labels of axes that only the input has."""
-  return [label for label in labels if isinstance(label, tuple)]
-
-
-def merged_alike(x: Labelled, y: Labelled, axes: Sequence[Hashable]) -> tuple[Labelled, Labelled, list[Hashable]]:
-  """Both with the axes that they share flattened to one, if that can be done to both; and those axes' labels then."""
-  flat = x.flattened(axes), y.flattened(axes)
-  if flat[0].labels == x.labels or flat[1].labels == y.labels:
-    return x, y, list(axes)
-  return *flat, [label for label in flat[1].labels if isinstance(label, Run)]
 
 
 def meeting(params: dict[str, Any], shape: Sequence[int], roles: str, weight_first: bool) -> tuple[Pairing, str, bool]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlora._base.labelled import Labelled
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.recipes import Recipe
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, weights_in
@@ -23,7 +22,7 @@ class Op(NamedTuple):
   """An equation as its rule sees it.
 
   Attributes:
-    name: of the primitive.
+    primitive: of the equation.
     params: its parameters.
     bind: the same primitive on other operands, its parameters the same but for those given.
     result: the type of the equation's first result.
@@ -32,11 +31,11 @@ class Op(NamedTuple):
     policy: how the compiler likes products written.
     looping: whether the equation is inside the body of a loop.
     shrink: computes a first thin product.
-    h: the first thin product, where it was computed ahead.
+    ahead: the product, without a gain, where it was computed ahead.
     note: takes down a word on how the product was computed, for `explain`.
   """
 
-  name: str
+  primitive: Any
   params: dict[str, Any]
   bind: Callable[..., list[Any]]
   result: Any
@@ -45,21 +44,22 @@ class Op(NamedTuple):
   policy: Policy
   looping: bool
   shrink: ShrinkBy
-  h: Labelled | None
+  ahead: Any
   note: Callable[[str], None]
 
 
 class Ahead(NamedTuple):
-  """A `dot_general` whose first thin product may be computed ahead of the rest.
+  """A `dot_general` that may be computed ahead of its place, together with others of the same input.
 
   Attributes:
-    params: of the equation.
+    primitive, params: of the equation.
     w: the weight.
     weight_first: whether it is the left operand.
     x, out: the types of the other operand and of the result.
     policy, looping: as in `Op`.
   """
 
+  primitive: Any
   params: dict[str, Any]
   w: Any
   weight_first: bool
@@ -71,8 +71,8 @@ class Ahead(NamedTuple):
 
 Rule = Callable[[Op, Sequence[Any]], list[Any]]
 RULES: dict[type[TracedWeight], dict[str, Rule]] = {}
-# By kind of weight: from an `Ahead` to how it shrinks the input, and its A; `None` where it may not be ahead.
-AHEAD: dict[type[TracedWeight], Callable[[Ahead], tuple[Any, jax.Array] | None]] = {}
+# By kind of weight: from an `Ahead` to the product, and its base, A and B; `None` where it may not be ahead.
+AHEAD: dict[type[TracedWeight], Callable[[Ahead], tuple[Any, Any] | None]] = {}
 
 # Rules whose result holds the product of the weight with something; the others only rearrange the weight.
 PRODUCTS = ("dot_general", "conv_general_dilated", "gather")

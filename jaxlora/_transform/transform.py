@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 
 import jax
 
-from jaxlora._base.labelled import Labelled
 from jaxlora._jax.control_flow import Structure, Unreadable
 from jaxlora._jax.jaxpr import bind, equation_context
 from jaxlora._platform.recipes import REGION, Origins
-from jaxlora._platform.region_derivative import evaluate_region, rematerialised
+from jaxlora._platform.region_derivative import Comparable, evaluate_region, is_norm, rematerialised
 from jaxlora._transform.control import CONTROL, Rebuild
 from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
 from jaxlora._transform.interpreter import Handler, RegionEquation, Step, interpret, plan
-from jaxlora._transform.product import Shrinks, shrink_by
+from jaxlora._transform.product import Products, called
 from jaxlora._transform.record import Record
 from jaxlora._transform.rule import AHEAD, PRODUCTS, Ahead, Op, ShrinkBy, find_rule
+from jaxlora._transform.thin import Shrinks, shrink_by
 
 
 class Transform(Handler):
@@ -37,7 +37,7 @@ class Transform(Handler):
   def __init__(self, record: Record):
     self.record = record
     self._origins = Origins(record.policy.wait)
-    self._ahead: dict[int, Labelled] = {}  # by an equation's identity: its first thin product, computed ahead
+    self._ahead: dict[int, jax.Array] = {}  # by an equation's identity: its product, computed ahead
 
   def within(self, record: Record) -> "Transform":
     """The handler of a program inside this one."""
@@ -113,7 +113,7 @@ class Transform(Handler):
     """The equation as its rule sees it."""
     policy = self.record.policy
     return Op(
-      name=eqn.primitive.name,
+      primitive=eqn.primitive,
       params=eqn.params,
       bind=lambda *args, **changes: bind(eqn, args, **changes),
       result=eqn.outvars[0].aval,
@@ -122,7 +122,7 @@ class Transform(Handler):
       policy=policy,
       looping=self.record.looping,
       shrink=shrink,
-      h=self._ahead.pop(id(eqn), None),
+      ahead=self._ahead.pop(id(eqn), None),
       note=note,
     )
 
@@ -131,21 +131,24 @@ class Transform(Handler):
     inputs, weights = values[: len(region.inputs)], values[len(region.inputs) :]
     if weights_in(inputs):  # an elementwise function of a weight itself
       return super().region(equation, inputs)
-    found = self._shrinks(equation, weights)
-    shrinks, factors = Shrinks(tuple(shrink for shrink, _ in found.values())), [a for _, a in found.values()]
-    out, small, thin = evaluate_region(region, inputs, shrinks, factors, self.record.policy.wait)
-    self._ahead.update(zip(found, thin, strict=True))
+    found = self._products(equation, weights)
+    each, known = tuple(product for product, _ in found.values()), [weight for _, weight in found.values()]
+    shrinks = Shrinks(tuple(product.shrink for product in each))
+    out, small, thin = evaluate_region(region, inputs, shrinks, [a for _, a, _ in known], self.record.policy)
+    if found:
+      norm, sources = (Comparable(region), [*inputs, *small]) if is_norm(region) else (None, [])
+      self._ahead.update(zip(found, called(Products(each, norm), out, thin, known, sources), strict=True))
     make = rematerialised(region)
     self._origins.note(REGION, lambda operands: [make(operands)], [*inputs, *small], [out])
     return [out]
 
-  def _shrinks(self, equation: RegionEquation, weights: Sequence[Any]) -> dict[int, Any]:
-    """The adapted products of a region's result, by their equations' identity: how each shrinks it, and its A."""
+  def _products(self, equation: RegionEquation, weights: Sequence[Any]) -> dict[int, Any]:
+    """The adapted products of a region's result, by their equations' identity: each with its base, A and B."""
     found = {}
     for (eqn, weight_first), w in zip(equation.products, weights, strict=True):
       if isinstance(w, TracedWeight) and type(w) in AHEAD:
         x, out = eqn.invars[1 if weight_first else 0].aval, eqn.outvars[0].aval
-        given = Ahead(eqn.params, w, weight_first, x, out, self.record.policy, self.record.looping)
+        given = Ahead(eqn.primitive, eqn.params, w, weight_first, x, out, self.record.policy, self.record.looping)
         if (ahead := AHEAD[type(w)](given)) is not None:
           found[id(eqn)] = ahead
     return found

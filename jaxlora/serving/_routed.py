@@ -12,6 +12,7 @@ from jaxlora._base.dtypes import beside
 from jaxlora._base.labelled import explicitly_sharded
 from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, While
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable
+from jaxlora._transform.product import product_of
 from jaxlora._transform.rule import AHEAD, Ahead, Op, only_weight, rule
 from jaxlora._transform.rules import dot, layout
 from jaxlora._weight.roles import factor_shape
@@ -84,7 +85,7 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   op.note(way)
   if way == GATHERED:
     return dot.dot_general(op, [arg.simpler() if isinstance(arg, RoutedWeight) else arg for arg in args])
-  base = dot.base_product(op, x, w.base, pairing)
+  base = product_of(op.primitive, op.params, x, w, pairing, op.result, op.policy, op.looping).base(x, w.base)
   row = Row(w.a, w.b, w.roles, pairing, base.dtype, w.base.dtype, op.policy, op.looping)
   return [op.policy.sum(base, low_rank_part(x, row, w.slot, way), op.looping)]
 
@@ -112,7 +113,7 @@ def _squeeze(op: Op, args: Sequence[Any]) -> list[Any]:
 
 
 def _ahead(given: Ahead) -> Any:
-  """Only gathered factors shrink their input ahead of the rest."""
+  """Only products with gathered factors are computed ahead of the rest."""
   if "s" in given.w.roles:
     return None
   try:

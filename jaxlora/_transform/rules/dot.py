@@ -6,11 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora._base.labelled import explicitly_sharded
-from jaxlora._platform.wait import late
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, dropped
 from jaxlora._transform.pairing import Pairing, meeting
-from jaxlora._transform.product import Shrink, base_dot, dot, shrink_of
+from jaxlora._transform.product import Product, Weight, dot, dot_apart, product_of
 from jaxlora._transform.rule import AHEAD, Ahead, Op, rule
 from jaxlora._weight.roles import RANK, factor_axes, laid_along
 
@@ -35,33 +33,28 @@ def dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   """`x W + h B`, times the gain of the weight's variant."""
   w, x, weight_first = operands(args)
   w, pairing = met(op.params, w, weight_first)
-  recipe = op.recipe(x)
-  if w.gain is not None and w.gained == "i":
-    x, recipe = gained_before(x, w, pairing.input_labels(x.ndim)), None
-  base = base_product(op, x, w.base, pairing)
-  u, recipe = dropped(x, w, op.use, recipe)
-  shrink = lambda product, x, a: op.shrink(product, x, a, recipe)
-  result = dot(u, w, pairing, base, op.policy, op.looping, shrink, op.h)
+  result = op.ahead if op.ahead is not None else product(op, x, w, pairing)
   if w.gain is not None and w.gained == "o":
-    result = gained_after(result, w, pairing.result_labels(x.ndim, len(w.roles)))
+    result = gained_after(result, w, pairing.result_labels(jnp.ndim(x), len(w.roles)))
   return [result]
 
 
-def base_product(op: Op, x: Any, base: Any, pairing: Pairing) -> Any:
-  """The base's own product. Where the compiler makes a wider copy of the base, the backward pass makes it again."""
+def product(op: Op, x: Any, w: Factored, pairing: Pairing) -> Any:
+  """`x W + h B`."""
+  recipe = op.recipe(x)
+  if w.gain is not None and w.gained == "i":
+    x, recipe = gained_before(x, w, pairing.input_labels(x.ndim)), None
+  u, recipe = dropped(x, w, op.use, recipe)
+  which = product_of(op.primitive, op.params, x, w, pairing, op.result, op.policy, op.looping)
+  if op.policy.joins and u is x and jnp.issubdtype(x.dtype, jnp.floating):
+    return dot(x, which, (w.base, w.a, w.b), recipe)
+  shrink = lambda product, x, a: op.shrink(product, x, a, recipe)
+  return dot_apart(x, u, which, (w.base, w.a, w.b), shrink)
 
-  def product(base: Any, x: Any) -> Any:
-    y = base_dot(x, base, pairing, op.result) if op.policy.flattens else None
-    return pairing.product(x, base, op.bind)[0] if y is None else y
 
-  if op.policy.widens_bases and base.dtype.itemsize == 2 and not explicitly_sharded(x):
-    return late(lambda residuals, x: product(residuals[0], x), (base,), x, op.policy.wait)
-  return product(base, x)
-
-
-def ahead(given: Ahead) -> tuple[Shrink, jax.Array] | None:
-  """How a product shrinks its input, and its A, where that may be computed ahead of the rest; else `None`."""
-  if given.w.key is not None or "s" in given.w.roles:
+def ahead(given: Ahead) -> tuple[Product, Weight] | None:
+  """A product and its weight, where it may be computed ahead of the rest; else `None`."""
+  if given.w.key is not None or "s" in given.w.roles or not given.policy.joins:
     return None
   try:
     w, pairing = met(given.params, given.w, given.weight_first)
@@ -69,7 +62,8 @@ def ahead(given: Ahead) -> tuple[Shrink, jax.Array] | None:
     return None
   if w.gained == "i" and w.gain is not None:
     return None
-  return shrink_of(given.x, w.roles, pairing, given.out.dtype, given.policy, given.looping), w.a
+  which = product_of(given.primitive, given.params, given.x, w, pairing, given.out, given.policy, given.looping)
+  return which, (w.base, w.a, w.b)
 
 
 AHEAD[Factored] = ahead

@@ -38,7 +38,7 @@ def _neg(op: Op, args: Sequence[Any]) -> list[Any]:
 def _scale(op: Op, args: Sequence[Any]) -> list[Any]:
   """Times or over a scalar. Only one factor takes it: the product is linear in each."""
   w, scalar = args if isinstance(args[0], TracedWeight) else args[::-1]
-  if isinstance(scalar, TracedWeight) or jnp.ndim(scalar) != 0 or (op.name == "div" and w is args[1]):
+  if isinstance(scalar, TracedWeight) or jnp.ndim(scalar) != 0 or (op.primitive.name == "div" and w is args[1]):
     raise Unfactorable("a product with something that is not a scalar")
   base = op.bind(*args_with(args, w.base))[0]
   b = op.bind(*args_with(args, w.b))[0]

@@ -1,0 +1,91 @@
+"""The adapted product as XLA's TPU backend likes it: each way through the weight is one product.
+
+    y = [x, h] [W; B],    dx = [dy, g] [W^T; A],    g = dy B^T
+
+A sum of two products would be two passes over an array of the size of y. The matrix units add up along what is summed
+at no cost, and a few more rows of it are a small part of the pass. Arrays keep their token axes apart: flattened, they
+would be laid out anew.
+
+Reading order: the matrices -> forward -> transpose.
+"""
+
+from collections.abc import Hashable, Sequence
+import dataclasses
+import functools
+
+from jax import lax
+import jax.numpy as jnp
+
+from jaxlora._base.labelled import Labelled, Result, contract
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+  """An adapted product, of which the weight and its factors are matrices.
+
+  Attributes:
+    labels: of the input: axes of its own, and `k`.
+    w: the base, `(k, n)`.
+    a, b: the factors, `(r, k)` and `(r, n)`.
+    k, n, r: the labels of the summed axis, of the weight's free one, and of the rank.
+  """
+
+  labels: tuple[Hashable, ...]
+  w: Labelled
+  a: Labelled
+  b: Labelled
+  k: Hashable
+  n: Hashable
+  r: Hashable
+
+
+def joined(first: Labelled, along: Hashable, others: Sequence[Labelled], at: Sequence[Hashable]) -> Labelled:
+  """Arrays side by side along an axis, which has the label of the first one's; theirs may have labels of their own."""
+  parts = [first.array]
+  for other, label in zip(others, at, strict=True):
+    parts.append(other.ordered([label if own == along else own for own in first.labels]))
+  return Labelled(lax.concatenate(parts, first.labels.index(along)), first.labels)
+
+
+def beside_norm(wider: Labelled, along: Hashable, h: Labelled, rank: Hashable) -> Labelled:
+  """`[x, h]` of an `x` that is wider by the rank of `h` already (`widened.py`)."""
+  axis = wider.labels.index(along)
+  thin = h.ordered([rank if own == along else own for own in wider.labels])
+  width = wider.array.shape[axis] - thin.shape[axis]
+  placed = lax.pad(thin, jnp.zeros((), thin.dtype), [(width if k == axis else 0, 0, 0) for k in range(thin.ndim)])
+  column = lax.broadcasted_iota(jnp.int32, placed.shape, axis)
+  return Labelled(jnp.where(column < width, wider.array, placed), wider.labels)
+
+
+def forward(m: Matrices, u: Labelled, weight_first: bool, result: Result) -> Labelled:
+  """`[x, h] [W; B]`, of the first."""
+  v = joined(m.w, m.k, [m.b], [m.r])
+  return contract(*((v, u) if weight_first else (u, v)), [m.k], result)
+
+
+def transpose_input(each: Sequence[Matrices], cotangents: Sequence[Labelled], thin: Sequence[Labelled]) -> Labelled:
+  """`dx = sum_k dy_k W_k^T + g_k A_k`, where the last product takes all the thin ones along.
+
+  Args:
+    each: the products of one input.
+    cotangents: `dy` of each, whose axis of the weight is `n`.
+    thin: `g` of each.
+  """
+  *before, last = zip(each, cotangents, strict=True)
+  terms = [contract(dy, m.w, [m.n], Result(dy.array.dtype)) for m, dy in before]
+  m, dy = last
+  ranks = [one.r for one in each]
+  factors = [
+    dataclasses.replace(one.a, labels=tuple(m.k if own == one.k else own for own in one.a.labels)) for one in each
+  ]
+  u, v = joined(dy, m.n, thin, ranks), joined(m.w, m.n, factors, ranks)
+  terms.append(contract(u, v, [m.n], Result(dy.array.dtype)))
+  laid_out = [term.ordered(one.labels) for one, term in zip(each, terms, strict=True)]
+  return Labelled(functools.reduce(jnp.add, laid_out), m.labels)
+
+
+def transpose_second(m: Matrices, h: Labelled, cotangent: Labelled) -> Labelled:
+  """`dB = h^T dy`. It waits for `dy`, which is then one array, and not made again inside of each of its products."""
+  dy = lax.optimization_barrier(cotangent.array)
+  tokens = [label for label in h.labels if label != m.r]
+  return contract(h, Labelled(dy, cotangent.labels), tokens, Result(m.b.array.dtype))
