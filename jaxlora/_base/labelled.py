@@ -92,7 +92,10 @@ def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Resul
 
 def type_of(x: Any) -> Any:
   """The type of an array; a type is its own."""
-  return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+  try:
+    return jax.typeof(x)
+  except TypeError:
+    return x
 
 
 def explicitly_sharded(x: Any) -> bool:

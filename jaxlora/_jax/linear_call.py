@@ -82,7 +82,7 @@ class _Given:
   gone: tuple[Any, ...]  # for each residual that the linear call does not keep its type, else `None`
   out_def: Any
 
-  def __call__(self, residuals: Sequence[Any], cotangents: Sequence[Any], types: Sequence[Any]) -> list[Any]:
+  def __call__(self, residuals: Sequence[Any], cotangents: Sequence[Any], types: Sequence[Any]) -> Sequence[Any]:
     kept = iter(residuals)
     full = [next(kept) if gone is None else ad.zeros_like_aval(gone) for gone in self.gone]  # which nothing reads
     tree = jax.tree.unflatten(self.kept_def, full)

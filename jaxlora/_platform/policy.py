@@ -55,6 +55,9 @@ class Policy:
     flattens: whether the base's own product is written with the weight's axes flattened to two.
     shares_traces: whether layers that are alike are traced and lowered once.
     banks: see there.
+    add_once: the sum, where it is differentiated.
+    joins: whether an adapted product is one operation, with a derivative of its own.
+    tiled: the platforms whose programs are given the forms for arrays in tiles.
   """
 
   name: str
@@ -69,23 +72,25 @@ class Policy:
   banks: Banks
   add_once: Callable[[jax.Array, jax.Array], jax.Array] = plain_sum
   joins: bool = True
-  pinned: bool = True
+  tiled: tuple[str, ...] = ()
 
   def lowered(
-    self, default: Callable[..., Any], forms: Mapping[str, Callable[..., Any]], *args: Any, shared: Sequence[int] = ()
+    self, default: Callable[..., Any], in_tiles: Callable[..., Any], *args: Any, shared: Sequence[int] = ()
   ) -> Any:
-    """`default(*args)`, in the form of the platform that the program is lowered for, or that the user has said."""
-    known = {name: Form(fn, shared=tuple(shared)) for name, fn in self._fitting(forms).items()}
-    return by_platform(default, known, *args) if known else default(*args)
+    """`default(*args)`; `in_tiles(*args)`, the same, where the platform lays arrays out in tiles, as TPUs do.
 
-  def transposes(self, forms: Mapping[str, Transpose]) -> Mapping[str, Transpose]:
-    """The transposes of a linear call, by the platform that it is lowered for."""
-    return self._fitting(forms)
+    Args:
+      default: a function of pytrees of arrays.
+      in_tiles: another form of it.
+      *args: its arguments.
+      shared: numbers of the flat operands that `jax.vmap` may not map in the other form.
+    """
+    forms = {name: Form(in_tiles, shared=tuple(shared)) for name in self.tiled}
+    return by_platform(default, forms, *args) if forms else default(*args)
 
-  def _fitting(self, forms: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not self.pinned:
-      return forms
-    return {EVERYWHERE: forms[self.name]} if self.name in forms else {}
+  def transposes(self, in_tiles: Transpose | None) -> Mapping[str, Transpose]:
+    """The `transposes` of a linear call: that for platforms that lay arrays out in tiles, if there is one."""
+    return {} if in_tiles is None else dict.fromkeys(self.tiled, in_tiles)
 
   def sum(self, base: jax.Array, delta: jax.Array, looping: bool) -> jax.Array:
     """The base's product plus the low-rank part, in the base product's dtype."""
@@ -111,7 +116,7 @@ CPU = Policy(
   shares_traces=True,
   banks=Banks(spare_terms=8, loops=True),
   add_once=sum_once,
-  pinned=False,
+  tiled=("tpu",),
 )
 # Arithmetic is cheaper by far than memory: more superfluous terms, and no loops over rows.
 GPU = dataclasses.replace(
@@ -123,9 +128,9 @@ GPU = dataclasses.replace(
   widens_bases=False,
   banks=Banks(spare_terms=128, loops=False),
   add_once=plain_sum,
-  pinned=True,
+  tiled=(),
 )
-TPU = dataclasses.replace(GPU, name="tpu")
+TPU = dataclasses.replace(GPU, name="tpu", tiled=(EVERYWHERE,))
 # The plain form everywhere: `x W + (x A) B`, and JAX's own differentiation.
 NONE = Policy(
   name="none",

@@ -85,7 +85,7 @@ class _Evaluated:
     def call(values, factors):
       env = region.evaluate(values)
       result = env[region.result]
-      thin = self.policy.lowered(shrinks, {"tpu": shrinks.apart()}, result, factors) if factors else []
+      thin = self.policy.lowered(shrinks, shrinks.apart(), result, factors) if factors else []
       return result, [env[var] for var in region.small], thin
 
     def jvp(primals, tangents):
@@ -97,7 +97,7 @@ class _Evaluated:
       kept = (values, factors, small, result)
       if not region.softmax() or residuals_used(along(shrinks), kept, steps)[place]:
         along = functools.partial(along, from_result=False)
-      transposes = self.policy.transposes({"tpu": _TransposeApart(along(shrinks.apart()), is_norm(region), steps)})
+      transposes = self.policy.transposes(_TransposeApart(along(shrinks.apart()), is_norm(region), steps))
       d_result, d_thin = late(along(shrinks), kept, steps, self.policy.wait, transposes)
       if not moving[1]:
         d_thin = jax.tree.map(jnp.zeros_like, thin)

@@ -70,14 +70,23 @@ def by_barrier(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[
 
 
 def by_compiler(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
-  """Waits as the compiler that the program is lowered for wants it.
+  """Waits as the compiler that the program is lowered for wants it: by a barrier, which XLA's CPU backend drops."""
+  return _on_cpus(by_barrier, residuals, cotangents)
 
-  XLA's CPU backend drops barriers before it fuses and schedules; it is given arithmetic. Not for several devices, where
-  one element of a sharded cotangent would have to reach them all.
+
+def on_cpus(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """Waits where XLA's CPU backend compiles; others need not."""
+  return _on_cpus(at_once, residuals, cotangents)
+
+
+def _on_cpus(elsewhere: Wait, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """XLA's CPU backend drops barriers before it fuses and schedules; it is given arithmetic.
+
+  Not for several devices, where one element of a sharded cotangent would have to reach them all.
   """
   if any(0 in jnp.shape(cotangent) for cotangent in cotangents):  # nothing to wait for: no element to depend on
     return residuals
-  return by_platform(by_barrier, {"cpu": Form(_by_arithmetic, single_device=True)}, residuals, cotangents)
+  return by_platform(elsewhere, {"cpu": Form(_by_arithmetic, single_device=True)}, residuals, cotangents)
 
 
 def _by_arithmetic(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:

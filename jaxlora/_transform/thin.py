@@ -1,22 +1,16 @@
 """The first thin product of an adapted weight, `h = x A^T`, alone or together with those that share its input.
 
-Reading order: one -> several -> one whose input is rematerialised.
+Reading order: one -> several.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
-import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled, Result, contract, merged_alike, own_labels
-from jaxlora._platform.policy import Policy
-from jaxlora._platform.recipes import Recipe
-from jaxlora._platform.wait import TransposeOf, at_once, late
 from jaxlora._weight.roles import RANK
 
 
@@ -75,65 +69,3 @@ class Shrinks:
   def apart(self) -> "Shrinks":
     """The same with all axes of `x` apart."""
     return Shrinks(tuple(shrink.apart() for shrink in self.each))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Its derivative.
-
-
-def shrink_by(product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array, recipe: Recipe | None) -> Any:
-  """`h = product(x, a)`, bilinear, where `x` is rematerialised for the gradient of `a` if there is a recipe for it.
-
-      dh = product(dx, a) + product(x rematerialised, da)
-
-  Only the second term needs x, and so does only its transpose, `da = product^T(x rematerialised, dh)`.
-  """
-  if recipe is None or not jnp.issubdtype(x.dtype, jnp.floating):
-    return product(x, a)
-
-  @jax.custom_jvp
-  def h(x, a, leaves):
-    del leaves  # what x is made of; its derivatives run through x
-    return product(x, a)
-
-  def jvp(primals, tangents):
-    (x, a, leaves), (dx, da, _) = primals, tangents
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-      terms.append(product(dx, a))
-    if not isinstance(da, SymbolicZero):
-      terms.append(late(lambda leaves, da: product(recipe.again(leaves), da), leaves, da, recipe.wait))
-    out = h(x, a, leaves)
-    return out, jax.tree.map(
-      lambda *parts: functools.reduce(jnp.add, parts), *terms or [jax.tree.map(jnp.zeros_like, out)]
-    )
-
-  h.defjvp(jvp, symbolic_zeros=True)
-  return h(x, a, recipe.leaves)
-
-
-def shrink_along_factor(shrink: Shrink, x: jax.Array, a: jax.Array, recipe: Recipe | None, policy: Policy) -> Labelled:
-  """`h = x A^T` with the derivative along A alone, `dh = x dA^T`; `x` is rematerialised for it if there is a recipe.
-
-  The derivative along `x` is that of the whole product `x W + h B` (`_transform/product.py`).
-  """
-  if recipe is None:
-    recipe = Recipe((x,), lambda leaves: leaves[0], at_once)
-  again = recipe.again
-
-  @jax.custom_jvp
-  def h(x, a, leaves):
-    del leaves
-    return policy.lowered(shrink, {"tpu": shrink.apart()}, x, a)
-
-  def jvp(primals, tangents):
-    (x, a, leaves), (_, da, _) = primals, tangents
-    out = h(x, a, leaves)
-    if isinstance(da, SymbolicZero):
-      return out, jax.tree.map(jnp.zeros_like, out)
-    apart = TransposeOf(lambda leaves, da: shrink.apart()(again(leaves), da), at_once, jax.tree.structure(a))
-    along = lambda leaves, da: shrink(again(leaves), da)
-    return out, late(along, leaves, da, recipe.wait, policy.transposes({"tpu": apart}))
-
-  h.defjvp(jvp, symbolic_zeros=True)
-  return h(x, a, recipe.leaves)

@@ -18,10 +18,11 @@ from jaxlora._platform.region_derivative import Comparable, evaluate_region, is_
 from jaxlora._transform.control import CONTROL, Rebuild
 from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
 from jaxlora._transform.interpreter import Handler, RegionEquation, Step, interpret, plan
-from jaxlora._transform.product import Products, called
+from jaxlora._transform.products import Products, called
 from jaxlora._transform.record import Record
 from jaxlora._transform.rule import AHEAD, PRODUCTS, Ahead, Op, ShrinkBy, find_rule
-from jaxlora._transform.thin import Shrinks, shrink_by
+from jaxlora._transform.thin import Shrinks
+from jaxlora._transform.thin_derivative import shrink_by
 
 
 class Transform(Handler):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, dropped
 from jaxlora._transform.pairing import Pairing, meeting
-from jaxlora._transform.product import Product, Weight, dot, dot_apart, product_of
+from jaxlora._transform.product import Product, Weight, product_of
+from jaxlora._transform.products import dot, dot_apart
 from jaxlora._transform.rule import AHEAD, Ahead, Op, rule
 from jaxlora._weight.roles import RANK, factor_axes, laid_along
 
