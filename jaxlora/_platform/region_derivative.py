@@ -97,8 +97,11 @@ class _Evaluated:
       kept = (values, factors, small, result)
       if not region.softmax() or residuals_used(along(shrinks), kept, steps)[place]:
         along = functools.partial(along, from_result=False)
-      transposes = self.policy.transposes(_TransposeApart(along(shrinks.apart()), is_norm(region), steps))
-      d_result, d_thin = late(along(shrinks), kept, steps, self.policy.wait, transposes)
+      in_tiles = along(shrinks.apart(), from_result=False)
+      transposes = self.policy.transposes(_TransposeApart(in_tiles, is_norm(region), steps))
+      d_result, d_thin = late(
+        along(shrinks), kept, steps, self.policy.wait, transposes, (bool(transposes), False, False, False)
+      )
       if not moving[1]:
         d_thin = jax.tree.map(jnp.zeros_like, thin)
       if d_result is None:
