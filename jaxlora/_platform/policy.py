@@ -58,6 +58,7 @@ class Policy:
     add_once: the sum, where it is differentiated.
     joins: whether an adapted product is one operation, with a derivative of its own.
     tiled: the platforms whose programs are given the forms for arrays in tiles.
+    reason: why it was chosen, for `explain`.
   """
 
   name: str
@@ -73,6 +74,7 @@ class Policy:
   add_once: Callable[[jax.Array, jax.Array], jax.Array] = plain_sum
   joins: bool = True
   tiled: tuple[str, ...] = ()
+  reason: str = dataclasses.field(default="", compare=False)
 
   def lowered(
     self, default: Callable[..., Any], in_tiles: Callable[..., Any], *args: Any, shared: Sequence[int] = ()
@@ -175,22 +177,24 @@ def choose_policy(tuning: str, platform: str | None, recompute: bool, values: It
     values: the call's arguments.
   """
   if tuning == "none":
-    return NONE
-  policy = PLATFORMS.get(platform or _platform_of(values), GPU)
+    return dataclasses.replace(NONE, reason='tuning="none"')
+  found, reason = (platform, f"platform={platform!r}") if platform else _platform_of(values)
+  policy = dataclasses.replace(PLATFORMS.get(found, GPU), reason=reason)
   return policy if recompute else policy.without_recompute()
 
 
-def _platform_of(values: Iterable[Any]) -> str:
+def _platform_of(values: Iterable[Any]) -> tuple[str, str]:
+  """The platform of a call that was not told its own, and what says so."""
   for value in values:
     if isinstance(value, jax.Array) and (found := _platform_of_array(value)):
-      return found
+      return found, "the devices of the arguments"
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and (found := _platform_of_mesh(mesh)):
-    return found
+    return found, "the mesh"
   default = getattr(jax.config, "jax_default_device", None)  # within `jax.default_device(...)`, too
   if default is not None:
-    return default if isinstance(default, str) else default.platform
-  return jax.default_backend()
+    return default if isinstance(default, str) else default.platform, "jax.default_device"
+  return jax.default_backend(), "the default backend"
 
 
 def _platform_of_array(value: jax.Array) -> str | None:

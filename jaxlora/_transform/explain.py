@@ -45,10 +45,14 @@ class Explanation:
   Attributes:
     uses: every product of an adapted weight, and every place where one was materialised, in program order.
     unused: paths of adapted weights that the function never multiplies by.
+    policy: the name of the policy by which the program is written.
+    chosen_by: what that was chosen by.
   """
 
   uses: tuple[Use, ...]
   unused: tuple[str, ...]
+  policy: str
+  chosen_by: str
 
   @property
   def materialized(self) -> tuple[Use, ...]:
@@ -61,7 +65,7 @@ class Explanation:
       taken = ("factored" + (f", {use.way}" if use.way else "")) if use.factored else "MATERIALISED"
       rows.append((use.path, taken, use.primitive, use.source, use.reason or "x W + s (x A) B"))
     rows.extend((path, "unused", "-", "-", "the function never multiplies by it") for path in self.unused)
-    return table(rows)
+    return f"{table(rows)}\npolicy: {self.policy}, by {self.chosen_by}"
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -103,7 +107,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
   jax.eval_shape(traced, [leaves[k] for k in abstract])
   used = {use.path for use in record.uses}
-  return Explanation(tuple(record.uses), tuple(path for path in paths if path not in used))
+  unused = tuple(path for path in paths if path not in used)
+  return Explanation(tuple(record.uses), unused, record.policy.name, record.policy.reason)
 
 
 def _plain_record(values: Sequence[Any]) -> Record:
