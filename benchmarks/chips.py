@@ -71,7 +71,7 @@ class Chip(NamedTuple):
 
   def versions(self) -> dict[str, str]:
     """Versions of the compiler's packages."""
-    return {package: importlib.metadata.version(package) for package in self.packages}
+    return {package: importlib.metadata.version(package) for package in self.packages if _is_distributed(package)}
 
 
 def _tpu(name: str, flops: float, bandwidth: float, clock: float | None) -> Chip:

@@ -39,11 +39,10 @@ REACH_PEER = 0.90
 # Figures of the steps.
 
 
-def candidates(chip: Chip | None, only: Sequence[str] | None) -> list[Contestant]:
-  """The contestants; jaxlora is told which chip it is for, since this host does not have it, unless there is None."""
-  told = {"platform": chip.platform} if chip else {}
-  without, _ = contestants.recompute_contestants(**told)
-  return [one for one in (*contestants.contestants(**told), without) if wanted(one.name, only)]
+def candidates(only: Sequence[str] | None) -> list[Contestant]:
+  """The contestants. Jaxlora is not told which chip it is for: forms for a platform are chosen where it is lowered."""
+  without, _ = contestants.recompute_contestants()
+  return [one for one in (*contestants.contestants(), without) if wanted(one.name, only)]
 
 
 def microseconds(row: dict[str, Any], chip: Chip) -> dict[str, float | None]:
@@ -71,7 +70,7 @@ def over_best_peer(rows: dict[str, Any], field: str) -> dict[str, Any] | None:
 def compare(target: Target, settings: Settings, args: argparse.Namespace, tick: Callable[[str], Any]) -> dict[str, Any]:
   """The figures of all contestants, and times where the chip is here."""
   chip = target.chip
-  here, absent = contestants.present(candidates(chip, args.only), settings)
+  here, absent = contestants.present(candidates(args.only), settings)
   base, rows = base_shapes(settings), {}
   for one in here:
     tick(f"compiling {one.name}")
@@ -87,7 +86,7 @@ def run_here(target: Target, settings: Settings, args: argparse.Namespace, tick:
   """Times of the steps on this host's own device, if it is such a chip."""
   if not is_here(target.device):
     return None
-  here, _ = contestants.present(candidates(None, args.only), settings)
+  here, _ = contestants.present(candidates(args.only), settings)
   base = make_base(settings)
   seconds = steps.time_steps(base, steps.prepare(base, here, tick), args.rounds, lambda _: tick("timing"))
   return {
@@ -102,7 +101,7 @@ def run_here(target: Target, settings: Settings, args: argparse.Namespace, tick:
 
 def compare_fits(target: Target, settings: Settings, args: argparse.Namespace, tick: Any) -> dict[str, Any]:
   """The largest batch of every contestant."""
-  here, absent = contestants.present(candidates(target.chip, args.only), settings)
+  here, absent = contestants.present(candidates(args.only), settings)
   rows: dict[str, Any] = {}
   begin = 1
   for one in here:
@@ -247,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     target = Target(chip, device_of(chip))
   except NoCompilerError as error:
     parser.error(str(error))
-  count = len(candidates(chip, args.only))
+  count = len(candidates(args.only))
   total = None if args.fits else count + steps.turns(count, args.rounds) * is_here(target.device)
   with harness.progress(total, "step", args.quiet) as bar:
     found = (compare_fits if args.fits else compare)(target, settings, args, harness.ticker(bar))

@@ -78,15 +78,16 @@ def specified_sharding(sharding: Any) -> Any | None:
   return sharding if isinstance(sharding, jax.sharding.Sharding) else None
 
 
-def without_dead_code(jaxpr: Any, needed: Sequence[bool] = ()) -> tuple[Any, list[bool]]:
+def without_dead_code(jaxpr: Any, needed: int = 0) -> tuple[Any, list[bool]]:
   """A closed jaxpr without the equations and the operands that nothing needs, and which operands it still has.
 
-  Operands that are `needed` stay in any case. A JAX without `dce_jaxpr` gives the jaxpr back as it is.
+  The last `needed` operands stay in any case. A JAX without `dce_jaxpr` gives the jaxpr back as it is.
   """
   inner, consts = open_jaxpr(jaxpr)
   count = len(inner.invars)
   try:
-    pruned, used = pe.dce_jaxpr(inner, [True] * len(inner.outvars), list(needed) or [False] * count)
+    keep = [k >= count - needed for k in range(count)]
+    pruned, used = pe.dce_jaxpr(inner, [True] * len(inner.outvars), keep)
     return jex_core.ClosedJaxpr(pruned, consts), list(used)
   except (AttributeError, TypeError, ValueError, AssertionError):
     return jaxpr, [True] * count

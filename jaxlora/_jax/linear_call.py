@@ -37,7 +37,6 @@ def linear_call(
   residuals: Any,
   linear: Any,
   transposes: Mapping[str, Transpose] | None = None,
-  kept_for_them: Any = False,
 ) -> Any:
   """`fn(residuals, linear)`, where the transpose in `linear` first puts its residuals through `before`.
 
@@ -47,8 +46,7 @@ def linear_call(
     residuals: pytree of arrays.
     linear: pytree of arrays.
     transposes: platform, as JAX names it, or `EVERYWHERE` -> the transpose that programs for it are given instead.
-      Batching drops them.
-    kept_for_them: pytree prefix of `residuals`, of bools: what `transposes` read besides what the default one does.
+      They read what the default one reads. Batching drops them.
 
   Returns:
     What `fn` returns.
@@ -66,8 +64,7 @@ def linear_call(
     out, out_def = jax.tree.flatten(out)
     return out
 
-  needed = [*jax.tree.leaves(jax.tree.broadcast(kept_for_them, residuals)), *[True] * len(moving)]
-  jaxpr, used = without_dead_code(jax.make_jaxpr(flat)(*kept, *moving), needed)
+  jaxpr, used = without_dead_code(jax.make_jaxpr(flat)(*kept, *moving), len(moving))
   used, all_kept = used[: len(kept)], kept
   kept = [value for value, use in zip(kept, used, strict=True) if use]
   gone = tuple(None if use else jax.typeof(value) for value, use in zip(all_kept, used, strict=True))

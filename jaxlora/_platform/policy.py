@@ -15,7 +15,7 @@ from jaxlora._jax.linear_call import Transpose
 from jaxlora._platform.expand import expand
 from jaxlora._platform.kept_sum import kept_sum, plain_sum, sum_once
 from jaxlora._platform.regions import Region, find_regions
-from jaxlora._platform.wait import Wait, by_barrier, by_compiler
+from jaxlora._platform.wait import Wait, at_once, by_barrier, by_compiler, on_cpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Policy:
     add: `(x W, h B) -> x W + h B`, outside of loops; inside of them the sum is plain.
     expand: the second thin product `h B`, by labels.
     wait: how what is rematerialised waits for its cotangent.
+    wait_softmax: how the derivative of a softmax waits, which is made of its kept result.
     regions: from a jaxpr to the norms, softmaxes and activations that are differentiated as one.
     rematerialises: whether the inputs of adapted products are made again in the backward pass, where that is cheap.
     widens_bases: whether the compiler makes a wider copy of a half-precision weight for its product. Such a copy is
@@ -65,6 +66,7 @@ class Policy:
   add: Callable[[jax.Array, jax.Array], jax.Array]
   expand: Callable[[Labelled, Labelled, Sequence[Hashable], Result], Labelled]
   wait: Wait
+  wait_softmax: Wait
   regions: Callable[[Any], Mapping[int, Region]]
   rematerialises: bool
   widens_bases: bool
@@ -111,6 +113,7 @@ CPU = Policy(
   add=kept_sum,
   expand=expand,
   wait=by_compiler,
+  wait_softmax=on_cpus,
   regions=find_regions,
   rematerialises=True,
   widens_bases=True,
@@ -127,6 +130,7 @@ GPU = dataclasses.replace(
   add=plain_sum,
   expand=contract,
   wait=by_barrier,
+  wait_softmax=at_once,
   widens_bases=False,
   banks=Banks(spare_terms=128, loops=False),
   add_once=plain_sum,
@@ -139,6 +143,7 @@ NONE = Policy(
   add=plain_sum,
   expand=contract,
   wait=by_barrier,
+  wait_softmax=at_once,
   regions=no_regions,
   rematerialises=False,
   widens_bases=False,

@@ -93,15 +93,14 @@ class _Evaluated:
       values, factors = primals
       moving = [[k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)] for steps in tangents]
       steps = [[steps[k] for k in numbers] for steps, numbers in zip(tangents, moving, strict=True)]
-      along = functools.partial(_along, region, inputs=moving[0], factors=moving[1], from_result=True)
+      along = functools.partial(_along, region, inputs=moving[0], factors=moving[1])
       kept = (values, factors, small, result)
-      if not region.softmax() or residuals_used(along(shrinks), kept, steps)[place]:
-        along = functools.partial(along, from_result=False)
-      in_tiles = along(shrinks.apart(), from_result=False)
-      transposes = self.policy.transposes(_TransposeApart(in_tiles, is_norm(region), steps))
-      d_result, d_thin = late(
-        along(shrinks), kept, steps, self.policy.wait, transposes, (bool(transposes), False, False, False)
-      )
+      from_root, from_result = (along(shrinks, from_result=from_result) for from_result in (False, True))
+      of_result = region.softmax() is not None and not residuals_used(from_result, kept, steps)[place]
+      chosen, wait = (from_result, self.policy.wait_softmax) if of_result else (from_root, self.policy.wait)
+      in_tiles = _TransposeApart(along(shrinks.apart(), from_result=of_result), is_norm(region), steps)
+      transposes = self.policy.transposes(in_tiles)
+      d_result, d_thin = late(chosen, kept, steps, wait, transposes)
       if not moving[1]:
         d_thin = jax.tree.map(jnp.zeros_like, thin)
       if d_result is None:

@@ -26,14 +26,13 @@ def late(
   linear: Any,
   wait: Wait,
   transposes: Mapping[str, Transpose] | None = None,
-  kept_for_them: Any = False,
 ) -> Any:
   """`fn(residuals, linear)`, linear in the second argument, whose transpose reads residuals only after its cotangent.
 
   Forward mode, second derivatives and batching are those of `fn`. Programs for the platforms in `transposes` are given
-  that transpose instead; `kept_for_them` is a prefix of `residuals` that says what those read besides.
+  that transpose instead.
   """
-  return linear_call(fn, wait, residuals, linear, transposes, kept_for_them)
+  return linear_call(fn, wait, residuals, linear, transposes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,8 @@ class Product:
   def matrices(self, weight: Weight) -> joint.Matrices | None:
     """The product as one of matrices; `None` where it is not."""
     w, a, b = weight
-    if self.batched or self.stack or self.result.sharding is not None:
+    of_factors = {*self.contracted} <= {*self.shrink.factor} and {*self.free} <= {*self.second}
+    if self.batched or self.stack or self.result.sharding is not None or not of_factors:
       return None
     labels = run_of(self.labels, self.contracted, w.shape)
     v = Labelled(w, tuple(range(self.ndim))).flattened(self.contracted).flattened(self.free)

@@ -4,6 +4,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxlora
 from tests import helpers
@@ -40,9 +41,10 @@ def test_second_derivatives_and_forward_mode(x64):
   helpers.assert_close(got, want, 1e-12)
 
 
-def test_the_base_gets_no_gradient():
+@pytest.mark.parametrize("fn", [lambda p, x: x @ p["w"], lambda p, x: p["w"][jnp.array([2, 0])]], ids=["dot", "gather"])
+def test_the_base_gets_no_gradient(fn):
   tree = one_weight()
-  grads = jax.grad(lambda t: jnp.sum(jaxlora.wrap(lambda p, x: jnp.tanh(x @ p["w"]))(t, X)))(tree)
+  grads = jax.grad(lambda t: jnp.sum(jnp.tanh(jaxlora.wrap(fn)(t, X))))(tree)
   assert not grads["w"].base.any()
   assert grads["w"].a.any()
 

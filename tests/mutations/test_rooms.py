@@ -232,7 +232,7 @@ BUGS = [
   Bug(branches_in_reverse, test_oracle.test_factored_equals_merged, {"build": "dense", "wrap": "switch", "x64": None}),
   Bug(lost_policies, test_parameters.test_the_policy_of_a_remat_holds),
   Bug(scale_in_the_walk, test_oracle.test_factored_equals_merged, {"build": "dense", "wrap": "alone", "x64": None}),
-  Bug(base_that_trains, test_wrap.test_the_base_gets_no_gradient),
+  Bug(base_that_trains, test_wrap.test_the_base_gets_no_gradient, {"fn": lambda p, x: p["w"][jnp.array([2, 0])]}),
   Bug(one_mask, test_dropout.test_every_use_has_a_mask_of_its_own, {"fn": lambda p, x: (x @ p["w"], x @ p["w"])}),
   Bug(dropout_without_rescaling, test_dropout.test_dropout_acts_on_the_adapters_input_alone),
   Bug(norm_in_the_gradient, test_variants.test_the_norm_is_a_constant_of_doras_gradient_and_not_of_the_exact_ones,

@@ -1,0 +1,119 @@
+"""Adapted products of one input, in every policy's form: values, derivatives, and what `vmap` makes of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlora
+from tests import helpers
+from tests.helpers import POLICIES
+
+ONE_DEVICE = [name for name, policy in POLICIES.items() if policy.devices == 1]
+WIDTH = 12
+
+
+def params_of(*shapes, seed=0):
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
+  return {f"w{k}": jax.random.normal(key, shape) for k, (key, shape) in enumerate(zip(keys, shapes, strict=True))}
+
+
+def norm(x):
+  centred = x - jnp.mean(x, -1, keepdims=True)
+  return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6)
+
+
+NORMS = {
+  "norm": norm,
+  "root_mean_square": lambda x: x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6),
+  "norm_with_a_gain": lambda x: norm(x) * jnp.linspace(1, 2, WIDTH)[None, None] + jnp.linspace(0, 1, WIDTH)[None, None],
+  "division_by_a_norm": lambda x: x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True)),
+  "activation": jnp.tanh,
+  "jitted_norm": jax.jit(norm),
+}
+
+
+def readers(p, x, make=norm):
+  """A norm that four weights of other shapes read: one has heads, one is on the left, ranks differ."""
+  y = make(x @ p["w4"])  # the derivative along the norm's input is wanted, too
+  heads = jnp.einsum("btd,dhk->bthk", y, p["w1"])
+  left = jnp.einsum("nd,btd->nbt", p["w2"], y)
+  return jnp.sum(jnp.sin(y @ p["w0"])) + jnp.sum(jnp.cos(heads)) + jnp.sum(left**2) + jnp.sum(jnp.tanh(y @ p["w3"]))
+
+
+def adapted_readers(x, make=norm):
+  params = params_of((WIDTH, 7), (WIDTH, 3, 2), (5, WIDTH), (WIDTH, 7), (WIDTH, WIDTH))
+  overrides = {"w0": {"rank": 3}, "w1": {"rank": 1}}
+  fn = lambda p, x: readers(p, x, make)
+  probe = lambda p: fn(p, x)
+  return helpers.adapted(params, rank=2, targets=".*", overrides=overrides, probe=probe), fn
+
+
+@pytest.mark.parametrize("policy", ONE_DEVICE)
+@pytest.mark.parametrize("make", NORMS)
+def test_norms_that_several_weights_read(policy, make, x64):
+  x = jax.random.normal(jax.random.key(3), (2, 4, WIDTH))
+  tree, fn = adapted_readers(x, NORMS[make])
+  helpers.check(fn, tree, (x,), 1e-11, policies=[POLICIES[policy]])
+
+
+@pytest.mark.parametrize("policy", ONE_DEVICE)
+def test_one_input_of_several_weights(policy, x64):
+  x = jax.random.normal(jax.random.key(3), (2, 4, WIDTH))
+  tree, fn = adapted_readers(x)
+  helpers.check(fn, tree, (x,), 1e-11, policies=[POLICIES[policy]])
+
+
+@pytest.mark.parametrize("policy", ONE_DEVICE)
+def test_second_derivatives(policy, x64):
+  """Along the input and the factors, mixed ones among them."""
+  x = jax.random.normal(jax.random.key(3), (2, 4, WIDTH))
+  tree, fn = adapted_readers(x)
+  frozen, trainable = jaxlora.split(tree)
+  leaves, treedef = jax.tree.flatten((trainable, x))
+  steps = [jax.random.normal(jax.random.key(k), leaf.shape) for k, leaf in enumerate(leaves)]
+
+  def curvature(of):
+    at = lambda leaves: of(*jax.tree.unflatten(treedef, leaves))
+    return jax.jit(lambda leaves: jax.jvp(jax.grad(at), (leaves,), (steps,))[1])(leaves)
+
+  wrapped = jaxlora.wrap(fn, on_materialize="error", **POLICIES[policy].options)
+  got = curvature(lambda half, x: wrapped(jaxlora.join(frozen, half), x))
+  wanted = curvature(lambda half, x: fn(jaxlora.merge(jaxlora.join(frozen, half)), x))
+  helpers.assert_close(got, wanted, 1e-10)
+
+
+@pytest.mark.parametrize("policy", ONE_DEVICE)
+def test_many_adapters_of_one_base_share_it_under_vmap(policy):
+  """No form lays a copy of the base beside each adapter."""
+  x = jnp.ones((4, WIDTH))
+  tree = helpers.adapted(params_of((WIDTH, 64)), rank=2, targets=".*")
+  frozen, trainable = jaxlora.split(tree)
+  many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, 3 * leaf]), trainable)
+  wrapped = jaxlora.wrap(lambda p, x: x @ p["w0"], on_materialize="error", **POLICIES[policy].options)
+  loss = lambda half: jnp.sum(jnp.sin(wrapped(jaxlora.join(frozen, half), x)))
+  step = jax.jit(jax.vmap(jax.value_and_grad(loss)))
+  assert f"tensor<3x{WIDTH + 2}x64" not in step.lower(many).as_text()
+  alone = [jax.value_and_grad(loss)(jax.tree.map(lambda leaf, k=k: leaf[k], many)) for k in range(3)]
+  helpers.assert_close(step(many), jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone), 1e-5)
+
+
+def test_the_form_for_tpus_has_one_product_each_way():
+  """`[x, h] [W; B]` and `[dy, g] [W^T; A]`, lowered for a TPU and for nothing else."""
+  x = jnp.ones((2, 4, WIDTH))
+  tree = helpers.adapted(params_of((WIDTH, 64)), rank=2, targets=".*")
+  wrapped = jaxlora.wrap(lambda p, x: x @ p["w0"], on_materialize="error")
+  traced = jax.jit(jax.grad(lambda t, x: jnp.sum(jnp.sin(wrapped(t, x))), argnums=1, allow_int=True)).trace(tree, x)
+  joined = (f"tensor<{WIDTH + 2}x64x", f"tensor<{WIDTH}x66x")
+  text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu", "cuda")}
+  assert all(shape in text["tpu"] for shape in joined)
+  assert not any(shape in text[platform] for shape in joined for platform in ("cpu", "cuda"))
+
+
+def test_a_batch_of_nothing():
+  tree = helpers.adapted(params_of((WIDTH, 7)), rank=2, targets=".*")
+  for policy in POLICIES.values():
+    wrapped = jaxlora.wrap(lambda p, x: x @ p["w0"], on_materialize="error", **policy.options)
+    value, grads = jax.value_and_grad(lambda t: jnp.sum(wrapped(t, jnp.ones((0, WIDTH)))))(tree)
+    assert value == 0
+    np.testing.assert_array_equal(grads["w0"].a, jnp.zeros_like(grads["w0"].a))
