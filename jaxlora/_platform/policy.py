@@ -46,6 +46,7 @@ class Policy:
   Attributes:
     name: of the platform.
     add: `(x W, h B) -> x W + h B`, outside of loops; inside of them the sum is plain.
+    add_once: the same where it is differentiated: the sum is one array.
     expand: the second thin product `h B`, by labels.
     wait: how what is rematerialised waits for its cotangent.
     wait_softmax: how the derivative of a softmax waits, which is made of its kept result.
@@ -56,14 +57,15 @@ class Policy:
     flattens: whether the base's own product is written with the weight's axes flattened to two.
     shares_traces: whether layers that are alike are traced and lowered once.
     banks: see there.
-    add_once: the sum, where it is differentiated.
-    joins: whether an adapted product is one operation, with a derivative of its own.
-    tiled: the platforms whose programs are given the forms for arrays in tiles.
+    joins: whether an adapted product is one operation, with a derivative of its own; else it is left to JAX.
+    tiled: the platforms whose programs are given the forms for arrays in tiles; `EVERYWHERE` where the policy is for
+      one of them alone.
     reason: why it was chosen, for `explain`.
   """
 
   name: str
   add: Callable[[jax.Array, jax.Array], jax.Array]
+  add_once: Callable[[jax.Array, jax.Array], jax.Array]
   expand: Callable[[Labelled, Labelled, Sequence[Hashable], Result], Labelled]
   wait: Wait
   wait_softmax: Wait
@@ -73,7 +75,6 @@ class Policy:
   flattens: bool
   shares_traces: bool
   banks: Banks
-  add_once: Callable[[jax.Array, jax.Array], jax.Array] = plain_sum
   joins: bool = True
   tiled: tuple[str, ...] = ()
   reason: str = dataclasses.field(default="", compare=False)
@@ -111,6 +112,7 @@ class Policy:
 CPU = Policy(
   name="cpu",
   add=kept_sum,
+  add_once=sum_once,
   expand=expand,
   wait=by_compiler,
   wait_softmax=on_cpus,
@@ -120,7 +122,6 @@ CPU = Policy(
   flattens=True,
   shares_traces=True,
   banks=Banks(spare_terms=8, loops=True),
-  add_once=sum_once,
   tiled=("tpu",),
 )
 # Arithmetic is cheaper by far than memory: more superfluous terms, and no loops over rows.
@@ -128,12 +129,12 @@ GPU = dataclasses.replace(
   CPU,
   name="gpu",
   add=plain_sum,
+  add_once=plain_sum,
   expand=contract,
   wait=by_barrier,
   wait_softmax=at_once,
   widens_bases=False,
   banks=Banks(spare_terms=128, loops=False),
-  add_once=plain_sum,
   tiled=(),
 )
 TPU = dataclasses.replace(GPU, name="tpu", tiled=(EVERYWHERE,))
@@ -141,6 +142,7 @@ TPU = dataclasses.replace(GPU, name="tpu", tiled=(EVERYWHERE,))
 NONE = Policy(
   name="none",
   add=plain_sum,
+  add_once=plain_sum,
   expand=contract,
   wait=by_barrier,
   wait_softmax=at_once,

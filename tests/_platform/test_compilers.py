@@ -4,7 +4,6 @@ Needs libtpu, `pip install -e ".[test,compilers]"`.
 """
 
 import collections
-import math
 import os
 import re
 
@@ -123,14 +122,6 @@ def instructions(compiled):
   return collections.Counter(re.findall(r"^ *(?:ROOT )?%\S+ = .*? ([a-z][a-z-]*)\(", compiled.as_text(), re.MULTILINE))
 
 
-def relayouts(compiled):
-  """The copies of arrays with all tokens and the width of the model, outside of fusions."""
-  entry = compiled.as_text().split("\nENTRY ")[1]
-  copied = re.findall(r"= bf16\[([\d,]+)\]\S* (?:copy|transpose)\(", entry)
-  sizes = [math.prod(map(int, shape.split(","))) for shape in copied]
-  return sum(size >= BATCH * TOKENS * WIDTH for size in sizes)
-
-
 def test_a_step_for_a_tpu_has_nothing_that_is_for_cpus(step):
   """Traced as on a CPU host: forms for CPUs are chosen where a program is lowered."""
   text = step().as_text()
@@ -147,17 +138,6 @@ def test_traced_on_a_cpu_host_is_traced_for_a_tpu(step):
 
 
 def test_a_step_is_near_the_frozen_floor(step, floor):
-  ours, plain = step(), step(tuning="none")
-  print(
-    "FIG",
-    cycles(ours),
-    cycles(plain),
-    cycles(floor),
-    relayouts(ours),
-    relayouts(floor),
-    ours.memory_analysis().temp_size_in_bytes,
-    floor.memory_analysis().temp_size_in_bytes,
-  )
-  assert cycles(ours) <= REACH * cycles(floor)
-  assert cycles(ours) < cycles(plain)
-  assert relayouts(ours) <= relayouts(floor)
+  ours, plain, least = (cycles(compiled) for compiled in (step(), step(tuning="none"), floor))
+  assert ours <= REACH * least
+  assert ours < 0.95 * plain
