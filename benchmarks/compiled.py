@@ -191,7 +191,9 @@ def describe(results: dict[str, Any]) -> str:
 def tables(results: dict[str, Any]) -> str:
   """A table of benchmarks/README.md: of figures, or of batches."""
   head, *rows = fits_cells(results) if results["settings"]["fits"] else cells(results)
-  versions = ", ".join(f"{name} {results['versions'][name]}" for name in results["compiler"])
+  versions = ", ".join(
+    f"{name} {results['versions'][name]}" for name in results["compiler"] if name in results["versions"]
+  )
   conditions = f"{results['title']}. jax {results['versions']['jax']}, {versions}."
   return "\n\n".join([conditions, harness.markdown(head, rows), "\n".join(remarks(results))])
 
