@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.builders import BUILDERS, FAMILIES
 
 VARIABLE = "JAXLORA_TESTS"
-EACH = 2  # wrappers for each builder
+EACH = 3  # wrappers for each builder
 STRIDE = 4  # wrappers that are listed side by side are alike
 
 
