@@ -37,20 +37,17 @@ def late(
 
 @dataclasses.dataclass(frozen=True)
 class TransposeOf:
-  """The transpose of `fn(residuals, linear)`, whose residuals wait in their own way: one of `late`'s `transposes`.
+  """The transpose of `fn(residuals, linear)`, whose residuals wait for nothing: one of `late`'s `transposes`.
 
   `linear` is a pytree of the structure that `treedef` has.
   """
 
   fn: Callable[[Any, Any], Any]
-  wait: Wait
   treedef: Any
 
   def __call__(self, residuals: Any, cotangents: Any, types: Sequence[Any]) -> Sequence[Any]:
-    leaves, treedef = jax.tree.flatten(residuals)
-    kept = jax.tree.unflatten(treedef, self.wait(leaves, jax.tree.leaves(cotangents)))
-    transpose = jax.linear_transpose(lambda *linear: self.fn(kept, jax.tree.unflatten(self.treedef, linear)), *types)
-    return transpose(cotangents)
+    along = lambda *linear: self.fn(residuals, jax.tree.unflatten(self.treedef, linear))
+    return jax.linear_transpose(along, *types)(cotangents)
 
 
 def at_once(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:

@@ -237,16 +237,16 @@ def dot(x: jax.Array, product: Product, weight: Weight, recipe: Recipe | None) -
     recipe: how to rematerialise `x` in the backward pass; `None` where it is kept.
   """
   h = shrink_along_factor(product.shrink, x, weight[1], recipe, product.policy)
-  return called(Products((product,)), x, [h], [weight])[0]
+  return evaluate_products(Products((product,)), x, [h], [weight])[0]
 
 
-def called(products: Products, *args: Any) -> list[jax.Array]:
+def evaluate_products(products: Products, *args: Any) -> list[jax.Array]:
   """The products, traced once for all that are alike where the policy says so."""
   return traced_once(products, *args) if products.policy.shares_traces else products(*args)
 
 
 @dataclasses.dataclass(frozen=True)
-class Apart:
+class Separate:
   """`x W + h B` of a base's product that is there, and of an `h` whose input is not `x`: of dropout, say."""
 
   product: Product
@@ -256,7 +256,7 @@ class Apart:
     return policy.sum(base, self.product.expand(h, b, policy.expand), self.product.result.looping)
 
 
-def dot_apart(
+def dot_separately(
   x: jax.Array,
   u: jax.Array,
   product: Product,
@@ -277,5 +277,5 @@ def dot_apart(
   base, a, b = weight
   y = product.base(x, base)
   h = shrink(product.shrink, inexact(u, a.dtype), a)
-  apart = Apart(product)
-  return traced_once(apart, y, h, b) if product.policy.shares_traces else apart(y, h, b)
+  separate = Separate(product)
+  return traced_once(separate, y, h, b) if product.policy.shares_traces else separate(y, h, b)

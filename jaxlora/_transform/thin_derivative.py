@@ -85,7 +85,7 @@ def _along_factor(shrink: Shrink, x: jax.Array, a: jax.Array, recipe: Recipe, po
     if isinstance(da, SymbolicZero):
       return out, jax.tree.map(jnp.zeros_like, out)
     apart = lambda leaves, da: shrink.apart()(recipe.again(leaves), da)
-    transposes = policy.transposes(TransposeOf(apart, at_once, jax.tree.structure(a)))
+    transposes = policy.transposes(TransposeOf(apart, jax.tree.structure(a)))
     return out, late(lambda leaves, da: shrink(recipe.again(leaves), da), leaves, da, recipe.wait, transposes)
 
   h.defjvp(jvp, symbolic_zeros=True)

@@ -18,7 +18,7 @@ from jaxlora._platform.region_derivative import Comparable, evaluate_region, is_
 from jaxlora._transform.control import CONTROL, Rebuild
 from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
 from jaxlora._transform.interpreter import Handler, RegionEquation, Step, interpret, plan
-from jaxlora._transform.products import Products, called
+from jaxlora._transform.products import Products, evaluate_products
 from jaxlora._transform.record import Record
 from jaxlora._transform.rule import AHEAD, PRODUCTS, Ahead, Op, ShrinkBy, find_rule
 from jaxlora._transform.thin import Shrinks
@@ -138,7 +138,7 @@ class Transform(Handler):
     out, small, thin = evaluate_region(region, inputs, shrinks, [a for _, a, _ in known], self.record.policy)
     if found:
       norm, sources = (Comparable(region), [*inputs, *small]) if is_norm(region) else (None, [])
-      self._ahead.update(zip(found, called(Products(each, norm), out, thin, known, sources), strict=True))
+      self._ahead.update(zip(found, evaluate_products(Products(each, norm), out, thin, known, sources), strict=True))
     make = rematerialised(region)
     self._origins.note(REGION, lambda operands: [make(operands)], [*inputs, *small], [out])
     return [out]

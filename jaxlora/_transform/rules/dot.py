@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, dropped
 from jaxlora._transform.pairing import Pairing, meeting
 from jaxlora._transform.product import Product, Weight, product_of
-from jaxlora._transform.products import dot, dot_apart
+from jaxlora._transform.products import dot, dot_separately
 from jaxlora._transform.rule import AHEAD, Ahead, Op, rule
 from jaxlora._weight.roles import RANK, factor_axes, laid_along
 
@@ -50,7 +50,7 @@ def product(op: Op, x: Any, w: Factored, pairing: Pairing) -> Any:
   if op.policy.joins and u is x and jnp.issubdtype(x.dtype, jnp.floating):
     return dot(x, which, (w.base, w.a, w.b), recipe)
   shrink = lambda product, x, a: op.shrink(product, x, a, recipe)
-  return dot_apart(x, u, which, (w.base, w.a, w.b), shrink)
+  return dot_separately(x, u, which, (w.base, w.a, w.b), shrink)
 
 
 def ahead(given: Ahead) -> tuple[Product, Weight] | None:
