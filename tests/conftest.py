@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import os
 
@@ -24,6 +25,11 @@ import pytest  # noqa: E402
 from jaxlora._jax import trace_cache  # noqa: E402
 from tests.helpers import DEVICES, on_devices, profiles  # noqa: E402
 from tests.helpers.forks import Forks  # noqa: E402
+
+# Thousands of programs are lowered, too: where in Python an operation was written takes a twelfth of that time to tell.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+# JAX's caches grow to a million objects that live on, and a full collection looks at all of them.
+gc.set_threshold(*gc.get_threshold()[:2], 50)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
