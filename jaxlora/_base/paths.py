@@ -41,6 +41,12 @@ def _boxed(tree: Any) -> set[Any]:
   return {path for path, node in nodes if isinstance(node, boxes)}
 
 
+def unboxed(tree: Any) -> Any:
+  """An `nnx.State` with the values of its Variables in their places; any other tree as it is."""
+  nnx = sys.modules.get("flax.nnx")
+  return nnx.as_pure(tree) if nnx is not None and isinstance(tree, nnx.State) else tree
+
+
 def _component(key: Any) -> str:
   for field in ("key", "idx", "name"):
     if hasattr(key, field):

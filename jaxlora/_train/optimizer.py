@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlora._weight.tree import adapted_leaves, check_adapted, map_adapted
+from jaxlora._train.view import check_trainable, extra_in_halves, is_placeholder, trainable_half
+from jaxlora._weight.describe import is_array
+from jaxlora._weight.tree import adapted_leaves, is_half_leaf, map_adapted
 from jaxlora._weight.weight import is_adapted, parts, trained_parts, with_parts
 
 
@@ -63,43 +65,57 @@ def mask(tree: Any) -> Any:
 def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """Trains the adapters of a combined tree with `tx`, and leaves everything else exactly as it is.
 
-  For loops that keep one parameter tree, such as flax's `TrainState`. Frozen leaves get zero updates and no optimizer
-  state, whether the gradients hold arrays for them (`jax.grad`) or nothing (`jaxlora.grad`). Whatever else is put
-  around `tx` goes inside, `optimizer(optax.MultiSteps(tx, 4))`: outside it would meet those gradients itself.
+  For loops that keep one parameter tree, such as flax's `TrainState` or `nnx.Optimizer`. Frozen leaves get zero updates
+  and no optimizer state, whether the gradients hold arrays for them (`jax.grad`) or nothing (`jaxlora.grad`). Whatever
+  else is put around `tx` goes inside, `optimizer(optax.MultiSteps(tx, 4))`: outside it would meet those gradients
+  itself. Line searches go there, too: their `grad`, and what their `value_fn` is called with, are taken care of.
+
+  The state is that of `tx` for the trainable half, `tx.init(split(tree)[1])`: `opt_state.hyperparams`,
+  `optax.tree_utils.tree_get` and the like find in it what they find without `optimizer`.
 
   Args:
-    tx: any optax transformation; it sees the trainable leaves alone, weight decay and clipping included.
+    tx: any optax transformation; it sees the trainable half alone, weight decay and clipping included.
 
   Returns:
-    An optax transformation for the whole tree.
+    An optax transformation for the whole tree; a trainable half is taken, too. Leaves that are no numbers, such as the
+    functions and bools in an Equinox module, have `None` for their update, as `eqx.apply_updates` wants it.
 
   Raises:
     TypeError: if `tx` is no optax transformation.
-    ValueError: from `init`, if the tree has no adapted leaf, is a half, or is the view of another `optimizer` around
-      this one; from `update`, without `params` where the gradients hold `None`.
+    ValueError: from `init`, if the tree has no adapted leaf, or is a frozen half; from `update`, without `params` where
+      the gradients hold `None`, or with gradients of another tree.
 
   Example:
     >>> import optax
     >>> tx = optimizer(optax.adamw(1e-4))
+
+    The learning rate, by optax's own means:
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> tree = jaxlora.adapt({"kernel": jnp.ones((6, 5))}, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> state = optimizer(optax.inject_hyperparams(optax.adam)(1e-4)).init(tree)
+    >>> state = optax.tree_utils.tree_set(state, learning_rate=1e-5)
+    >>> float(state.hyperparams["learning_rate"])
+    1e-05
   """
   if isinstance(tx, optax.MultiSteps):  # which optax's own wrappers accept as well
     tx = tx.gradient_transformation()
   if not isinstance(tx, optax.GradientTransformation):
     raise TypeError(f"optimizer: found {tx!r}, expected an optax transformation, such as optax.adamw(1e-4).")
-  routed = optax.chain(
-    optax.masked(tx, mask), optax.masked(optax.set_to_zero(), lambda tree: jax.tree.map(lambda x: not x, mask(tree)))
-  )
+  inner = optax.with_extra_args_support(tx)
 
   def init(params):
-    check_adapted(params, "optimizer")
-    if any(isinstance(node.base, optax.MaskedNode) for _, node in adapted_leaves(params)):
-      raise ValueError(
-        "optimizer: found one inside another; one is enough: optimizer(tx) masks the base for all of tx."
-      )
-    return routed.init(params)
+    if is_placeholder(params):
+      return inner.init(params)
+    check_trainable(params, "optimizer")
+    return inner.init(trainable_half(params))
 
   def update(updates, state, params=None, **extra):
-    return routed.update(_with_zeros(updates, params), state, params, **extra)
+    if params is None:
+      _check_shapes_known(updates)
+    half = None if params is None else trainable_half(params)
+    made, state = inner.update(trainable_half(updates), state, half, **extra_in_halves(extra, params))
+    return _with_zeros(made, updates if params is None else params), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -147,33 +163,42 @@ def lora_plus(
   return optax.partition(each, labels)
 
 
-def _with_zeros(updates: Any, params: Any) -> Any:
-  """Gradients with zeros where `jaxlora.grad` has `None`, or `jax.grad` has float0, which nothing can be added to."""
-  if params is None:
-    for path, node in adapted_leaves(updates):
-      if None in parts(node).values():
-        raise ValueError(
-          f"optimizer: update found None in the gradients of {path}, as jaxlora.grad gives them, and no params to tell"
-          " its shape. Call tx.update(gradients, state, params)."
-        )
-    return updates
+def _check_shapes_known(updates: Any) -> None:
+  """Raises where gradients hold `None` and there are no parameters that tell the shapes of the zeros for it."""
+  for path, node in adapted_leaves(updates):
+    if None in parts(node).values():
+      raise ValueError(
+        f"optimizer: update found None in the gradients of {path}, as jaxlora.grad gives them, and no params to tell"
+        " its shape. Call tx.update(gradients, state, params)."
+      )
 
-  def one(param: Any, update: Any) -> Any:
-    if is_adapted(param):
+
+def _with_zeros(updates: Any, tree: Any) -> Any:
+  """The updates of a trainable half in the structure of a tree, with zeros for what is frozen."""
+  places, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_half_leaf)
+  made = jax.tree_util.tree_leaves(updates, is_leaf=is_half_leaf)
+  if len(made) != len(places):
+    raise ValueError(
+      f"optimizer: update found {len(made)} leaves in the gradients, expected the {len(places)} of params: they are of"
+      " another tree. Differentiate by the tree that is passed as params."
+    )
+
+  def one(place: Any, update: Any) -> Any:
+    if is_adapted(place) and is_adapted(update):
       held = parts(update)
-      return with_parts(param, {name: one(part, held[name]) for name, part in parts(param).items()})
-    return _zeros(param) if update is None or _is_float0(update) else update
+      return with_parts(place, {name: one(part, held[name]) for name, part in parts(place).items()})
+    return _zeros(place) if update is None else update
 
-  def leaf(node):
-    return node is None or is_adapted(node)
-
-  return jax.tree_util.tree_map(one, params, updates, is_leaf=leaf)
+  return jax.tree_util.tree_unflatten(treedef, map(one, places, made))
 
 
-def _zeros(param: Any) -> Any:
-  """Zeros of one element's memory, broadcast by NumPy: `set_to_zero` replaces them, so nothing is compiled for them."""
-  return None if param is None else np.broadcast_to(np.zeros((), jnp.result_type(param)), jnp.shape(param))
+def _zeros(leaf: Any) -> Any:
+  """Zeros of one element's memory, broadcast by NumPy: what is added to a frozen leaf compiles nothing of its own.
 
-
-def _is_float0(update: Any) -> bool:
-  return getattr(update, "dtype", None) == jax.dtypes.float0
+  Numbers of Python's own stay such; of leaves that are no numbers there is no zero.
+  """
+  if not is_array(leaf):
+    return type(leaf)(0) if isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) else None
+  dtype = jnp.dtype(bool) if leaf.dtype == jax.dtypes.float0 else leaf.dtype
+  is_number = jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)
+  return np.broadcast_to(np.zeros((), dtype), jnp.shape(leaf)) if is_number else None

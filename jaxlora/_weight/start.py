@@ -23,7 +23,7 @@ class Start(NamedTuple):
     dtype: of the parts.
     key: of this leaf.
     shared: the key of the whole tree, for parts that all leaves of one shape have in common.
-    drawn: the parts drawn from `shared` so far: leaves of one shape share the very buffers.
+    drawn: the parts drawn from `shared` so far, for leaves of one shape, each of which takes a copy.
     init: makes the factor A.
     given: A and B, by name, where an initialiser has made both; then neither is drawn.
   """

@@ -21,7 +21,11 @@ _VERA_D = 0.1  # the paper's initial value of d, table 7
 
 
 def _vera_start(start: Start) -> dict[str, jax.Array]:
-  """A and B drawn from the tree's key, once for all leaves of a shape."""
+  """A and B drawn from the tree's key, once for all leaves of a shape.
+
+  Each leaf has a copy of its own: a loop that donates its state may hold no buffer twice, and what one step returns
+  shares none either.
+  """
   shape = jnp.shape(start.base)
   alike = (start.a_shape, start.b_shape, start.dtype, start.init)
   if alike not in start.drawn:
@@ -30,8 +34,8 @@ def _vera_start(start: Start) -> dict[str, jax.Array]:
     start.drawn[alike] = start.first(a_key, start.a_shape), b
   a, b = start.drawn[alike]
   return {
-    "a": a,
-    "b": b,
+    "a": jnp.array(a, copy=True),
+    "b": jnp.array(b, copy=True),
     "lambda_d": start.full((*stack_sizes(shape, start.roles), start.rank), _VERA_D),
     "lambda_b": start.zeros(over_outputs(shape, start.roles)),
   }

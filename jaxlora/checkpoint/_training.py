@@ -63,6 +63,8 @@ def optimizer_state(template: Any, saved: list[Any], arrays: Mapping[str, Any], 
   """The saved optimizer state in the structure of a template."""
   leaves, treedef = flatten(template)
   entries = {item["path"]: item["array"] for item in saved}
+  if all(path.startswith(_MASKED) for path in entries) and not any(path.startswith(_MASKED) for path, _ in leaves):
+    entries = {path.removeprefix(_MASKED): entry for path, entry in entries.items()}
   found = {path: (tuple(entry["shape"]), entry["dtype"], entry.get("impl")) for path, entry in entries.items()}
   expected = {path: _signature(leaf) for path, leaf in leaves}
   if found != expected:
@@ -75,6 +77,9 @@ def optimizer_state(template: Any, saved: list[Any], arrays: Mapping[str, Any], 
   return jax.tree_util.tree_unflatten(
     treedef, [_like(leaf, entries[path], value_of(entries[path], arrays, path)) for path, leaf in leaves]
   )
+
+
+_MASKED = "0/inner_state/"  # where the state of `optimizer(tx)` once had that of `tx`
 
 
 def _signature(leaf: Any) -> tuple[tuple[int, ...], str, str | None]:

@@ -74,5 +74,17 @@ def test_a_run_is_resumed(folder):
   assert_same(state.key, jax.random.key(3))
 
 
+def test_the_state_of_optimizer_was_once_wrapped(tmp_path):
+  """Earlier versions kept that of `tx` inside of masks: `(MaskedState(inner_state), MaskedState(EmptyState()))`."""
+  tree, _ = expected()
+  now = jaxlora.optimizer(optax.adam(0.1)).init(tree)
+  then = (optax.MaskedState(jax.tree.map(lambda x: x + 1, now)), optax.MaskedState(optax.EmptyState()))
+  with checkpoint.Manager(tmp_path / "run") as manager:
+    assert manager.save(1, tree, then)
+    manager.wait()
+    assert_same(manager.restore(BASE, now).opt_state, jax.tree.map(lambda x: x + 1, now))
+    assert_same(manager.restore(BASE, then).opt_state, then)
+
+
 def test_the_older_name_of_load():
   assert checkpoint.restore is checkpoint.load
