@@ -101,7 +101,7 @@ def unsupported_options(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get(field):
       yield f"{field}: {method}: not supported; merge it in PEFT (merge_and_unload), or train it as plain LoRA"
   init = config.get("init_lora_weights", True)
-  if not isinstance(init, bool) and init not in _PLAIN_INITS:
+  if init is not None and not isinstance(init, bool) and init not in _PLAIN_INITS:
     yield (
       f"init_lora_weights: {short(init)} changes the base weights when it starts, and the file holds the factors of"
       " that other base. Save it as plain LoRA: PEFT's save_pretrained(folder,"
@@ -113,9 +113,11 @@ def malformed_options(config: Mapping[str, Any]) -> Iterator[str]:
   """What is wrong with the fields of a configuration. Ranks and alphas are checked where their patterns are read."""
   if config.get("peft_type") != "LORA":
     yield f"peft_type: found {short(config.get('peft_type'))}, expected 'LORA'"
-  choices_of: Mapping[str, Sequence[Any]] = {"use_rslora": (True, False), "bias": ("none", "all", "lora_only")}
+  choices_of: Mapping[str, Sequence[Any]] = {"use_rslora": (True, False, None), "bias": ("none", "all", "lora_only")}
   for field, choices in choices_of.items():
-    if field in config and not (isinstance(config[field], type(choices[0])) and config[field] in choices):
+    if field in config and not any(
+      type(config[field]) is type(choice) and config[field] == choice for choice in choices
+    ):
       yield f"{field}: found {short(config[field])}, expected one of {', '.join(map(repr, choices))}"
   saved = config.get("modules_to_save")
   if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):

@@ -71,6 +71,7 @@ def load(
   names: Names = None,
   axes: Axes = None,
   probe: Callable[[Any], Any] | None = None,
+  adapter_name: str | None = None,
 ) -> Any:
   """Reads a folder that PEFT wrote, and puts its adapter on `params`.
 
@@ -83,6 +84,7 @@ def load(
     axes: regex -> roles, one letter per axis, for leaves where shapes do not tell: a square matrix is taken for (in,
       out), as Flax stores it, unless this or the probe says otherwise.
     probe: a function of `params` alone, as in `adapt`: traced, never run, to learn the roles.
+    adapter_name: of several adapters in a folder, or in the keys of its tensors, the one to read.
 
   Returns:
     A tree of the same nesting with `LoraWeight`s, and `FullWeight`s for `modules_to_save` and trained biases. Factors
@@ -98,4 +100,4 @@ def load(
   Source: the format is that of `peft` 0.21, `peft/utils/save_and_load.py` and `peft/tuners/lora/`.
   """
   check_base(params, names, "load")
-  return tree_of_adapter(read(folder), params, names, axes, probe, f"load: {folder}")
+  return tree_of_adapter(read(folder, adapter_name=adapter_name), params, names, axes, probe, f"load: {folder}")

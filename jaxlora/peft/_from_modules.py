@@ -151,7 +151,9 @@ def _is_copy_of_base(adapter: Adapter, name: str, leaf: Any, value: Any) -> bool
   """Whether a tensor that nobody asked to save is the base's own: PEFT saves embeddings beside adapted ones."""
   module, _, parameter = name.rpartition(".")
   saved = adapter.config.get("modules_to_save") or []
-  if parameter == "bias" or any(module.endswith(m) or f".{m}." in f".{module}." for m in saved):
+  if (parameter == "bias" and adapter.config.get("bias", "none") != "none") or any(
+    module.endswith(m) or f".{m}." in f".{module}." for m in saved
+  ):
     return False
   return not isinstance(leaf, jax.ShapeDtypeStruct) and bool((jnp.asarray(leaf) == value).all())
 

@@ -98,9 +98,10 @@ def _stacked(
 ) -> tuple[np.ndarray, np.ndarray, float]:
   """The factors of all layers with one rank and one scale, and the alpha of that scale.
 
-  Smaller ranks are filled up with zeros. The scale is that of the first module; what differs goes into B.
+  Smaller ranks are filled up with zeros. The scale is that of the first module whose own is not zero; what differs goes
+  into B.
   """
-  first = next(iter(modules.values()))
+  first = next((module for module in modules.values() if module.scale), next(iter(modules.values())))
   if not stack:
     return *factors[()], first.alpha
   rank = max(module.rank for module in modules.values())
@@ -109,7 +110,7 @@ def _stacked(
     for pieces in zip(*factors.values(), strict=True)
   )
   for index, module in modules.items():
-    ratio = module.scale / first.scale
+    ratio = module.scale / first.scale if first.scale else 1.0
     a[index][: module.rank], piece = factors[index]
     b[index][: module.rank] = piece if ratio == 1 else piece * b.dtype.type(ratio)
   alpha = first.alpha if first.rank == rank else first.scale * UNIT_SCALE[first.scaling](rank)

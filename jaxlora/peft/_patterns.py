@@ -1,16 +1,24 @@
 """PEFT's patterns over module names: what is read is bounded in cost, what is written picks the modules meant alone."""
 
-from collections.abc import Collection, Mapping, Sequence
-import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 import re
 from typing import Any
 
 from jaxlora._base.text import short
 from jaxlora.peft._records import PeftError, fail
+from jaxlora.peft._regex import Name, Steps, compile_pattern
+
+
+def is_number(value: Any) -> bool:
+  """Whether a value from JSON is a finite number."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return False
+  return -1e30 < value < 1e30  # False for NaN; no overflow for a whole number of any length
+
 
 _CHECKS = {
   "rank_pattern": ("r", lambda x: isinstance(x, int) and is_number(x) and x >= 1, "a whole number of at least 1"),
-  "alpha_pattern": ("lora_alpha", lambda x: is_number(x) and x > 0, "a finite number above 0"),
+  "alpha_pattern": ("lora_alpha", is_number, "a finite number"),
 }
 
 
@@ -34,70 +42,58 @@ def values_by_pattern(
   if not isinstance(patterns, dict):
     problems.append(f"{field}: found {short(patterns)}, expected an object of patterns")
     return dict.fromkeys(names, default)
-  compiled, total = [], 0.0
+  compiled, characters = [], 0
   for pattern, value in patterns.items():
     if not check(value):
       problems.append(f"{field}[{short(pattern)}]: found {short(value)}, expected {expected}")
       continue
+    plain = len(pattern) <= LONGEST_NAME and _PLAIN.fullmatch(pattern)
+    characters += 0 if plain else len(pattern)
+    if characters > _MOST_CHARACTERS:
+      problems.append(f"{field}: {characters:,} characters of patterns and more: matching them could take too long")
+      break
     try:
-      regex, cost = compile_suffix(pattern, max(map(len, names), default=0))
-      compiled.append((regex, value))
-      total += cost
-    except (re.error, OverflowError, RecursionError, PeftError) as error:
+      compiled.append((_compiled(pattern, plain=bool(plain)), value))
+    except (re.error, OverflowError, RecursionError, Warning, PeftError) as error:
       problems.append(f"{field}: {short(pattern)} is no pattern that is read here ({str(error)[:200]})")
-  if len(compiled) * len(names) > 10**7 or total * len(names) > 30 * _LARGEST_COST:
-    problems.append(f"{field}: {len(compiled)} patterns for {len(names)} modules: matching them could take too long")
-    compiled = []
-  return {name: next((value for regex, value in compiled if regex.match(name)), default) for name in names}
+  try:
+    return _first_values(compiled, names, default)
+  except PeftError as error:
+    problems.append(f"{field}: {len(compiled)} patterns for {len(names)} modules: {error}")
+    return dict.fromkeys(names, default)
 
-
-# A pattern is a regex from a file that anybody may have written. Matching backtracks, at a cost of at most the product
-# of each element's choices. Elements that could multiply it further (nested quantifiers, back-references, look-ahead)
-# are refused.
-_TOKEN = re.compile(
-  r"\\[.\-_dDwWsSbBA-Z]|\[\^?[^\[\]\\]+\]|\(\?:|[(|)^$]|[*+?]|\{\d{1,2}(?:,\d{0,2})?\}|[^\\\[\](){}*+?|]"
-)
 
 LONGEST_NAME = 512  # characters of a module's name
 
-_LARGEST_COST = 10**8  # steps to match one name
+_MOST_MATCHES = 10**7  # of plain patterns
+
+_MOST_STEPS = 3 * 10**6  # of all others: a second or two
+
+_MOST_CHARACTERS = 1 << 18  # of all others
+
+_PLAIN = re.compile(r"\^?(?:[\w\-]|\.|\\[.\-_])+\$?", re.ASCII)  # without choices, which Python matches at once
 
 
-def compile_suffix(pattern: str, longest: int) -> tuple[re.Pattern[str], float]:
-  r"""A pattern as PEFT applies it, `(.*\.)?(pattern)$`, and the most steps it takes on a name of `longest` characters.
-
-  Raises:
-    PeftError, re.error: if they are too many, or it is no regex.
-  """
-  position, choices, previous = 0, [1], "("  # choices: alternatives of each group that is open
-  loops, cost, steps = 1, 1.0, longest + 2.0  # `.*` before the pattern is the first loop
-  while position < len(pattern):
-    found = _TOKEN.match(pattern, position)
-    token = found.group() if found else pattern[position]
-    if found is None or len(pattern) > 4 * LONGEST_NAME:
-      raise PeftError(f"at {token!r}: expected names, '.', classes, groups without quantifiers and '|'")
-    if token[0] in "*+?{":
-      if previous[0] in "()|^$*+?{" and not (previous == ")" and token == "?"):
-        raise PeftError(f"{token!r} after {previous!r}: expected quantifiers after single characters")
-      loops, cost = (loops, 2 * cost) if token == "?" else (loops + 1, cost)
-    elif token in ("(", "(?:"):
-      choices.append(1)
-    elif token == "|":
-      choices[-1] += 1
-    elif token == ")" and len(choices) > 1:
-      cost *= choices.pop()
-    previous, position = token, position + len(token)
-    steps = cost * math.prod(choices) * (longest + 2.0) ** loops / math.factorial(loops)
-    if loops > 8 or steps > _LARGEST_COST:
-      raise PeftError("matching it could take too long: too many quantifiers or alternatives")
-  return re.compile(rf"(.*\.)?({pattern})$"), steps
+def _compiled(pattern: str, *, plain: bool) -> Callable[[Name], bool]:
+  r"""A pattern as PEFT applies it: `re.match(rf"(.*\.)?({pattern})$", name)`."""
+  applied = rf"(.*\.)?({pattern})$"
+  if plain:
+    regex = re.compile(applied)
+    return lambda name: regex.match(name.text) is not None
+  return compile_pattern(applied).matches
 
 
-def is_number(value: Any) -> bool:
-  """Whether a value from JSON is a finite number."""
-  if isinstance(value, bool) or not isinstance(value, (int, float)):
-    return False
-  return -1e30 < value < 1e30  # False for NaN; no overflow for a whole number of any length
+def _first_values(
+  compiled: Sequence[tuple[Callable[[Name], bool], Any]], names: Collection[str], default: Any
+) -> dict[str, Any]:
+  """For each name the value of the first pattern that matches it."""
+  if len(compiled) * len(names) > _MOST_MATCHES:
+    raise PeftError("matching them could take too long")
+  steps, values = Steps(_MOST_STEPS), {}
+  for text in names:
+    name = Name(text, steps)
+    values[text] = next((value for matches, value in compiled if matches(name)), default)
+  return values
 
 
 def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxlora._base.files import stored_tensors
+from jaxlora._base.text import listed, short
 from jaxlora.peft._patterns import LONGEST_NAME
 from jaxlora.peft._records import CONFIG, PICKLE, WEIGHTS, Adapter, PeftError, fail, raise_problems
 from jaxlora.peft._state import adapter_of, not_finite
@@ -16,25 +17,44 @@ _LARGEST_CONFIG = 1 << 24  # bytes; PEFT's own are kilobytes
 _CODES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that factors may have
 
 
-def read(folder: Any, *, mapped: bool = False) -> Adapter:
+def read(folder: Any, *, adapter_name: str | None = None, mapped: bool = False) -> Adapter:
   """Reads and checks a PEFT LoRA folder. Options that ask for more than LoRA are in the result's `unsupported`.
 
   Args:
-    folder: with `adapter_config.json` and `adapter_model.safetensors`.
+    folder: with `adapter_config.json` and `adapter_model.safetensors`, or with folders that have those.
+    adapter_name: of several adapters: the name of a folder in `folder`, or one in the keys of its tensors.
     mapped: whether the tensors are views of the file, which take no memory until they are used. Their values are not
       checked then; otherwise they are finite.
 
   Raises:
     PeftError: listing everything that is wrong with it. The content of the files raises no other error.
   """
-  folder = Path(folder)
+  folder, adapter_name = _folder_of(Path(folder), adapter_name)
   config = _read_config(folder)
   tensors = _read_tensors(folder, mapped)
   problems = [] if mapped else not_finite(tensors)
-  adapter = adapter_of(tensors, config, problems)
+  adapter = adapter_of(tensors, config, problems, adapter_name)
   if problems:
     raise fail(f"{folder}", [*adapter.unsupported, *problems])
   return adapter
+
+
+def _folder_of(folder: Path, adapter_name: str | None) -> tuple[Path, str | None]:
+  """The folder of the adapter to read, and its name where its tensors' keys are to tell it.
+
+  PEFT writes the adapter called `default` into the folder itself, and every other one into a folder of its name there.
+  """
+  if adapter_name is not None and (not isinstance(adapter_name, str) or Path(adapter_name).name != adapter_name):
+    raise PeftError(f"adapter_name: found {short(adapter_name)}, expected the name of a folder in {folder}.")
+  within = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+  if adapter_name in within:
+    return folder / str(adapter_name), None
+  if within and not (folder / CONFIG).is_file():
+    raise PeftError(
+      f"{folder}: no {CONFIG}, but folders of {len(within)} adapter(s): {listed(within)}. Say which one:"
+      f" adapter_name={within[0]!r}, or the path {folder / within[0]}."
+    )
+  return folder, adapter_name
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

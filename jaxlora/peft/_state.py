@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from jaxlora.peft._config import malformed_options, unsupported_options
+from jaxlora.peft._keys import PREFIX, as_saved
 from jaxlora.peft._patterns import values_by_pattern
 from jaxlora.peft._records import CONFIG, WEIGHTS, Adapter, Module
-
-_PREFIX = "base_model.model."
 
 _FACTOR_KEYS = {  # of A and B, by kind of module
   "linear": ("lora_A.weight", "lora_B.weight"),
@@ -26,11 +25,11 @@ def state_of(adapter: Adapter) -> dict[str, np.ndarray]:
     held = dict(zip(_FACTOR_KEYS[module.kind], (module.a, module.b), strict=True))
     if module.magnitude is not None:
       held["lora_magnitude_vector"] = module.magnitude
-    tensors |= {f"{_PREFIX}{name}.{part}": tensor for part, tensor in held.items()}
-  for name, tensor in (adapter.whole | adapter.bases).items():
+    tensors |= {f"{PREFIX}{name}.{part}": tensor for part, tensor in held.items()}
+  for name, tensor in (adapter.bases | adapter.whole).items():
     module_name, _, parameter = name.rpartition(".")
     inner = "base_layer." if module_name in adapter.modules else ""
-    tensors[f"{_PREFIX}{module_name}.{inner}{parameter}"] = tensor
+    tensors[f"{PREFIX}{module_name}.{inner}{parameter}"] = tensor
   return tensors
 
 
@@ -39,20 +38,23 @@ def not_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
   return [f"{key}: holds NaN or infinite values" for key, tensor in tensors.items() if not np.isfinite(tensor).all()]
 
 
-def adapter_of(tensors: Mapping[str, np.ndarray], config: dict[str, Any], problems: list[str]) -> Adapter:
+def adapter_of(
+  tensors: Mapping[str, np.ndarray], config: dict[str, Any], problems: list[str], adapter_name: str | None = None
+) -> Adapter:
   """The adapter of PEFT's tensors and configuration: the inverse of `state_of`.
 
   Args:
     tensors: by key. Shapes and dtypes are looked at, values are not.
     config: `adapter_config.json`.
     problems: what is wrong is added to these; modules with problems may be left out.
+    adapter_name: of several adapters that the keys name.
   """
   problems += malformed_options(config)
   adapter = Adapter({}, {}, {}, config, tuple(unsupported_options(config)))
   parts_by_module: dict[str, dict[str, np.ndarray]] = {}
-  for key, tensor in tensors.items():
-    if problem := _sort_in(key, tensor, parts_by_module, adapter):
-      problems.append(problem)
+  for name, (key, tensor) in as_saved(tensors, adapter_name, problems).items():
+    if problem := _sort_in(name, tensor, parts_by_module, adapter):
+      problems.append(f"{key}: {problem}")
   ranks, alphas = (
     values_by_pattern(config, field, parts_by_module, problems) for field in ("rank_pattern", "alpha_pattern")
   )
@@ -68,7 +70,7 @@ def adapter_of(tensors: Mapping[str, np.ndarray], config: dict[str, Any], proble
 # A key after the prefix: the module's name and the part of it.
 _KEY = re.compile(
   r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
-  r"|lora_magnitude_vector(?:\.weight)?|lora_B\.bias|base_layer\.weight|base_layer\.bias)"
+  r"|lora_magnitude_vector(?:\.weight)?|lora_B\.bias|base_layer\.(?:weight|bias)|original_module\.(?:weight|bias))"
 )
 
 _PARTS = {
@@ -84,23 +86,20 @@ _EXTRAS = {"magnitude": ("lora_magnitude_vector", "use_dora"), "bias": ("lora_B.
 
 
 def _sort_in(
-  key: str, tensor: np.ndarray, parts_by_module: dict[str, dict[str, np.ndarray]], adapter: Adapter
+  name: str, tensor: np.ndarray, parts_by_module: dict[str, dict[str, np.ndarray]], adapter: Adapter
 ) -> str | None:
   """Puts a tensor among the parts of its module, or into the adapter's `whole` or `bases`. Returns what is wrong."""
-  if not key.startswith(_PREFIX):
-    return f"{key}: expected a name that starts with {_PREFIX!r}"
-  name = key.removeprefix(_PREFIX)
   found = _KEY.fullmatch(name)
   if found is None:
     if "lora_" in name or "." not in name:
-      return f"{key}: unknown; expected lora_A.weight, lora_B.weight, lora_embedding_A or lora_embedding_B of a module"
+      return "unknown; expected lora_A.weight, lora_B.weight, lora_embedding_A or lora_embedding_B of a module"
     adapter.whole[name] = tensor
     return None
   module, part = found["module"], found["part"]
   if part == "base_layer.bias":
     adapter.whole[f"{module}.bias"] = tensor
-  elif part == "base_layer.weight":
-    adapter.bases[f"{module}.weight"] = tensor
+  elif part.startswith(("base_layer", "original_module")):
+    adapter.bases[f"{module}.{part.rpartition('.')[2]}"] = tensor
   else:
     parts_by_module.setdefault(module, {})[_PARTS.get(part, "magnitude")] = tensor
   return None

@@ -25,6 +25,7 @@ transformers = pytest.importorskip("transformers", reason="the models are those 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from safetensors import torch as safetensors_torch  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 import jaxlora  # noqa: E402
@@ -397,6 +398,45 @@ def test_a_grouped_convolution_is_refused(tmp_path):
   model.save_pretrained(tmp_path)
   with pytest.raises(jaxlora.peft.PeftError, match=r"lora_A has shape \(2, 4, 3, 3\).*grouped convolution"):
     jaxlora.peft.load(tmp_path, {"conv": {"kernel": jnp.ones((3, 3, 2, 6))}}, names={"conv": "0"})
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    {"lora_alpha": -8},
+    {"alpha_pattern": {"q_proj": 0}},
+    {"alpha_pattern": {r"model\.layers\.(?!0\.)\d+\.self_attn\.q_proj": 3}},
+    {"alpha_pattern": {r".*?q_proj": 3}},
+    {"alpha_pattern": {r"layers\.(0|1)+\.self_attn\.q_proj": 3}},
+    {"alpha_pattern": {r"(?<!self_attn\.)\w_proj": 3, r"layers\.[^0]\.\b.*": 5}},
+    {"use_rslora": None},
+    {"init_lora_weights": None},
+    {"use_dora": None, "lora_bias": None, "modules_to_save": None, "layer_replication": []},
+  ],
+  ids=str,
+)
+def test_fields_that_peft_loads(config, tmp_path):
+  pair = llama()
+  trained(pair, target_modules=["q_proj", "v_proj"], r=4).save_pretrained(tmp_path)
+  path = tmp_path / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | config))
+  assert_same(pair.apply(pair.load(tmp_path)), pair.logits(from_pretrained(pair, tmp_path)))
+
+
+def test_weights_that_peft_subtracts(tmp_path):
+  """`add_weighted_adapter` with negative weights, and folders of several adapters."""
+  pair = llama()
+  model = trained(pair, target_modules=["q_proj"], r=4, lora_alpha=8)
+  model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], init_lora_weights=False))
+  model.add_weighted_adapter(["default", "other"], [1.0, -0.5], "less", combination_type="cat")
+  model.save_pretrained(tmp_path)
+  for name in ("default", "other", "less"):
+    model.set_adapter(name)
+    assert_same(pair.apply(pair.load(tmp_path, adapter_name=name)), pair.logits(model))
+  state = {key: tensor.contiguous() for key, tensor in model.state_dict().items() if "lora_" in key}
+  safetensors_torch.save_file(state, tmp_path / "adapter_model.safetensors")
+  model.set_adapter("default")
+  assert_same(pair.apply(pair.load(tmp_path, adapter_name="default")), pair.logits(model))
 
 
 def test_half_precision_is_kept(tmp_path):

@@ -33,7 +33,7 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path):
   with pytest.raises(peft.PeftError) as caught:
     peft.load(tmp_path, params())
   for message in (
-    "lora_alpha: found '16', expected a finite number above 0",
+    "lora_alpha: found '16', expected a finite number",
     "lora_dropout: found -1, expected a probability",
     "model.layers.0.attn.out: found b alone; expected both lora_A and lora_B",
     "model.layers.1.attn.out.lora_A.weight: holds NaN or infinite values",
