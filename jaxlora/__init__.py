@@ -18,6 +18,7 @@ from jaxlora._adapt.halves import join, split
 from jaxlora._adapt.merge import merge, strip
 from jaxlora._adapt.summary import LeafSummary, Summary, summary
 from jaxlora._base.matrix import LowRank
+from jaxlora._base.rounding import RoundingWarning
 from jaxlora._train.adalora import prune, sensitivity
 from jaxlora._train.gradients import grad, value_and_grad
 from jaxlora._train.optimizer import labels, lora_plus, mask, optimizer
@@ -55,6 +56,7 @@ __all__ = [
   "LowRank",
   "MaterializeError",
   "MaterializeWarning",
+  "RoundingWarning",
   "Start",
   "Summary",
   "Truncation",

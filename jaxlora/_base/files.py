@@ -51,6 +51,7 @@ _DTYPES = {
   "BF16": "bfloat16",
   "F8_E4M3": "float8_e4m3fn",
   "F8_E5M2": "float8_e5m2",
+  "F8_E8M0": "float8_e8m0fnu",
   "I64": "int64",
   "I32": "int32",
   "I16": "int16",
@@ -61,6 +62,19 @@ _DTYPES = {
   "U8": "uint8",
   "BOOL": "bool",
 }
+
+
+def dtype_of(code: str) -> np.dtype | None:
+  """The dtype in NumPy of one that the safetensors format calls so; `None` for one that NumPy does not have."""
+  return jnp.dtype(_DTYPES[code]) if code in _DTYPES else None
+
+
+_CODES = {name: code for code, name in _DTYPES.items()}
+
+
+def code_of(dtype: np.dtype | type | str) -> str:
+  """A dtype as the safetensors format writes it, such as `"BF16"`."""
+  return _CODES[jnp.dtype(dtype).name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +97,7 @@ class StoredTensor:
   @property
   def dtype(self) -> np.dtype | None:
     """Its dtype in NumPy; `None` for a dtype that NumPy does not have."""
-    return jnp.dtype(_DTYPES[self.code]) if self.code in _DTYPES else None
+    return dtype_of(self.code)
 
   @property
   def nbytes(self) -> int:

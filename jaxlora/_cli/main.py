@@ -89,13 +89,23 @@ def _parser() -> argparse.ArgumentParser:
     "fold an adapter into a model's safetensors",
     "BASE is a safetensors file, an index of several, or a folder with either; its tensors are named as in torch, or\n"
     'by the paths of a Flax tree joined by "/" or ".". ADAPTER is a checkpoint of jaxlora or a PEFT folder. OUT is a\n'
-    "file, or a new folder where BASE has an index. One tensor is in memory at a time, at most; the others are copied.",
+    "file (.safetensors), or a new folder where BASE is one or has an index: config.json and the tokenizer go along.\n"
+    "FP8 weights with scales are decoded, merged, and stored again in their format, with new scales. One tensor is in\n"
+    "memory at a time, at most; the others are copied.",
     "jaxlora merge model.safetensors runs/summaries merged.safetensors",
   )
   merge.add_argument("base", metavar="BASE")
   merge.add_argument("adapter", metavar="ADAPTER")
   merge.add_argument("out", metavar="OUT")
   merge.add_argument("--names", metavar="FILE", help="JSON: the `names` of jaxlora.peft, regex -> torch module")
+  merge.add_argument(
+    "--dtype",
+    choices=("float32", "float16", "bfloat16"),
+    help="dtype of the merged tensors, where rounding to the base's would lose small updates",
+  )
+  merge.add_argument(
+    "--dequantize", action="store_true", help="store quantised weights as plain floats, without their scales"
+  )
   merge.add_argument(
     "--any-base", action="store_true", help="merge though the base's fingerprint is not the recorded one"
   )

@@ -1,21 +1,21 @@
-"""Models in safetensors files: what they hold, and copies with some tensors changed, one tensor in memory at a time."""
+"""Models in safetensors files: the files of a folder, and what they hold. Headers alone are read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import BinaryIO
+import re
+from typing import Any
 
 import numpy as np
 
-from jaxlora._base.files import StoredTensor, replacing, stored_tensors
+from jaxlora._base.files import StoredTensor, stored_tensors
+from jaxlora._base.text import listed
 
-INDEX = "model.safetensors.index.json"
+INDEX = ".safetensors.index.json"
 
-_PIECE = 1 << 22  # bytes copied at a time
-
-Change = Callable[[np.ndarray], np.ndarray]
+_STEMS = ("model", "diffusion_pytorch_model")  # how libraries call the file that they load from a folder
 
 
 class TensorFileError(ValueError):
@@ -30,15 +30,31 @@ class TensorFiles:
     tensors: by name, in the order of the files.
     files: the files; with `index`, those that it names.
     index: the index file, where there is one.
+    folder: the folder of the model, where it was given as one.
   """
 
   tensors: dict[str, StoredTensor]
   files: tuple[Path, ...]
   index: Path | None
+  folder: Path | None = None
 
   @property
   def size(self) -> int:
     return sum(tensor.nbytes for tensor in self.tensors.values())
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """The config.json beside the files; empty where there is none."""
+    path = self.files[0].parent / "config.json"
+    try:
+      found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+      raise TensorFileError(f"{path}: cannot be read as JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+  def read(self, name: str) -> np.ndarray:
+    """The values of a tensor."""
+    return self.tensors[name].read()
 
 
 def open_files(path: str | os.PathLike[str]) -> TensorFiles:
@@ -48,23 +64,78 @@ def open_files(path: str | os.PathLike[str]) -> TensorFiles:
     TensorFileError: naming the file and what is wrong with it.
   """
   place = Path(path)
-  if place.is_dir():
-    single = sorted(place.glob("*.safetensors"))
-    if not (place / INDEX).exists() and len(single) != 1:
-      raise TensorFileError(f"{place}: expected {INDEX} or one .safetensors file, found {len(single)} files.")
-    place = place / INDEX if (place / INDEX).exists() else single[0]
+  folder = place if place.is_dir() else None
+  if folder is not None:
+    found = _files_of_folder(folder)
+    if isinstance(found, tuple):
+      return TensorFiles(_tensors_of_files(found), found, None, folder)
+    place = found
   index = place if place.name.endswith(".json") else None
   indexed = _weight_map(index) if index is not None else {}
   files = _files_of_index(index, indexed) if index is not None else (place,)
+  tensors = _tensors_of_files(files)
+  if lost := sorted(set(indexed) - set(tensors)):
+    raise TensorFileError(f"{index}: names {lost[0]!r}, which none of its files holds ({len(lost)} such).")
+  return TensorFiles(tensors, files, index, folder)
+
+
+def _files_of_folder(folder: Path) -> Path | tuple[Path, ...]:
+  """The model of a folder: the index or the file that libraries load, or all the files of a set without an index.
+
+  Beside them may be copies under other names (`consolidated.safetensors`, `model.fp16.safetensors`).
+  """
+  indexes = sorted(folder.glob(f"*{INDEX}"))
+  single = sorted(file for file in folder.glob("*.safetensors") if not _part_of(file))
+  parts = sorted(file for file in folder.glob("*.safetensors") if _part_of(file))
+  usual = [file for stem in _STEMS for file in (folder / f"{stem}{INDEX}", folder / f"{stem}.safetensors")]
+  found = [file for file in usual if file.is_file()]
+  if len(found) == 1:
+    return found[0]
+  other = [file for file in (*indexes, *single) if not file.name.startswith("consolidated")] or [*indexes, *single]
+  if not found and len(other) == 1:
+    return other[0]
+  if not found and not other and parts:
+    return _complete(folder, parts)
+  inner = sorted(file.parent.name for file in folder.glob("*/*.safetensors"))
+  raise TensorFileError(
+    f"{folder}: expected model.safetensors, {_STEMS[0]}{INDEX} or one .safetensors file, found"
+    f" {listed([file.name for file in found or other]) or 'none'}."
+    + (" Pass the one that is meant as BASE." if found or other else "")
+    + (f" Its folders have some: pass {folder / inner[0]} as BASE, for instance." if inner and not other else "")
+  )
+
+
+_PART = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
+
+def _part_of(file: Path) -> re.Match[str] | None:
+  """Whether a file is one of a set: its stem, its number, and how many there are."""
+  return _PART.fullmatch(file.name)
+
+
+def _complete(folder: Path, parts: list[Path]) -> tuple[Path, ...]:
+  """The files of a set that has no index, once all are there."""
+  matches = [match for file in parts if (match := _part_of(file))]
+  sets = {(match[1], int(match[3])) for match in matches}
+  if (
+    len(sets) > 1
+    or {int(match[2]) for match in matches} != set(range(1, len(parts) + 1))
+    or sets.pop()[1] != len(parts)
+  ):
+    raise TensorFileError(
+      f"{folder}: expected an index, or all files of one set; found {listed([f.name for f in parts])}."
+    )
+  return tuple(parts)
+
+
+def _tensors_of_files(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
   tensors: dict[str, StoredTensor] = {}
   for file in files:
     for name, tensor in _tensors_of_file(file).items():
       if name in tensors:
         raise TensorFileError(f"{file}: {name!r} is in {tensors[name].file.name}, too.")
       tensors[name] = tensor
-  if lost := sorted(set(indexed) - set(tensors)):
-    raise TensorFileError(f"{index}: names {lost[0]!r}, which none of its files holds ({len(lost)} such).")
-  return TensorFiles(tensors, files, index)
+  return tensors
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -92,61 +163,3 @@ def _tensors_of_file(file: Path) -> dict[str, StoredTensor]:
     return stored_tensors(file)
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise TensorFileError(f"{file}: cannot be read as safetensors: {type(error).__name__}: {error}") from error
-
-
-def rewrite(source: TensorFiles, target: Path, changes: Mapping[str, Change], progress: Callable[[int], None]) -> None:
-  """Copies a model, with some tensors changed and all in their places: one tensor in memory at a time.
-
-  A file appears at `target` once it is complete, and replaces one that was there; with an index `target` is a folder.
-
-  Args:
-    source: the model.
-    target: a file, or a new folder for a model with an index.
-    changes: functions of the values by name, that keep shape and dtype.
-    progress: is told the number of bytes done.
-
-  Raises:
-    TensorFileError: where the copy cannot be written; nothing is left of it then.
-  """
-  if source.index is not None and target.exists():
-    raise TensorFileError(f"{target}: exists; expected a new folder, as the base has several files.")
-  try:
-    with replacing(target) as new:
-      if source.index is None:
-        _rewrite_file(source, source.files[0], new, changes, progress)
-        return
-      new.mkdir()
-      for file in source.files:
-        _rewrite_file(source, file, new / file.name, changes, progress)
-      (new / INDEX).write_bytes(source.index.read_bytes())
-  except OSError as error:
-    raise TensorFileError(f"{target}: cannot be written: {error}") from error
-
-
-def _rewrite_file(
-  source: TensorFiles, file: Path, target: Path, changes: Mapping[str, Change], progress: Callable[[int], None]
-) -> None:
-  with open(file, "rb") as old, open(target, "wb") as new:
-    position = 0
-    for name, tensor in source.tensors.items():
-      if tensor.file == file and name in changes:
-        _copy(old, new, position, tensor.begin, progress)
-        value = np.ascontiguousarray(changes[name](tensor.read()))
-        if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
-          raise TensorFileError(f"{name}: became {value.dtype}{value.shape}, was {tensor.dtype}{tensor.shape}.")
-        new.write(value.reshape(-1).view(np.uint8).data)
-        progress(tensor.nbytes)
-        position = tensor.end
-    _copy(old, new, position, os.fstat(old.fileno()).st_size, progress)
-
-
-def _copy(old: BinaryIO, new: BinaryIO, begin: int, end: int, progress: Callable[[int], None]) -> None:
-  """Copies a range of bytes to the end of another file."""
-  old.seek(begin)
-  while begin < end:
-    piece = old.read(min(_PIECE, end - begin))
-    if not piece:
-      raise OSError("the file became shorter while it was read")
-    new.write(piece)
-    progress(len(piece))
-    begin += len(piece)

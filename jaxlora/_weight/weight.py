@@ -205,13 +205,17 @@ class LoraWeight(_Node):
     """The update `scale * A B`, before any gain, as an array of W's shape in the factors' dtype."""
     return low_rank_delta(*self.factors(), self.roles)
 
-  def materialize(self) -> jax.Array:
-    """The adapted weight as one array, formed in the widest dtype of its parts and returned in the base's."""
+  def materialize(self, dtype: Any = None) -> jax.Array:
+    """The adapted weight as one array, formed in the widest dtype of its parts and of `dtype`.
+
+    It is returned in `dtype`, or in the base's.
+    """
     held = self.parts()
-    wide = functools.reduce(wider_dtype, [part.dtype for part in held.values()])
+    dtype = self.base.dtype if dtype is None else jnp.dtype(dtype)
+    wide = functools.reduce(wider_dtype, [part.dtype for part in held.values()], dtype)
     a, b = self.with_parts({name: part.astype(wide) for name, part in held.items()}).factors()
     whole = self.base.astype(wide) + low_rank_delta(a, b, self.roles)
-    return times_gain(whole, self.gain(a, b), self.roles).astype(self.base.dtype)
+    return times_gain(whole, self.gain(a, b), self.roles).astype(dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
+import warnings
 
 import numpy as np
 
+from jaxlora._base.dtypes import wider_dtype
+from jaxlora._base.rounding import RoundingWarning, lost_share, notable
 from jaxlora._weight.weight import SCALINGS
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -102,7 +105,7 @@ class Adapter:
         return tuple(bias) == tuple(shape[1:])
     return False
 
-  def merged(self, name: str, tensor: np.ndarray, *, inputs_first: bool | None = None) -> np.ndarray:
+  def merged(self, name: str, tensor: np.ndarray, *, inputs_first: bool | None = None, dtype: Any = None) -> np.ndarray:
     """One parameter of the torch model with this adapter folded in; the same array where it is not adapted.
 
     Args:
@@ -110,19 +113,38 @@ class Adapter:
       tensor: its value in the base model.
       inputs_first: how the base stores square weights of GPT-2's Conv1D, as `stores_inputs_first` returns it; with
         `None` the adapter's `fan_in_fan_out` decides.
+      dtype: of the result; `None` for the tensor's.
 
     Returns:
-      An array of the tensor's shape and dtype.
+      An array of the tensor's shape.
 
     Raises:
       PeftError: if the shapes differ, or the adapter is `unsupported`.
+
+    Warns:
+      RoundingWarning: where rounding to the dtype takes more than a tenth of the update's norm.
     """
+    exact = self._merged(name, tensor, inputs_first)
+    dtype = tensor.dtype if dtype is None else np.dtype(dtype)
+    if exact is tensor or wider_dtype(exact.dtype, dtype) == dtype:
+      return exact.astype(dtype, copy=False)
+    rounded = exact.astype(dtype)
+    if found := notable({name: lost_share(tensor, exact, rounded)}):
+      warnings.warn(
+        f"merged: rounding to {dtype} loses more than a tenth of the update in {found}. Pass dtype=np.float32.",
+        RoundingWarning,
+        stacklevel=2,
+      )
+    return rounded
+
+  def _merged(self, name: str, tensor: np.ndarray, inputs_first: bool | None) -> np.ndarray:
+    """`merged`, in the widest dtype of what is added."""
     if self.unsupported:
       raise fail(f"{name}", self.unsupported)
     if name in self.whole:
       if self.whole[name].shape != tensor.shape:
         raise PeftError(f"{name}: shape {tensor.shape} in the base, {self.whole[name].shape} in the adapter.")
-      return self.whole[name].astype(tensor.dtype)
+      return self.whole[name]
     module = self.modules.get(name.removesuffix(".weight"))
     if module is None or not name.endswith(".weight"):
       return tensor
@@ -135,7 +157,7 @@ class Adapter:
     weight = tensor.astype(wide) + delta
     if module.magnitude is not None:
       weight = _with_norms(weight, module.magnitude, output=1 if transposed or module.kind == "embedding" else 0)
-    return weight.astype(tensor.dtype)
+    return weight
 
   def _is_transposed(self, module: Module, shape: Sequence[int], inputs_first: bool | None) -> bool:
     """Whether a base stores a linear module's weight as (in, out)."""

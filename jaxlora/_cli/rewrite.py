@@ -1,0 +1,201 @@
+"""Copies of models with some tensors changed, added or left out: one tensor in memory at a time."""
+
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from jaxlora._base.files import code_of, dtype_of, replacing
+from jaxlora._cli.tensors import TensorFileError, TensorFiles
+
+_PIECE = 1 << 22  # bytes copied at a time
+
+Spec = tuple[str, tuple[int, ...]]  # a tensor's dtype, as safetensors writes it, and its shape
+Progress = Callable[[int], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+  """Tensors that are computed together.
+
+  Attributes:
+    outputs: what is written, by name: tensors of the model, or new ones.
+    compute: their values.
+    removed: tensors of the model that are left out.
+    beside: the tensor of the model in whose file new ones go.
+  """
+
+  outputs: Mapping[str, Spec]
+  compute: Callable[[], Mapping[str, np.ndarray]]
+  removed: tuple[str, ...] = ()
+  beside: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  """A file that is written: its header, and where each tensor begins."""
+
+  name: str
+  header: bytes
+  sizes: Mapping[str, int]
+  begins: Mapping[str, int]
+  same: bool  # whether its tensors are those of the model's own file, in shapes and dtypes
+
+
+def rewrite(
+  source: TensorFiles,
+  target: Path,
+  edits: Sequence[Edit],
+  progress: Progress,
+  *,
+  folder: bool,
+  beside: Callable[[Path], object] | None = None,
+) -> None:
+  """Writes a model with its edits. A file whose tensors keep their shapes and dtypes keeps its header, byte for byte.
+
+  Everything appears at `target` once it is complete, and replaces a file that was there.
+
+  Args:
+    source: the model.
+    target: a file, or a new folder.
+    edits: of its tensors; the others are copied.
+    progress: is told the number of bytes done.
+    folder: whether `target` is a folder, of files with the model's own names.
+    beside: writes other files into that folder.
+
+  Raises:
+    TensorFileError: where the copy cannot be written; nothing is left of it then.
+  """
+  try:
+    with replacing(target) as new:
+      if folder:
+        new.mkdir()
+      _write_files(source, new, edits, progress, folder=folder)
+      if beside is not None:
+        beside(new)
+  except OSError as error:
+    raise TensorFileError(f"{target}: cannot be written: {error}") from error
+
+
+def _write_files(source: TensorFiles, new: Path, edits: Sequence[Edit], progress: Progress, *, folder: bool) -> None:
+  """Writes the files of `rewrite` where they appear at once: to the file `new`, or into that folder."""
+  layouts = _layouts(source, edits)
+  edited = {name for edit in edits for name in edit.outputs}
+  places: dict[str, tuple[BinaryIO, int]] = {}
+  with contextlib.ExitStack() as stack:
+    for layout in layouts:
+      stream = stack.enter_context(open(new / layout.name if folder else new, "wb"))
+      stream.write(layout.header)
+      for name, begin in layout.begins.items():
+        places[name] = stream, begin
+        if name not in edited:
+          _copy(source, name, stream, begin, progress)
+    for edit in edits:
+      _write_edit(edit, places, progress)
+  if source.index is not None:
+    (new / source.index.name).write_bytes(_index(source.index, layouts))
+
+
+def _write_edit(edit: Edit, places: Mapping[str, tuple[BinaryIO, int]], progress: Progress) -> None:
+  values = edit.compute()
+  for name, (code, shape) in edit.outputs.items():
+    value = np.ascontiguousarray(values[name]).reshape(np.shape(values[name]))
+    if (code_of(value.dtype), value.shape) != (code, shape):
+      raise TensorFileError(f"{name}: became {value.dtype}{value.shape}, expected {code}{shape}.")
+    stream, begin = places[name]
+    stream.seek(begin)
+    stream.write(value.reshape(-1).view(np.uint8).data)
+    progress(value.nbytes)
+
+
+def _layouts(source: TensorFiles, edits: Sequence[Edit]) -> list[_Layout]:
+  """The files that are written: those of the model, with what is new and without what is removed."""
+  removed = {name for edit in edits for name in edit.removed}
+  changed = {name: spec for edit in edits for name, spec in edit.outputs.items()}
+  file_of = {name: tensor.file for name, tensor in source.tensors.items()}
+  file_of |= {
+    name: file_of[edit.beside] for edit in edits if edit.beside for name in edit.outputs if name not in file_of
+  }
+  layouts = []
+  for file in source.files:
+    old = {name: (t.code, t.shape) for name, t in source.tensors.items() if t.file == file}
+    names = [name for name, home in file_of.items() if home == file and name not in removed]
+    specs = {name: changed.get(name) or old[name] for name in names}
+    sizes = {name: nbytes(changed[name]) if name in changed else source.tensors[name].nbytes for name in names}
+    if specs == old:
+      header = _old_header(file)
+      begins = {name: source.tensors[name].begin for name in old}
+    else:
+      header, begins = _new_header(specs, sizes, _metadata(file))
+    layouts.append(_Layout(file.name, header, sizes, begins, specs == old))
+  return layouts
+
+
+def _old_header(file: Path) -> bytes:
+  with open(file, "rb") as stream:
+    length = stream.read(8)
+    return length + stream.read(int.from_bytes(length, "little"))
+
+
+def _metadata(file: Path) -> dict[str, str]:
+  found = json.loads(_old_header(file)[8:]).get("__metadata__")
+  return found if isinstance(found, dict) else {}
+
+
+def _new_header(
+  specs: Mapping[str, Spec], sizes: Mapping[str, int], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+  """A header for these tensors, and where each begins: wide dtypes first, so that all are aligned."""
+  entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+  begin, offsets = 0, {}
+  for name in sorted(specs, key=lambda name: -_itemsize(specs[name][0])):
+    code, shape = specs[name]
+    end = begin + sizes[name]
+    entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+    offsets[name], begin = begin, end
+  text = json.dumps(entries, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + at for name, at in offsets.items()}
+
+
+def nbytes(spec: Spec) -> int:
+  """The bytes of a tensor whose dtype NumPy has."""
+  return math.prod(spec[1]) * _itemsize(spec[0])
+
+
+def _itemsize(code: str) -> int:
+  dtype = dtype_of(code)
+  return 1 if dtype is None else dtype.itemsize
+
+
+def _copy(source: TensorFiles, name: str, new: BinaryIO, begin: int, progress: Progress) -> None:
+  """Copies a tensor's bytes."""
+  tensor = source.tensors[name]
+  new.seek(begin)
+  left = tensor.nbytes
+  with open(tensor.file, "rb") as old:
+    old.seek(tensor.begin)
+    while left:
+      piece = old.read(min(_PIECE, left))
+      if not piece:
+        raise OSError(f"{tensor.file} became shorter while it was read")
+      new.write(piece)
+      progress(len(piece))
+      left -= len(piece)
+
+
+def _index(index: Path, layouts: Sequence[_Layout]) -> bytes:
+  """The index of the new files; the old one, byte for byte, where nothing in it has changed."""
+  old = index.read_bytes()
+  if all(layout.same for layout in layouts):
+    return old
+  found = json.loads(old)
+  weight_map = {name: layout.name for layout in layouts for name in layout.sizes}
+  metadata = found.get("metadata") if isinstance(found.get("metadata"), dict) else {}
+  metadata = {**metadata, "total_size": sum(sum(layout.sizes.values()) for layout in layouts)}
+  return (json.dumps({**found, "metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()

@@ -1,0 +1,1 @@
+"""How quantised weights lie in models' files."""

@@ -1,0 +1,140 @@
+"""Weights of 8-bit floats with scales beside them: one for all, one for each output, or one for each block.
+
+    W = codes * scale
+
+DeepSeek-V3 and Qwen3-FP8 (`weight_scale_inv`, blocks of 128 x 128; the name says inverse, the product is meant), vLLM's
+compressor, modelopt and FBGEMM (`weight_scale`), DeepSeek's own files (`scale`), Mistral's (`qscale_weight`) and
+ComfyUI's (`scale_weight`) differ in names alone.
+"""
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora._files.format import Arrays, Config, Format, FormatError, Headers, Quantised, Read
+
+CODES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+_SCALES = ("F32", "F16", "BF16", "F64", "F8_E8M0")  # dtypes that scales have
+
+_USUAL_BLOCK = 128
+
+
+def _find(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
+  del read
+  given = config.get("weight_block_size")
+  found = []
+  for name, tensor in tensors.items():
+    scale = _scale_of(name, tensors) if tensor.code in CODES else None
+    if scale is None:
+      continue
+    blocks = block_sizes(tensor.shape, tensors[scale].shape, given if isinstance(given, (list, tuple)) else None)
+    if blocks is None or tensors[scale].code not in _SCALES:
+      raise FormatError(
+        f"{name}: found {scale} of shape {tensors[scale].shape} ({tensors[scale].code}) beside {tensor.shape};"
+        " expected one scale, one for each output, or one for each block of the weight."
+      )
+    parts = {"codes": name, "scale": scale}
+    found.append(Quantised(name, FLOAT8, tensor.shape, parts, {"blocks": blocks}))
+  return found
+
+
+def _scale_of(name: str, tensors: Headers) -> str | None:
+  """The tensor that holds a weight's scales."""
+  module, _, parameter = name.rpartition(".")
+  names = [f"{name}_scale_inv", f"{name}_scale"]
+  if parameter == "weight":
+    names += [f"{module}.{own}" for own in ("scale_weight", "qscale_weight", "scale")]
+  return next((scale for scale in names if scale in tensors), None)
+
+
+def block_sizes(shape: Sequence[int], scales: Sequence[int], given: Sequence[int] | None) -> tuple[int, ...] | None:
+  """The sizes of the blocks that share a scale, by axis; `None` if scales of that shape fit no blocks.
+
+  Args:
+    shape: of the weight.
+    scales: the shape of its scales.
+    given: the sizes by the model's configuration, for matrices; the last blocks of an axis may be smaller.
+  """
+  if math.prod(scales) == 1:
+    return tuple(shape)
+  if len(scales) == 1:
+    scales = (*scales, *(1 for _ in shape[1:]))
+  if len(scales) != len(shape):
+    return None
+  wanted = given if given is not None and len(given) == len(shape) else [_USUAL_BLOCK] * len(shape)
+  sizes = tuple(map(_block_size, shape, scales, wanted))
+  return None if 0 in sizes else sizes
+
+
+def _block_size(size: int, count: int, wanted: int) -> int:
+  """The size of each of `count` blocks along an axis; 0 if there is none."""
+  if count == 1:
+    return size
+  if wanted > 0 and -(-size // wanted) == count:
+    return wanted
+  return size // count if count and size % count == 0 else 0
+
+
+def _spread(scale: np.ndarray, shape: Sequence[int], blocks: Sequence[int]) -> np.ndarray:
+  """Scales as an array that broadcasts to the weight's shape, float32."""
+  scale = scale.astype(np.float32).reshape([-(-size // block) for size, block in zip(shape, blocks, strict=True)])
+  for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
+    if block < size:
+      scale = np.repeat(scale, block, axis).take(range(size), axis) if block > 1 else scale
+  return scale
+
+
+def _dequantise(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+  codes = parts["codes"]
+  return codes.astype(np.float32) * _spread(parts["scale"], codes.shape, about["blocks"])
+
+
+def _requantise(value: np.ndarray, parts: Arrays, about: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Codes with the scales that suit the new values, or with the old ones where their error is no larger.
+
+  With the old scale every weight that has not changed keeps its code; with a new one the largest is not cut off.
+  """
+  blocks, dtype = about["blocks"], parts["codes"].dtype
+  old = parts["scale"]
+  new = _scales_for(value, old, blocks, float(jnp.finfo(dtype).max))
+  trials = [(scale, _codes(value, scale, blocks, dtype)) for scale in (old, new)]
+  errors = [_block_errors(value, codes, scale, blocks) for scale, codes in trials]
+  keep = (errors[0] <= errors[1]).reshape(old.shape)
+  scale = np.where(keep, old.astype(np.float32), new.astype(np.float32)).astype(old.dtype)
+  return {"codes": _codes(value, scale, blocks, dtype), "scale": scale}
+
+
+def _codes(value: np.ndarray, scale: np.ndarray, blocks: Sequence[int], dtype: Any) -> np.ndarray:
+  largest = float(jnp.finfo(dtype).max)
+  spread = _spread(scale, value.shape, blocks)
+  exact = np.divide(value, spread, out=np.zeros_like(value, np.float32), where=spread != 0)
+  return np.clip(exact, -largest, largest).astype(dtype)
+
+
+def _block_errors(value: np.ndarray, codes: np.ndarray, scale: np.ndarray, blocks: Sequence[int]) -> np.ndarray:
+  """The squared error of each block."""
+  difference = codes.astype(np.float32) * _spread(scale, value.shape, blocks) - value
+  return _by_block(np.add, difference * difference, blocks)
+
+
+def _by_block(combine: np.ufunc, value: np.ndarray, blocks: Sequence[int]) -> np.ndarray:
+  """One number for each block: its elements combined."""
+  for axis, block in enumerate(blocks):
+    value = combine.reduceat(value, np.arange(0, value.shape[axis], max(block, 1)), axis)
+  return value
+
+
+def _scales_for(value: np.ndarray, old: np.ndarray, blocks: Sequence[int], largest: float) -> np.ndarray:
+  """The scales that make the largest value of each block the largest code; powers of two where the old ones are."""
+  scale = _by_block(np.maximum, np.abs(value), blocks).reshape(old.shape) / np.float32(largest)
+  wide = old.astype(np.float32)
+  if (np.frexp(wide)[0] == 0.5).all():
+    scale = np.where(scale > 0, np.exp2(np.ceil(np.log2(np.where(scale > 0, scale, 1)))), 0)
+  return np.where(scale > 0, scale, wide).astype(old.dtype)
+
+
+FLOAT8 = Format("FP8", _find, _dequantise, _requantise)
