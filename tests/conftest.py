@@ -16,7 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).s
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What the third-party model libraries look at when imported.
 os.environ.update(USE_TF="0", USE_JAX="1", HF_HUB_OFFLINE="1")
-os.environ.setdefault("USE_TORCH", "0")  # USE_TORCH=1 is for tests/peft/test_peft.py, run by itself
+os.environ.setdefault("USE_TORCH", "0")  # USE_TORCH=1 is for tests/peft/test_peft*.py, run by itself
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

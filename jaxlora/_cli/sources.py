@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxlora._cli.result import BadFile
 from jaxlora._cli.tensors import TensorFiles
+from jaxlora.peft._names import Names, check_types
+from jaxlora.peft._parts import names_from_json
 
 
 def is_peft(path: str) -> bool:
@@ -25,14 +27,20 @@ def existing(path: str) -> str:
   return path
 
 
-def names_of(options: Any) -> dict[str, str] | None:
+def names_of(options: Any) -> Names:
   """The regexes and torch names of `--names FILE`."""
   if options.names is None:
     return None
   try:
-    return json.loads(Path(options.names).read_text("utf-8"))
+    found = json.loads(Path(options.names).read_text("utf-8"))
   except ValueError as error:
     raise BadFile(f"{options.names}: cannot be read as JSON: {error}") from error
+  try:
+    names = names_from_json(found)
+    check_types(names)
+    return names
+  except (TypeError, ValueError) as error:
+    raise BadFile(f"{options.names}: {error}") from error
 
 
 def shapes_of_base(contents: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -10,7 +10,21 @@ Nothing is unpickled.
 
 from jaxlora.peft._folder import load, save
 from jaxlora.peft._from_modules import from_modules
+from jaxlora.peft._parts import Joined, Split
 from jaxlora.peft._records import Adapter, Module, PeftError
+from jaxlora.peft._rows import halves_to_pairs, pairs_to_halves
 from jaxlora.peft._to_modules import to_modules
 
-__all__ = ["Adapter", "Module", "PeftError", "from_modules", "load", "save", "to_modules"]
+__all__ = [
+  "Adapter",
+  "Joined",
+  "Module",
+  "PeftError",
+  "Split",
+  "from_modules",
+  "halves_to_pairs",
+  "load",
+  "pairs_to_halves",
+  "save",
+  "to_modules",
+]

@@ -38,7 +38,8 @@ def save(
     names: regex over paths, or over those of the leaves' modules -> the torch module's name, with `\1` for a group of
       the regex and `{}` for the index of a stacked layer. The first that matches counts; leaves that none matches, and
       all of them with `None`, are named by the habits of the Hugging Face Hub: `h/0/attn/c_attn/kernel` is
-      `transformer.h.0.attn.c_attn`; `layers_0`, `layers/0` and scanned `layers` are `model.layers.0`.
+      `transformer.h.0.attn.c_attn`; `layers_0`, `layers/0` and scanned `layers` are `model.layers.0`. Where a leaf
+      and a torch module do not hold the same, a value is a `Split` or a `Joined`.
     base_model_name_or_path: written to the configuration.
     task_type: written to the configuration, such as `"CAUSAL_LM"`.
     axes: regex -> roles, for kernels trained whole whose axes nothing tells.

@@ -10,10 +10,11 @@ import numpy as np
 
 from jaxlora._base.paths import flatten
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
+from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
 from jaxlora.peft._names import Key, Names, check_names, key_of, name_ends_with
 from jaxlora.peft._nodes import Index, lora_weight, whole_value
 from jaxlora.peft._places import Place, find_places
-from jaxlora.peft._records import Adapter, Module, raise_problems
+from jaxlora.peft._records import Adapter, Module, fail
 from jaxlora.peft._roles import Axes, KnownRoles, known_roles, shape_of_leaf
 
 
@@ -81,10 +82,13 @@ def tree_of_adapter(
   nodes, treedef = flatten(params)
   leaves = dict(nodes)
   known = known_roles(leaves, params, axes, probe)
+  problems: list[str] = []
+  parts = targets_of_parts(leaves, names, known)
+  adapter = named_for_leaves(adapter, leaves, parts, known, problems)
   tensors = {key_of(name): tensor for name, tensor in {**adapter.bases, **adapter.whole}.items()}
   keys = dict.fromkeys([*((name, "weight") for name in adapter.modules), *tensors])
-  places, missing = find_places(keys, leaves, names)
-  problems = _unplaced(missing, places, tensors)
+  places, missing = find_places(keys, leaves, names, parts)
+  problems += _unplaced(missing, places, tensors)
   modules: dict[str, dict[Index, Module]] = {}  # by path
   for name, module in adapter.modules.items():
     if place := places.get((name, "weight")):
@@ -95,7 +99,8 @@ def tree_of_adapter(
   for name, tensor in adapter.bases.items():
     if place := places.get(key_of(name)):
       problems += _differing_base(place, leaves[place.path], name, tensor, known)
-  raise_problems(subject, [*adapter.unsupported, *problems])
+  if problems or adapter.unsupported:
+    raise fail(subject, [*adapter.unsupported, *problems], _PARTS if missing else "")
   return jax.tree_util.tree_unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()])
 
 
@@ -130,6 +135,11 @@ def _adapted_leaves(
       problems.append(f"{path} ({name}): {error}")
   return new
 
+
+_PARTS = (
+  "Where one leaf holds several of these modules, or several leaves are one of them, names= takes jaxlora.peft.Split"
+  " and jaxlora.peft.Joined."
+)
 
 _MOST_TIED = 20  # a model has one or two pairs of tied weights
 

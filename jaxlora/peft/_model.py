@@ -34,6 +34,7 @@ class TorchModel:
       stacked = leaf.roles.count("s") if isinstance(leaf, LoraWeight) else stacked_axes(path)
       try:
         target = given_target(path, names) or default_target(path, stacked)
+        target = target.laid_out(getattr(leaf, "roles", None), shape_of_leaf(leaf))
       except PeftError as error:
         if is_adapted(leaf):
           problems.append(str(error))
@@ -64,7 +65,14 @@ class TorchModel:
     """The names of all modules of the model; `None` for the trainable half of a tree, which has but some of them."""
     if any(isinstance(leaf, LoraWeight) and leaf.base is None for leaf in self.leaves.values()):
       return None
-    return sorted({name for path in self.targets for _, name in self.layers(path)})
+    return sorted(
+      {
+        name
+        for path, target in self.targets.items()
+        for index, _ in self.layers(path)
+        for name in target.torch_names(index)
+      }
+    )
 
   def parameters(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """Module -> parameter -> the leaf that holds it, and the index along its stacked axes."""

@@ -3,12 +3,15 @@
 from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import re
+from typing import Any
 
 from jaxlora._base.paths import components
 from jaxlora._base.patterns import nearest
+from jaxlora.peft._parts import Joined, Parts, Split
 from jaxlora.peft._records import PeftError
 
-Names = Mapping[str, str] | None  # regex over paths -> name of a torch module, as `save` takes them
+# Regex over paths -> name of a torch module, or what the leaf has to do with several, as `save` takes them.
+Names = Mapping[str, str | Parts] | None
 
 Key = tuple[str, str]  # a torch module's name, and the name of its parameter
 
@@ -43,18 +46,48 @@ class Target:
   """The torch parameter that a leaf is.
 
   Attributes:
-    module: name of the module; `{}` stands for the index along a stacked axis.
+    module: name of the module; `{}` stands for the index along a stacked axis. With `parts` it is a name for the leaf
+      alone, which no torch module has.
     parameter: `weight` or `bias`; `None` for a leaf that Flax's layers do not have.
     stacked: how many stacked axes the name has places for.
+    parts: what the leaf has to do with the torch modules of `modules`, where that is not one of it.
+    modules: with `parts`, torch's names: of all modules of a `Split`, of the one of a `Joined`.
+    part: the leaf's position among the parts of a `Joined`.
+    over_stack: whether the modules of a `Split` lie along a stacked axis, the last, and not among the outputs.
   """
 
   module: str
   parameter: str | None
   stacked: int
+  parts: Parts | None = None
+  modules: tuple[str, ...] = ()
+  part: int = 0
+  over_stack: bool = False
 
   def name(self, index: Sequence[int]) -> str:
     """The module's name at an index along the stacked axes."""
     return self.module.format(*index) if self.stacked else self.module
+
+  def torch_names(self, index: Sequence[int]) -> list[str]:
+    """The names of the torch modules at an index along the stacked axes: several for a `Split`."""
+    if self.parts is None:
+      return [self.name(index)]
+    names = [module.format(*index) for module in self.modules]
+    return [names[index[-1]]] if self.over_stack else names
+
+  def laid_out(self, roles: str | None, shape: Sequence[int]) -> "Target":
+    """The target of a leaf whose modules may lie along a stacked axis: its roles tell, or an axis before two others."""
+    if not isinstance(self.parts, Split) or self.over_stack or self.parameter == "bias":
+      return self
+    layer = shape[self.stacked :]
+    if roles is not None:
+      along_stack = roles.count("s") == self.stacked + 1
+    else:
+      along_stack = self.parts.groups == 1 < len(self.modules) and len(layer) >= 3 and layer[0] == len(self.modules)
+    if not along_stack:
+      return self
+    module = f"{self.module}[{{{self.stacked}}}]"
+    return dataclasses.replace(self, module=module, stacked=self.stacked + 1, over_stack=True)
 
 
 def split_path(path: str) -> tuple[str, str | None]:
@@ -72,11 +105,10 @@ def key_of(parameter: str) -> Key:
 
 
 def check_names(names: Names, paths: Collection[str]) -> None:
-  """Raises unless `names` maps regexes to strings, and each matches a leaf."""
+  """Raises unless `names` maps regexes to strings or parts, and each matches a leaf."""
   if names is None:
     return
-  if not isinstance(names, Mapping) or not all(isinstance(x, str) for item in names.items() for x in item):
-    raise TypeError(f"names: found {names!r}, expected a dict of regexes over paths and the torch names they become.")
+  check_types(names)
   for pattern in names:
     try:
       regex = re.compile(pattern)
@@ -89,31 +121,86 @@ def check_names(names: Names, paths: Collection[str]) -> None:
       )
 
 
+def check_types(names: Any) -> None:
+  """Raises a `TypeError` unless `names` maps strings to strings or parts."""
+  if not isinstance(names, Mapping) or not all(
+    isinstance(pattern, str) and isinstance(value, (str, Split, Joined)) for pattern, value in names.items()
+  ):
+    raise TypeError(
+      f"names: found {names!r}, expected a dict of regexes over paths and the torch names they become, or Split and"
+      " Joined of jaxlora.peft."
+    )
+
+
 def _match(pattern: re.Pattern[str], path: str) -> re.Match[str] | None:
   return pattern.fullmatch(path) or pattern.fullmatch(split_path(path)[0])
 
 
 def given_target(path: str, names: Names) -> Target | None:
-  """The torch parameter of a leaf by the first of the user's `names` that matches; `None` if none does."""
-  for pattern, template in (names or {}).items():
+  """The torch parameter of a leaf by the first of the user's `names` that matches; `None` if none does.
+
+  Raises:
+    PeftError: where a leaf that is to be joined with others does not tell which part it is.
+    ValueError: where a name is no template.
+  """
+  for pattern, value in (names or {}).items():
     found = _match(re.compile(pattern), path)
     if found is None:
       continue
-    try:
-      name = found.expand(template)
-      stacked = len(re.findall(r"\{\d*\}", name))
-      name.format(*range(stacked))
-    except (re.error, IndexError, KeyError, ValueError) as error:
-      raise ValueError(
-        f"names[{pattern!r}]: {template!r} is no template ({error}); expected a torch module's name, with \\1 for a"
-        " group of the pattern and {} for the index of a stacked layer."
-      ) from error
-    module, parameter = name, split_path(path)[1]
-    for ending in ("weight", "bias"):
-      if name.endswith(f".{ending}"):
-        module, parameter = name.removesuffix(f".{ending}"), ending
-    return Target(module, parameter, stacked)
+    if isinstance(value, str):
+      module, stacked = _expanded(pattern, found, value)
+      module, parameter = _without_parameter(path, module)
+      return Target(module, parameter, stacked)
+    return _target_of_parts(path, value, pattern, found)
   return None
+
+
+def _expanded(pattern: str, found: re.Match[str], template: str) -> tuple[str, int]:
+  """A template with the groups of a match put in, and the number of its places for an index."""
+  try:
+    name = found.expand(template)
+    stacked = len({number or k for k, number in enumerate(re.findall(r"\{(\d*)\}", name))})
+    name.format(*range(stacked))
+  except (re.error, IndexError, KeyError, ValueError) as error:
+    raise ValueError(
+      f"names[{pattern!r}]: {template!r} is no template ({error}); expected a torch module's name, with \\1 for a"
+      " group of the pattern and {} for the index of a stacked layer."
+    ) from error
+  return name, stacked
+
+
+def _without_parameter(path: str, name: str) -> tuple[str, str | None]:
+  """A module and its parameter, which a name may end with; else the leaf's own name tells it."""
+  for ending in ("weight", "bias"):
+    if name.endswith(f".{ending}"):
+      return name.removesuffix(f".{ending}"), ending
+  return name, split_path(path)[1]
+
+
+def _target_of_parts(path: str, parts: Parts, pattern: str, found: re.Match[str]) -> Target:
+  """The target of a leaf that is a whole of several modules, or a part of one."""
+  templates = parts.modules if isinstance(parts, Split) else (parts.module,)
+  expanded = [_expanded(pattern, found, template) for template in templates]
+  if len({stacked for _, stacked in expanded}) > 1:
+    raise ValueError(f"names[{pattern!r}]: {tuple(templates)} have different numbers of places for an index.")
+  pairs = [_without_parameter(path, name) for name, _ in expanded]
+  modules = tuple(_numbered(module) for module, _ in pairs)
+  parameter, stacked = pairs[0][1], expanded[0][1]
+  if isinstance(parts, Split):
+    return Target(f"[{' | '.join(modules)}]", parameter, stacked, parts, modules)
+  own = [part for part in parts.parts if part in components(path)]
+  if len(own) != 1:
+    raise PeftError(
+      f"names[{pattern!r}]: {path}: its path holds {len(own)} of the components {', '.join(parts.parts)}; expected one,"
+      " which tells what part of the module it is."
+    )
+  return Target(f"{modules[0]}[{own[0]}]", parameter, stacked, parts, modules, list(parts.parts).index(own[0]))
+
+
+def _numbered(template: str) -> str:
+  """`layers.{}.experts.{}` -> `layers.{0}.experts.{1}`."""
+  count = iter(range(len(template)))
+  return re.sub(r"\{\}", lambda _: f"{{{next(count)}}}", template)
 
 
 def default_target(path: str, stacked: int) -> Target:

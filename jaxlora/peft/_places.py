@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
 import itertools
 import re
+import types
 
 from jaxlora._base.patterns import nearest
 from jaxlora.peft._names import Key, Names, Target, given_target, name_parts, split_path
@@ -17,15 +18,23 @@ class Place:
   index: tuple[int, ...] = ()
 
 
-def find_places(keys: Iterable[Key], paths: Collection[str], names: Names) -> tuple[dict[Key, Place], dict[Key, str]]:
+def find_places(
+  keys: Iterable[Key], paths: Collection[str], names: Names, parts: Mapping[str, Target] = types.MappingProxyType({})
+) -> tuple[dict[Key, Place], dict[Key, str]]:
   """The leaf of each torch parameter, and what is wrong with those that belong to no leaf, or may belong to several.
 
   Leaves that `names` does not match are found by their components, which must be those of the parameter's name: as they
   are; without the index of a stacked layer; or after one beginning that the tree or the file lacks (`transformer.h.0`
   and `h/0`), the same one for all parameters.
+
+  Args:
+    keys: the parameters.
+    paths: of the leaves.
+    names: as for `load`.
+    parts: the targets of leaves that are no one torch module, by path, once it is known how they are stacked.
   """
   keys = list(keys)
-  given = {path: target for path in paths if (target := given_target(path, names)) is not None}
+  given = {path: target for path in paths if (target := given_target(path, names)) is not None} | dict(parts)
   candidates = _places_by_given_names(keys, given)
   rest = [key for key in keys if key not in candidates]
   candidates |= _places_by_components(rest, [path for path in paths if path not in given])
@@ -39,7 +48,10 @@ def find_places(keys: Iterable[Key], paths: Collection[str], names: Names) -> tu
       owners.setdefault(found[0], []).append(key)
     elif found:
       listed = ", ".join(sorted({place.path for place in found}))
-      problems[key] = f"{'.'.join(key)}: may be any of {listed}. Say which by names="
+      problems[key] = (
+        f"{'.'.join(key)}: may be any of {listed}. Say which by names=; if they are its parts, with"
+        " jaxlora.peft.Joined(module, parts)"
+      )
     else:
       near = ", ".join(nearest(key[0].replace(".", "/"), paths)) if len(problems) < _MOST_NEAR else "not looked for"
       problems[key] = f"{'.'.join(key)}: no leaf of the tree is called so. Nearest: {near}. Say which by names="
@@ -60,7 +72,7 @@ def _places_by_given_names(keys: Sequence[Key], given: Mapping[str, Target]) -> 
   for path, target in given.items():
     parameter = target.parameter or "weight"
     if target.stacked:
-      stacks.append((path, *_index_pattern(target.module), parameter))
+      stacks.append((path, *index_pattern(target.module), parameter))
     else:
       exact.setdefault((target.module, parameter), []).append(Place(path))
   candidates = {}
@@ -68,17 +80,30 @@ def _places_by_given_names(keys: Sequence[Key], given: Mapping[str, Target]) -> 
     found = list(exact.get(key, []))
     for path, regex, order, parameter in stacks:
       if parameter == key[1] and (match := regex.fullmatch(key[0])):
-        found.append(Place(path, tuple(int(match.group(1 + order.index(k))) for k in range(len(order)))))
+        found.append(Place(path, index_of(match, order)))
     if found:
       candidates[key] = found
   return candidates
 
 
-def _index_pattern(template: str) -> tuple[re.Pattern[str], list[int]]:
-  """A regex for the names that a template makes, and the number of the index that each group of it holds."""
+def index_pattern(template: str) -> tuple[re.Pattern[str], list[int]]:
+  """A regex for the names that a template makes, and the number of the index that each group of it holds.
+
+  An index that a template holds more than once has one group: the others must be equal.
+  """
   pieces = re.split(r"\{(\d*)\}", template)
-  order = [int(number) if number else k for k, number in enumerate(pieces[1::2])]
-  return re.compile(r"(\d{1,6})".join(re.escape(piece) for piece in pieces[::2])), order
+  numbers = [int(number) if number else k for k, number in enumerate(pieces[1::2])]
+  order = list(dict.fromkeys(numbers))
+  regex = re.escape(pieces[0])
+  for k, (number, piece) in enumerate(zip(numbers, pieces[2::2], strict=True)):
+    again = number in numbers[:k]
+    regex += (rf"(?:\{order.index(number) + 1})" if again else r"(\d{1,6})") + re.escape(piece)
+  return re.compile(regex), order
+
+
+def index_of(match: re.Match[str], order: Sequence[int]) -> tuple[int, ...]:
+  """The index along the stacked axes that a match of an `index_pattern` holds."""
+  return tuple(int(match.group(1 + order.index(k))) for k in range(len(order)))
 
 
 Parts = tuple[str, ...]  # the components of a name

@@ -12,6 +12,7 @@ from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.peft._config import config_of
+from jaxlora.peft._for_torch import joined_names, named_for_torch
 from jaxlora.peft._layout import factors_to_torch, magnitude_to_torch, torch_kind, weight_to_torch
 from jaxlora.peft._model import TorchModel
 from jaxlora.peft._names import Names, check_names
@@ -67,6 +68,7 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str) -> Adapte
   adapted = [path for path in model.targets if isinstance(leaves[path], LoraWeight)]
   modules = [module for path in adapted for module in _modules_of(path, model, subject, problems)]
   whole, bias = _trained_whole(model, axes, {module.name for module in modules}, problems)
+  modules, whole = named_for_torch(modules, whole, leaves, model.layers, model.targets, problems)
   if not modules and not whole and not problems:
     raise ValueError(f"{subject}: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
   _check_together(modules, problems)
@@ -96,7 +98,8 @@ def _check_together(modules: Collection[Module], problems: list[str]) -> None:
     )
   counts = collections.Counter(module.name for module in modules)
   problems += [
-    f"{name}: several leaves have this name in torch. Tell them apart by names="
+    f"{name}: several leaves have this name in torch. Tell them apart by names=; if they are one module together, with"
+    " jaxlora.peft.Joined(module, parts)"
     for name in sorted(counts)
     if counts[name] > 1
   ]
@@ -162,6 +165,9 @@ def _trained_whole(
     name: {parameter for parameter, (path, _) in held.items() if isinstance(model.leaves[path], FullWeight)}
     for name, held in parameters.items()
   }
+  for group in joined_names(model.targets, model.layers):  # PEFT saves the one module that they are
+    which = set().union(*(trained[name] for name in group))
+    trained |= {name: which & parameters[name].keys() for name in group}
   problems += [
     f"{path}: PEFT saves modules, and a leaf of this name is none of Flax's. Give names= with a torch name that ends"
     " in .weight or .bias, or merge it into the base (jaxlora.merge)"

@@ -72,3 +72,30 @@ def test_convert_reads_once_and_writes_once(run, tmp_path, folders, touched, mon
     "wrote adapter_model.safetensors": 1,
     "wrote adapter_config.json": 1,
   }
+
+
+def test_names_of_a_json_file_join_and_split(run, tmp_path):
+  kernel = lambda seed, *shape: {"kernel": array(seed, shape, jnp.float32)}
+  params = {"layers_0": {"q": kernel(1, 6, 4), "k": kernel(2, 6, 2), "gate_up": kernel(3, 6, 8)}}
+  tree = adapted(params)
+  checkpoint.save(tmp_path / "run", tree)
+  names = tmp_path / "names.json"
+  names.write_text(
+    json.dumps(
+      {
+        r"layers_(\d)/[qk]": {"joined": r"h.\1.qk", "parts": ["q", "k"], "groups": 2},
+        r"layers_(\d)/gate_up": {"split": [r"h.\1.gate", r"h.\1.up"], "sizes": [1, 1]},
+      }
+    )
+  )
+  run("convert", tmp_path / "run", tmp_path / "p", "--names", names)
+  config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+  assert config["target_modules"] == ["gate", "qk", "up"]
+  save_file(flat(params, "."), tmp_path / "base.safetensors")
+  run("convert", tmp_path / "p", tmp_path / "again", "--names", names, "--base", tmp_path / "base.safetensors")
+  restored = checkpoint.restore(tmp_path / "again", params)
+  for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
+    assert np.array_equal(x, y)
+  for wrong, message in (('{"a": {"joined": 1}}', "expected a torch name"), ('["a"]', "expected a dict of regexes")):
+    names.write_text(wrong)
+    assert message in run("convert", tmp_path / "run", tmp_path / "q", "--names", names, code=1)["error"]
