@@ -1,6 +1,7 @@
 """Which axes a reshape joins and splits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -14,7 +15,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
     while True:
       if left_size == right_size and (left or right):
         break
-      if left_size <= right_size and i < len(old):
+      if _at_most(left_size, right_size) and i < len(old):
         left_size *= old[i]
         left.append(i)
         i += 1
@@ -28,3 +29,11 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
         i += 1
     groups.append((left, right))
   return groups
+
+
+def _at_most(left: Any, right: Any) -> bool:
+  """Whether a size is at most another; where that cannot be known of symbolic ones, either answer ends in groups."""
+  try:
+    return bool(left <= right)
+  except Exception:  # JAX's own, for a comparison without an answer
+    return False

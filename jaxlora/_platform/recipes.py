@@ -6,13 +6,13 @@ operations away from values that are kept in any case. The transform notes what 
 """
 
 from collections.abc import Callable, Sequence
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora._jax.primitives import COMPARISONS, KEEPS_OPERANDS, KEEPS_RESULT, LINEAR
+from jaxlora._jax.sizes import elements
 
 REGION = "region"  # in the place of a primitive's name; differentiating one keeps its operands
 _KEEPS_OPERANDS = KEEPS_OPERANDS | {REGION}
@@ -83,7 +83,7 @@ class _Cook:
     self.known = known
     self.wait = wait
     self.value = value
-    self.elements = math.prod(jnp.shape(value))
+    self.elements = elements(jnp.shape(value))
     self.leaves: list[Any] = []
 
   def recipe(self) -> Recipe | None:
@@ -125,7 +125,7 @@ class _Cook:
     return len(self.leaves) - 1
 
   def is_large(self, value: Any) -> bool:
-    return math.prod(jnp.shape(value)) * SMALL > self.elements
+    return elements(jnp.shape(value)) * SMALL > self.elements
 
 
 def _is_float(value: Any) -> bool:

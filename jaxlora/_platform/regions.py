@@ -9,7 +9,6 @@ Reading order: the region -> evaluating it -> finding them.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from jaxlora._jax.control_flow import called
 from jaxlora._jax.jaxpr import Literal, bind, context_key, equation_context, open_jaxpr
 from jaxlora._jax.primitives import KEEPS_RESULT, SUMS_ALONG_AXES
+from jaxlora._jax.sizes import elements
 from jaxlora._platform.recipes import ELEMENTWISE, SMALL
 
 # What may be inside of a region. Not names: a policy of `jax.checkpoint` is to find them.
@@ -182,7 +182,7 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
 
 
 def _elements(atom: Any) -> int:
-  return math.prod(getattr(atom.aval, "shape", ()))
+  return elements(getattr(atom.aval, "shape", ()))
 
 
 def _is_mask(atom: Any) -> bool:

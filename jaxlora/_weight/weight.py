@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wider_dtype
+from jaxlora._base.export import serialised_dataclass
 from jaxlora._weight.describe import full_line, is_array, lora_line
 from jaxlora._weight.flax import KnownToFlax
 from jaxlora._weight.roles import factor_axes, low_rank_delta, times_gain
@@ -46,6 +47,7 @@ class _Node(metaclass=KnownToFlax):
     )
 
 
+@serialised_dataclass
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class LoraWeight(_Node):
@@ -218,6 +220,7 @@ class LoraWeight(_Node):
     return times_gain(whole, self.gain(a, b), self.roles).astype(dtype)
 
 
+@serialised_dataclass
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class FullWeight(_Node):

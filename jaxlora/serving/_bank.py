@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._base.export import serialised
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.weight import FullWeight, LoraWeight
@@ -250,3 +252,24 @@ def _taken(slots: Slots, slot: int) -> Any:
   if isinstance(slots, WholeSlots):
     return FullWeight(base=None, value=slots.value[slot])
   return LoraWeight.from_factors(None, slots.a[slot], slots.b[slot], slots.roles)
+
+
+def _written(aux: Any) -> bytes:
+  paths, treedef, _ = aux
+  try:
+    nesting = treedef.serialize_using_proto()
+  except ValueError as error:
+    raise ValueError(
+      f"a bank for parameters of the nesting {treedef} cannot be an argument of a serialised function: only dicts,"
+      " lists and tuples can be written. Close over the bank, or make it for such a tree."
+    ) from error
+  return json.dumps([list(paths), nesting.hex()]).encode()
+
+
+def _read(text: bytes) -> Any:
+  paths, nesting = json.loads(text)
+  treedef = jax.tree_util.PyTreeDef.deserialize_using_proto(jax.tree_util.default_registry, bytes.fromhex(nesting))
+  return tuple(paths), treedef, Names(None)
+
+
+serialised(Bank, _written, _read, Bank.tree_unflatten)

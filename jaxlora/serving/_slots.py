@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._base.export import serialised_dataclass
 from jaxlora._base.text import listed
 from jaxlora._weight.weight import FullWeight, LoraWeight, parts
 
 
+@serialised_dataclass
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRankSlots:
@@ -34,6 +36,7 @@ class LowRankSlots:
     return self.a.shape[1 + self.roles.count("s")]
 
 
+@serialised_dataclass
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WholeSlots:

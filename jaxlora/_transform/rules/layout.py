@@ -54,7 +54,7 @@ def regrouped_roles(roles: str, old: Sequence[int], new: Sequence[int]) -> str |
 @rule("reshape")
 def reshape(op: Op, args: Sequence[Any]) -> list[Any]:
   w = only_weight(args)
-  new = tuple(int(size) for size in op.params["new_sizes"])
+  new = tuple(op.params["new_sizes"])
   given = w.base
   if op.params.get("dimensions") is not None:  # a transposition first
     w = permuted(w, op.params["dimensions"], lax.transpose(w.base, op.params["dimensions"]))
@@ -78,7 +78,7 @@ def squeeze(op: Op, args: Sequence[Any]) -> list[Any]:
 @rule("broadcast_in_dim")
 def _broadcast(op: Op, args: Sequence[Any]) -> list[Any]:
   w = only_weight(args)
-  shape = tuple(int(size) for size in op.params["shape"])
+  shape = tuple(op.params["shape"])  # symbolic sizes among them, where a program is exported
   source = {int(out): d for d, out in enumerate(op.params["broadcast_dimensions"])}
   # A new axis only B needs to hold: its contraction and its batching then cost what they cost the base.
   roles = "".join(w.roles[source[d]] if d in source else "o" for d in range(len(shape)))
