@@ -15,6 +15,7 @@ from jaxlora.peft._folder import save
 from jaxlora.peft._from_modules import from_modules
 from jaxlora.peft._read import read
 from jaxlora.peft._records import Adapter
+from jaxlora.peft._tied import uses_of
 
 _METADATA = ("base_model_name_or_path", "task_type")  # what a checkpoint's metadata keeps of adapter_config.json
 
@@ -62,7 +63,10 @@ def _flax_shapes(adapter: Adapter, source: str) -> tuple[dict[str, jax.ShapeDtyp
       " tells. Pass --base FILE."
     )
   params, axes = {}, {}
+  uses = uses_of(adapter)
   for name, module in adapter.modules.items():
+    if uses is not None and uses.alike and name == uses.head:
+      continue  # the embedding's own weight
     kind = "embedding" if module.kind == "embedding" else "kernel"
     leaf = f"{name.replace('.', '/')}/{kind}"
     out, inputs, *kernel = module.shape

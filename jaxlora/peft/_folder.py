@@ -28,8 +28,9 @@ def save(
   Kernels split into heads become matrices, convolutions (rank, in, *kernel) and (out, rank, 1, ...), embeddings
   `lora_embedding_A` and `_B`; scanned layers are written one by one. Ranks and alphas that differ are in `rank_pattern`
   and `alpha_pattern`, which vLLM does not read: it takes `lora_alpha / r` for all. Leaves trained whole become
-  `modules_to_save`, or, biases alone, `bias="lora_only"` or `"all"`. An embedding that is the head, too, is adapted in
-  both uses here, and in its look-ups alone in PEFT: there the two are not the same function. PEFT has one dropout for
+  `modules_to_save`, or, biases alone, `bias="lora_only"` or `"all"`. A token embedding
+  of a tree without a head is written as the head, too (`lm_head`, `ensure_weight_tying`), which PEFT adapts as a module
+  of its own; with DoRA it cannot be: there PEFT changes the look-ups alone. PEFT has one dropout for
   all modules: the most common one is written.
 
   Args:
@@ -41,7 +42,7 @@ def save(
       `transformer.h.0.attn.c_attn`; `layers_0`, `layers/0` and scanned `layers` are `model.layers.0`. Where a leaf
       and a torch module do not hold the same, a value is a `Split` or a `Joined`.
     base_model_name_or_path: written to the configuration.
-    task_type: written to the configuration, such as `"CAUSAL_LM"`.
+    task_type: written to the configuration, such as `"CAUSAL_LM"`; tasks such as `"SEQ_CLS"` have no head to tie.
     axes: regex -> roles, for kernels trained whole whose axes nothing tells.
 
   Raises:
@@ -60,7 +61,7 @@ def save(
 
   Source: the format is that of `peft` 0.21, `peft/utils/save_and_load.py` and `peft/tuners/lora/`.
   """
-  adapter = adapter_of_tree(tree, names, axes, "save")
+  adapter = adapter_of_tree(tree, names, axes, "save", task_type)
   about = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
   write(folder, dataclasses.replace(adapter, config=adapter.config | about))
 

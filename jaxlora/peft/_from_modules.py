@@ -16,6 +16,7 @@ from jaxlora.peft._nodes import Index, lora_weight, whole_value
 from jaxlora.peft._places import Place, find_places
 from jaxlora.peft._records import Adapter, Module, fail
 from jaxlora.peft._roles import Axes, KnownRoles, known_roles, shape_of_leaf
+from jaxlora.peft._tied_leaves import one_leaf_for_both_uses
 
 
 def from_modules(
@@ -88,7 +89,9 @@ def tree_of_adapter(
   tensors = {key_of(name): tensor for name, tensor in {**adapter.bases, **adapter.whole}.items()}
   keys = dict.fromkeys([*((name, "weight") for name in adapter.modules), *tensors])
   places, missing = find_places(keys, leaves, names, parts)
-  problems += _unplaced(missing, places, tensors)
+  adapter = one_leaf_for_both_uses(adapter, leaves, places, known, probe is not None, problems)
+  left = {(name, "weight") for name in adapter.modules} | {key_of(name) for name in (*adapter.bases, *adapter.whole)}
+  problems += _unplaced({key: problem for key, problem in missing.items() if key in left}, places, tensors)
   modules: dict[str, dict[Index, Module]] = {}  # by path
   for name, module in adapter.modules.items():
     if place := places.get((name, "weight")):

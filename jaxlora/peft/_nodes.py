@@ -26,10 +26,6 @@ def lora_weight(path: str, leaf: Any, modules: Mapping[Index, Module], known: Kn
   shape, (first, *_) = shape_of_leaf(leaf), modules.values()
   if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
     raise ValueError(f"dtype {leaf.dtype} cannot be adapted; expected a real floating dtype")
-  if path in known.tied and first.kind == "embedding":
-    raise ValueError(
-      "PEFT adapts the look-up alone, and this leaf is the head's weight, too. Give the tree a head of its own"
-    )
   roles = _roles_of(path, shape, first, len(next(iter(modules))), known)
   factors = {index: _factors(index, module, first.kind, shape, roles) for index, module in modules.items()}
   stack = tuple(size for size, role in zip(shape, roles, strict=True) if role == "s")

@@ -17,8 +17,10 @@ from jaxlora.peft._layout import factors_to_torch, magnitude_to_torch, torch_kin
 from jaxlora.peft._model import TorchModel
 from jaxlora.peft._names import Names, check_names
 from jaxlora.peft._records import Adapter, Module, fail, raise_problems
-from jaxlora.peft._roles import Axes, KnownRoles, known_roles, roles_of_layer
+from jaxlora.peft._roles import Axes, KnownRoles, known_roles, roles_of_layer, shape_of_leaf
 from jaxlora.peft._state import not_finite, state_of
+from jaxlora.peft._tied import HEADLESS, head_name, is_embedding, tied_head
+from jaxlora.peft._tied_leaves import own_head
 
 
 def to_modules(tree: Any, *, names: Names = None, axes: Axes = None) -> Adapter:
@@ -59,8 +61,8 @@ def to_modules(tree: Any, *, names: Names = None, axes: Axes = None) -> Adapter:
   return adapter_of_tree(tree, names, axes, "to_modules")
 
 
-def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str) -> Adapter:
-  """`to_modules`, for a caller whose name its errors begin with."""
+def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type: str | None = None) -> Adapter:
+  """`to_modules`, for a caller whose name its errors begin with; `task_type` tells whether torch's model has a head."""
   leaves = dict(flatten(tree, is_leaf=is_adapted)[0])
   check_names(names, leaves)
   problems: list[str] = []
@@ -75,6 +77,9 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str) -> Adapte
   raise_problems(subject, problems)
   dropouts = [leaf.dropout for leaf in leaves.values() if isinstance(leaf, LoraWeight)]
   by_name = {module.name: module for module in modules}
+  tied = None if task_type in HEADLESS else _tied_table(model)
+  if tied is not None:
+    _add_tied_head(by_name, whole, tied)
   config = config_of(
     by_name,
     whole,
@@ -82,10 +87,37 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str) -> Adapte
     known=model.module_names(),
     dropout=max(dropouts, key=dropouts.count, default=0.0),
   )
+  if tied is not None:
+    config["ensure_weight_tying"] = True
   adapter = Adapter(by_name, whole, {}, config)
   if broken := not_finite(state_of(adapter)):
     raise fail(subject, broken, "Training has diverged: go back to an earlier checkpoint; nothing was written.")
   return adapter
+
+
+def _tied_table(model: TorchModel) -> str | None:
+  """The torch module of an adapted embedding that is the head, too: of a tree without another head.
+
+  DoRA's gain over the features of a look-up is none over the outputs of a head: such an embedding is left alone.
+  """
+  shapes = {path: shape_of_leaf(leaf) for path, leaf in model.leaves.items()}
+  for path, target in model.targets.items():
+    leaf = model.leaves[path]
+    if not is_adapted(leaf) or target.parameter != "weight" or not is_embedding(target.module):
+      continue
+    gain = isinstance(leaf, LoraWeight) and leaf.kind.gain is not None
+    if not gain and not target.stacked and own_head(shapes, path) is None:
+      return target.module
+  return None
+
+
+def _add_tied_head(modules: dict[str, Module], whole: dict[str, np.ndarray], table: str) -> None:
+  """Adds the head whose weight is an adapted embedding: PEFT adapts the two uses as two modules."""
+  head = head_name(table)
+  if table in modules:
+    modules[head] = tied_head(modules[table], head)
+  else:
+    whole[f"{head}.weight"] = whole[f"{table}.weight"]
 
 
 def _check_together(modules: Collection[Module], problems: list[str]) -> None:

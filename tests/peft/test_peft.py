@@ -252,6 +252,25 @@ FROM_PEFT = {
   "biases of adapted": (biased_llama, {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}),
   "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4, "lora_alpha": 8, "fan_in_fan_out": True}),
   "gpt2, an embedding": (gpt2, {"target_modules": ["wpe", "c_attn"], "r": 4, "fan_in_fan_out": True}),
+  "gpt2, the tied embedding": (
+    gpt2,
+    {
+      "target_modules": ["wte", "lm_head", "c_attn"],
+      "r": 4,
+      "lora_alpha": 12,
+      "ensure_weight_tying": True,
+      "fan_in_fan_out": True,
+    },
+  ),
+  "gpt2, the tied embedding saved": (
+    gpt2,
+    {
+      "target_modules": ["c_attn"],
+      "modules_to_save": ["wte", "lm_head"],
+      "ensure_weight_tying": True,
+      "fan_in_fan_out": True,
+    },
+  ),
   "gpt2, all biases": (gpt2, {"target_modules": ["attn.c_proj"], "bias": "all", "fan_in_fan_out": True}),
   "gpt2, Conv1D saved": (
     gpt2,
@@ -334,6 +353,8 @@ TO_PEFT = {
   "biases of adapted": (biased_llama, {"targets": ["q_proj", "k_proj"], "train": r".*_1/.*q_proj/bias"}),
   "gpt2": (gpt2, {"alpha": 9}),
   "gpt2, an embedding": (gpt2, {"targets": ["wpe", "c_fc"], "train": ["ln_f"]}),
+  "gpt2, the tied embedding": (gpt2, {"targets": ["wte", "c_fc"], "alpha": 6}),
+  "gpt2, the tied embedding whole": (gpt2, {"targets": ["c_fc"], "train": ["wte"]}),
   "gpt2, all biases": (gpt2, {"targets": ["c_attn"], "train": r".*(ln_1|c_attn)/bias"}),
   "gpt2, Conv1D whole": (gpt2, {"targets": ["c_attn"], "train": ["h_0/attn/c_proj", "h_1/mlp/c_fc/kernel"]}),
   "bert": (bert, {"train": ["classifier"], "alpha": 1.5}),

@@ -1,0 +1,110 @@
+"""Tied weights: an embedding that is the head's weight, too, in adapters and in trees.
+
+PEFT adapts the look-ups and the head of a tied model as two modules. One tensor can hold what becomes of both where
+that is the same: with `ensure_weight_tying`, or where the head's factors are the embedding's, transposed.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxlora.peft._records import Adapter, Module
+
+# The last component of the names that token embeddings and heads have in models with a head.
+EMBEDDINGS = ("embed_tokens", "wte", "shared", "tok_embeddings", "embed_in", "word_embeddings")
+HEADS = ("lm_head", "embed_out")
+
+# Tasks of PEFT's whose models have no head over the vocabulary.
+HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+_STEMS = ("model", "transformer", "decoder")  # of torch's names, behind which a model has its embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Uses:
+  """What an adapter makes of a token embedding, and of the head that may be tied to it.
+
+  Attributes:
+    embedding: the name of its module, where the adapter changes it.
+    head: the name of the head's module, where the adapter changes it.
+    alike: whether both become the same, so that one tensor can hold it.
+  """
+
+  embedding: str | None
+  head: str | None
+  alike: bool
+
+
+def uses_of(adapter: Adapter) -> Uses | None:
+  """What an adapter makes of a token embedding and of the head; `None` where it changes neither."""
+  saved = [name.removesuffix(".weight") for name in adapter.whole if name.endswith(".weight")]
+  changed = {*adapter.modules, *(name for name in saved if _is_asked(name, adapter.config))}
+  held = [*adapter.modules, *saved]
+  embedding, head = (next((name for name in held if check(name)), None) for check in (is_embedding, is_head))
+  if changed.isdisjoint((embedding, head)):
+    return None
+  if embedding is None or head is None:
+    return Uses(embedding, head, alike=head is None and bool(adapter.config.get("ensure_weight_tying")))
+  modules = [adapter.modules.get(name) for name in (embedding, head)]
+  values = [adapter.whole.get(f"{name}.weight") for name in (embedding, head)]
+  if modules[0] is not None and modules[1] is not None:
+    return Uses(embedding, head, alike=_is_transposed(modules[1], modules[0]))
+  same = values[0] is not None and values[1] is not None and np.array_equal(values[0], values[1])
+  return Uses(embedding, head, alike=same)
+
+
+def is_embedding(name: str) -> bool:
+  """Whether a torch module of this name is a token embedding that a head may be tied to."""
+  parts = name.split(".")
+  return parts[-1] in EMBEDDINGS and parts[-2:-1] != ["embeddings"]  # BERT's, whose heads have names of their own
+
+
+def is_head(name: str) -> bool:
+  return name.rpartition(".")[2] in HEADS
+
+
+def _is_asked(module: str, config: Mapping[str, Any]) -> bool:
+  """Whether `modules_to_save` names a module: PEFT writes embeddings unasked, too, where they are the base's own."""
+  saved = config.get("modules_to_save") or []
+  return any(module.endswith(name) for name in saved if isinstance(name, str))
+
+
+def _is_transposed(head: Module, embedding: Module) -> bool:
+  """Whether a head's update is the embedding's: the same factors, transposed and exchanged."""
+  return (
+    head.kind == "linear"
+    and embedding.kind == "embedding"
+    and head.magnitude is None
+    and embedding.magnitude is None
+    and head.scale == embedding.scale
+    and np.array_equal(head.a, embedding.b_matrix.T)
+    and np.array_equal(head.b_matrix, embedding.a.T)
+  )
+
+
+def without_head(adapter: Adapter, head: str) -> Adapter:
+  """The adapter without what it makes of a head that is the embedding's own weight."""
+  modules = {name: module for name, module in adapter.modules.items() if name != head}
+  whole, bases = (
+    {name: tensor for name, tensor in tensors.items() if name != f"{head}.weight"}
+    for tensors in (adapter.whole, adapter.bases)
+  )
+  return dataclasses.replace(adapter, modules=modules, whole=whole, bases=bases)
+
+
+def tied_head(module: Module, name: str) -> Module:
+  """A head's module whose update is that of the embedding that it is tied to."""
+  a, b = (np.ascontiguousarray(x) for x in (module.b_matrix.T, module.a.T))
+  return Module(name, "linear", a, b, module.alpha, module.scaling)
+
+
+def head_name(embedding: str) -> str:
+  """What torch calls the head of a model whose token embedding has this name."""
+  parts = embedding.split(".")[:-1]
+  if parts[:1] and parts[0] in _STEMS:
+    return "lm_head"
+  while parts and parts[-1] in _STEMS:
+    parts.pop()
+  return ".".join([*parts, "lm_head"])

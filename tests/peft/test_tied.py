@@ -1,0 +1,159 @@
+"""An embedding that is the head, too: what one leaf can hold is loaded and saved, and the rest is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxlora
+from jaxlora import peft
+from tests.helpers import adapted, array
+
+PREFIX = "base_model.model."
+TABLE = array(1, (11, 6), jnp.float32)
+TIED = {
+  "model": {
+    "embed_tokens": {"embedding": TABLE},
+    "layers_0": {"q_proj": {"kernel": array(2, (6, 4), jnp.float32)}},
+  }
+}
+OWN = {**TIED, "lm_head": {"kernel": TABLE.T}}
+
+
+def look_up(params):
+  return (
+    params["model"]["embed_tokens"]["embedding"][jnp.zeros(3, int)] @ params["model"]["layers_0"]["q_proj"]["kernel"]
+  )
+
+
+def tied(params):
+  table = params["model"]["embed_tokens"]["embedding"]
+  look_up(params)
+  return table[jnp.zeros(3, int)] @ table.T
+
+
+def write(folder, tensors, **config):
+  """A folder as PEFT writes it, with factors of `q_proj` beside what is given."""
+  factors = {
+    "model.layers.0.q_proj.lora_A.weight": random(9, 2, 6),
+    "model.layers.0.q_proj.lora_B.weight": random(8, 4, 2),
+  }
+  folder.mkdir(exist_ok=True)
+  save_file(
+    {PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in {**factors, **tensors}.items()},
+    folder / "adapter_model.safetensors",
+  )
+  told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+  (folder / "adapter_config.json").write_text(json.dumps(told))
+
+
+def random(seed, *shape):
+  return np.asarray(array(seed, shape, jnp.float32))
+
+
+A, B = random(3, 2, 11), random(4, 6, 2)
+EMBEDDING = {"model.embed_tokens.lora_embedding_A": A, "model.embed_tokens.lora_embedding_B": B}
+HEAD = {"lm_head.lora_A.weight": B.T, "lm_head.lora_B.weight": A.T}
+WHOLE = {"model.embed_tokens.weight": random(5, 11, 6)}
+SAVED = {"modules_to_save": ["embed_tokens"]}
+ADAPTED = {"target_modules": ["q_proj", "embed_tokens"]}
+BOTH = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+
+ALIKE = {
+  "factors": ({**EMBEDDING, **HEAD}, BOTH),
+  "factors, said": (EMBEDDING, {**ADAPTED, "ensure_weight_tying": True}),
+  "values": ({**WHOLE, "lm_head.weight": WHOLE["model.embed_tokens.weight"]}, SAVED),
+  "values, said": (WHOLE, {**SAVED, "ensure_weight_tying": True}),
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+@pytest.mark.parametrize("probe", [None, tied])
+def test_what_changes_both_uses_alike_is_one_leaf(tmp_path, case, probe):
+  tensors, config = ALIKE[case]
+  write(tmp_path / "p", tensors, **config)
+  tree = peft.load(tmp_path / "p", TIED, probe=probe)
+  table = jaxlora.merge(tree)["model"]["embed_tokens"]["embedding"]
+  want = WHOLE["model.embed_tokens.weight"] if case.startswith("values") else TABLE + 2 * (B @ A).T
+  np.testing.assert_allclose(table, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "variant", [{"targets": ["embed_tokens", "q_proj"]}, {"targets": ["q_proj"], "train": ["embed_tokens"]}]
+)
+def test_a_tied_leaf_is_saved_as_both_modules(tmp_path, variant):
+  tree = adapted(TIED, alpha=5, **variant)
+  peft.save(tmp_path / "p", tree)
+  held = load_file(tmp_path / "p" / "adapter_model.safetensors")
+  config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+  assert config["ensure_weight_tying"] is True
+  assert any(name.startswith(f"{PREFIX}lm_head.") for name in held)
+  again = peft.load(tmp_path / "p", TIED)
+  assert jax.tree.structure(again) == jax.tree.structure(tree)
+  for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(tree), strict=True):
+    np.testing.assert_array_equal(x, y)
+  # On a tree whose head is a leaf of its own both leaves change.
+  merged = jaxlora.merge(peft.load(tmp_path / "p", OWN))
+  np.testing.assert_allclose(merged["lm_head"]["kernel"].T, merged["model"]["embed_tokens"]["embedding"], rtol=1e-5)
+  peft.save(tmp_path / "headless", tree, task_type="FEATURE_EXTRACTION")
+  assert not any("lm_head" in name for name in load_file(tmp_path / "headless" / "adapter_model.safetensors"))
+
+
+DIFFERENT = {
+  "look-ups adapted": (EMBEDDING, ADAPTED),
+  "look-ups saved": (WHOLE, SAVED),
+  "head adapted": (HEAD, {"target_modules": ["q_proj", "lm_head"]}),
+  "head saved": ({"lm_head.weight": random(6, 11, 6)}, {"modules_to_save": ["lm_head"]}),
+  "both adapted": ({**EMBEDDING, "lm_head.lora_A.weight": B.T, "lm_head.lora_B.weight": A.T + 1}, BOTH),
+  "both saved": ({**WHOLE, "lm_head.weight": random(6, 11, 6)}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+  "one adapted, one saved": (
+    {**EMBEDDING, "lm_head.weight": random(6, 11, 6)},
+    {**ADAPTED, "modules_to_save": ["lm_head"]},
+  ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+@pytest.mark.parametrize("probe", [None, tied])
+def test_what_one_leaf_cannot_say_is_refused_and_a_head_of_its_own_takes_it(tmp_path, case, probe):
+  tensors, config = DIFFERENT[case]
+  write(tmp_path / "p", tensors, **config)
+  with pytest.raises(peft.PeftError, match=r"1 problem.*\n.*Give the tree a head of its own: lm_head/kernel, with the"):
+    peft.load(tmp_path / "p", TIED, probe=probe)
+  merged = jaxlora.merge(peft.load(tmp_path / "p", OWN))  # the remedy
+  table, head = merged["model"]["embed_tokens"]["embedding"], merged["lm_head"]["kernel"].T
+  want = {"table": TABLE, "head": TABLE}
+  for use, name, factors in (
+    ("table", "model.embed_tokens", ("lora_embedding_A", "lora_embedding_B")),
+    ("head", "lm_head", ("lora_B.weight", "lora_A.weight")),
+  ):
+    first, second = (tensors.get(f"{name}.{factor}") for factor in factors)
+    if first is not None:
+      want[use] = TABLE + 2 * ((second @ first).T if use == "table" else first @ second)
+    want[use] = tensors.get(f"{name}.weight", want[use])
+  np.testing.assert_allclose(table, want["table"], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(head, want["head"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["look-ups adapted", "look-ups saved"])
+def test_a_model_without_a_head_takes_look_ups_once_that_is_shown(tmp_path, case):
+  tensors, config = DIFFERENT[case]
+  write(tmp_path / "p", tensors, **config)
+  with pytest.raises(peft.PeftError, match="where the model has no head, pass probe="):
+    peft.load(tmp_path / "p", TIED)
+  tree = peft.load(tmp_path / "p", TIED, probe=look_up)  # the remedy
+  write(tmp_path / "q", tensors, **config, task_type="SEQ_CLS")
+  by_task = peft.load(tmp_path / "q", TIED)
+  for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(by_task), strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert not np.array_equal(jaxlora.merge(tree)["model"]["embed_tokens"]["embedding"], TABLE)
+
+
+def test_a_name_does_not_make_the_head_of_an_embedding(tmp_path):
+  write(tmp_path / "p", DIFFERENT["head saved"][0], **DIFFERENT["head saved"][1])
+  names = {"model/embed_tokens/embedding": "lm_head.weight"}
+  with pytest.raises(peft.PeftError, match="Give the tree a head of its own"):
+    peft.load(tmp_path / "p", TIED, names=names)
