@@ -91,7 +91,8 @@ def tree_of_adapter(
   places, missing = find_places(keys, leaves, names, parts)
   adapter = one_leaf_for_both_uses(adapter, leaves, places, known, probe is not None, problems)
   left = {(name, "weight") for name in adapter.modules} | {key_of(name) for name in (*adapter.bases, *adapter.whole)}
-  problems += _unplaced({key: problem for key, problem in missing.items() if key in left}, places, tensors)
+  missing = {key: problem for key, problem in missing.items() if key in left}
+  problems += _unplaced(missing, places, tensors)
   modules: dict[str, dict[Index, Module]] = {}  # by path
   for name, module in adapter.modules.items():
     if place := places.get((name, "weight")):
