@@ -41,7 +41,7 @@ def _to_peft(options: Any) -> None:
   """A checkpoint of jaxlora's -> a PEFT folder."""
   found = contents(existing(options.source))
   kept = found.metadata.get("peft")
-  about = {name: kept.get(name) if isinstance(kept, dict) else None for name in _METADATA}
+  about: dict[str, Any] = {name: kept.get(name) if isinstance(kept, dict) else None for name in _METADATA}
   about |= {
     name: given for name, given in zip(_METADATA, (options.base_model, options.task_type), strict=True) if given
   }

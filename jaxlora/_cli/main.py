@@ -1,4 +1,4 @@
-"""The command line: `jaxlora inspect`, `convert` and `merge`."""
+"""The command line: `jaxlora inspect`, `check`, `convert` and `merge`."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -7,11 +7,13 @@ import logging
 import sys
 from typing import Any
 
+from jaxlora._cli.check import run_check
 from jaxlora._cli.convert import run_convert
 from jaxlora._cli.inspect import run_inspect
 from jaxlora._cli.merge import run_merge
 from jaxlora._cli.result import Result
 from jaxlora._version import __version__
+from jaxlora.peft._serve import READERS
 
 _EXIT = """
 exit codes: 0 done; 1 the file is bad, or does not fit; 2 usage, or an extra that is missing
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"jaxlora: {error}", file=sys.stderr)
     return 1
   print(json.dumps(report, indent=2) if options.json else "\n".join(lines))
-  return int(bool(report.get("nan")))
+  return int(bool(report.get("nan") or report.get("problems")))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +65,26 @@ def _parser() -> argparse.ArgumentParser:
     "jaxlora inspect runs/summaries/1200",
   )
   inspect.add_argument("path", metavar="PATH")
+
+  check = command(
+    "check",
+    run_check,
+    "tell what PEFT, vLLM, SGLang and llama.cpp will make of a PEFT folder",
+    "Each rule that FOLDER breaks is told with what was found, what the reader does then, the remedy, and the\n"
+    "reader's function that asks for it. A broken rule makes the exit code 1; a note does not. With --write, the same\n"
+    "adapter is written to OUT with one rank, one scale and PEFT's keys, or refused.",
+    "jaxlora check adapter --serve vllm --serve llama.cpp --write served",
+  )
+  check.add_argument("folder", metavar="FOLDER")
+  check.add_argument(
+    "--serve",
+    metavar="READER",
+    action="append",
+    choices=READERS,
+    help=f"whose rules, all of them without: {', '.join(READERS)}",
+  )
+  check.add_argument("--adapter", metavar="NAME", help="of several adapters in FOLDER, the one to check")
+  check.add_argument("--write", metavar="OUT", help="write the adapter there so that the rules hold")
 
   convert = command(
     "convert",

@@ -1,14 +1,17 @@
-"""`save` and `load`: folders of PEFT's around `to_modules` and `from_modules`."""
+"""`save`, `load` and `check`: folders of PEFT's around `to_modules` and `from_modules`."""
 
 from collections.abc import Callable
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from jaxlora.peft._from_modules import check_base, tree_of_adapter
 from jaxlora.peft._names import Names
-from jaxlora.peft._read import read
+from jaxlora.peft._read import read, read_with_keys
 from jaxlora.peft._roles import Axes
-from jaxlora.peft._to_modules import adapter_of_tree
+from jaxlora.peft._serve import READERS
+from jaxlora.peft._served import Finding, Serve, findings, readers_of, served
+from jaxlora.peft._to_modules import adapter_of_tree, module_names
 from jaxlora.peft._write import write
 
 
@@ -20,6 +23,7 @@ def save(
   base_model_name_or_path: str | None = None,
   task_type: str | None = None,
   axes: Axes = None,
+  serve: Serve = "peft",
 ) -> None:
   r"""Writes the adapter of a tree as a folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -27,9 +31,9 @@ def save(
 
   Kernels split into heads become matrices, convolutions (rank, in, *kernel) and (out, rank, 1, ...), embeddings
   `lora_embedding_A` and `_B`; scanned layers are written one by one. Ranks and alphas that differ are in `rank_pattern`
-  and `alpha_pattern`, which vLLM does not read: it takes `lora_alpha / r` for all. Leaves trained whole become
+  and `alpha_pattern`, which other readers than PEFT do not read: for those, `serve` writes one rank and one scale, with
+  zeros for the ranks that a module lacks and the rest of its scale in B. Leaves trained whole become
   `modules_to_save`, or, biases alone, `bias="lora_only"` or `"all"`. A token embedding
-  of a tree without a head is written as the head, too (`lm_head`, `ensure_weight_tying`), which PEFT adapts as a module
   of its own; with DoRA it cannot be: there PEFT changes the look-ups alone. PEFT has one dropout for
   all modules: the most common one is written.
 
@@ -42,11 +46,16 @@ def save(
       `transformer.h.0.attn.c_attn`; `layers_0`, `layers/0` and scanned `layers` are `model.layers.0`. Where a leaf
       and a torch module do not hold the same, a value is a `Split` or a `Joined`.
     base_model_name_or_path: written to the configuration.
-    task_type: written to the configuration, such as `"CAUSAL_LM"`; tasks such as `"SEQ_CLS"` have no head to tie.
+    task_type: written to the configuration, such as `"CAUSAL_LM"`. For some PEFT takes the head from the file, and it
+      is written, trained or not: `classifier` or `score` for `"SEQ_CLS"` and `"TOKEN_CLS"`, `qa_outputs` for
+      `"QUESTION_ANS"`. Such tasks have no language model's head to tie.
     axes: regex -> roles, for kernels trained whole whose axes nothing tells.
+    serve: who is to read the folder, beside PEFT: `"vllm"`, `"sglang"`, `"llama.cpp"`, or several. What they would not
+      read is an error that says what to do; `check` and `jaxlora check` tell the same of any folder.
 
   Raises:
-    PeftError: listing the leaves that PEFT's format has no place for, or that hold NaN; nothing is written.
+    PeftError: listing the leaves that PEFT's format has no place for, or that hold NaN, or the rules of readers that
+      cannot be met; nothing is written.
     ValueError: if the tree has no adapted leaf.
 
   Example:
@@ -61,9 +70,11 @@ def save(
 
   Source: the format is that of `peft` 0.21, `peft/utils/save_and_load.py` and `peft/tuners/lora/`.
   """
+  readers = tuple(dict.fromkeys(("peft", *readers_of(serve))))
   adapter = adapter_of_tree(tree, names, axes, "save", task_type)
   about = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-  write(folder, dataclasses.replace(adapter, config=adapter.config | about))
+  adapter = dataclasses.replace(adapter, config=adapter.config | about)
+  write(folder, served(adapter, None, readers, "save", module_names(tree, names)))
 
 
 def load(
@@ -103,3 +114,36 @@ def load(
   """
   check_base(params, names, "load")
   return tree_of_adapter(read(folder, adapter_name=adapter_name), params, names, axes, probe, f"load: {folder}")
+
+
+def check(folder: Any, serve: Serve = READERS, *, adapter_name: str | None = None) -> list[Finding]:
+  """What readers will make of a PEFT folder: the rules of theirs that it breaks. Reads headers, and no values.
+
+  Args:
+    folder: as for `load`.
+    serve: whose rules: `"peft"`, `"vllm"`, `"sglang"`, `"llama.cpp"`, or several.
+    adapter_name: as for `load`.
+
+  Returns:
+    A `Finding` for each rule that does not hold, which prints what is required, what was found, what happens otherwise,
+    the remedy, and the reader's function that asks for it. Rules of which `rule.note` is true may be met elsewhere.
+
+  Raises:
+    PeftError: if it is no folder that `load` reads.
+    ValueError: for another reader.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora, jaxlora.peft, tempfile
+    >>> params = {"layers_0": {"q_proj": {"kernel": jnp.ones((16, 8))}}}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, scaling="rslora"), jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   jaxlora.peft.save(folder, tree)
+    ...   [finding.rule.name for finding in jaxlora.peft.check(folder, "vllm")]
+    ...   [finding.rule.name for finding in jaxlora.peft.check(folder, "sglang")]
+    []
+    ['scale', 'fused']
+
+  Source: each rule's own, `finding.rule.source`.
+  """
+  adapter, keys = read_with_keys(Path(folder), adapter_name=adapter_name, mapped=True)
+  return findings(adapter, keys, readers_of(serve))

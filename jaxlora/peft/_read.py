@@ -29,14 +29,19 @@ def read(folder: Any, *, adapter_name: str | None = None, mapped: bool = False) 
   Raises:
     PeftError: listing everything that is wrong with it. The content of the files raises no other error.
   """
-  folder, adapter_name = _folder_of(Path(folder), adapter_name)
+  return read_with_keys(Path(folder), adapter_name=adapter_name, mapped=mapped)[0]
+
+
+def read_with_keys(folder: Path, *, adapter_name: str | None = None, mapped: bool = False) -> tuple[Adapter, list[str]]:
+  """`read`, and the keys of the file's tensors."""
+  folder, adapter_name = _folder_of(folder, adapter_name)
   config = _read_config(folder)
   tensors = _read_tensors(folder, mapped)
   problems = [] if mapped else not_finite(tensors)
   adapter = adapter_of(tensors, config, problems, adapter_name)
   if problems:
     raise fail(f"{folder}", [*adapter.unsupported, *problems])
-  return adapter
+  return adapter, list(tensors)
 
 
 def _folder_of(folder: Path, adapter_name: str | None) -> tuple[Path, str | None]:

@@ -18,6 +18,7 @@ from jaxlora.peft._model import TorchModel
 from jaxlora.peft._names import Names, check_names
 from jaxlora.peft._records import Adapter, Module, fail, raise_problems
 from jaxlora.peft._roles import Axes, KnownRoles, known_roles, roles_of_layer, shape_of_leaf
+from jaxlora.peft._serve_checks import HEADS
 from jaxlora.peft._state import not_finite, state_of
 from jaxlora.peft._tied import HEADLESS, head_name, is_embedding, tied_head
 from jaxlora.peft._tied_leaves import own_head
@@ -61,15 +62,25 @@ def to_modules(tree: Any, *, names: Names = None, axes: Axes = None) -> Adapter:
   return adapter_of_tree(tree, names, axes, "to_modules")
 
 
+def module_names(tree: Any, names: Names) -> list[str] | None:
+  """The names of all modules of a tree's torch model; `None` for the trainable half, which has but some of them."""
+  return TorchModel.of_leaves(dict(flatten(tree, is_leaf=is_adapted)[0]), names, []).module_names()
+
+
 def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type: str | None = None) -> Adapter:
-  """`to_modules`, for a caller whose name its errors begin with; `task_type` tells whether torch's model has a head."""
+  """`to_modules`, for a caller whose name its errors begin with.
+
+  The task tells which head torch's model has: PEFT takes those of some tasks from the file, trained or not.
+  """
   leaves = dict(flatten(tree, is_leaf=is_adapted)[0])
   check_names(names, leaves)
   problems: list[str] = []
   model = TorchModel.of_leaves(leaves, names, problems)
   adapted = [path for path in model.targets if isinstance(leaves[path], LoraWeight)]
   modules = [module for path in adapted for module in _modules_of(path, model, subject, problems)]
-  whole, bias = _trained_whole(model, axes, {module.name for module in modules}, problems)
+  whole, bias = _trained_whole(
+    model, axes, {module.name for module in modules}, HEADS.get(str(task_type), ()), problems
+  )
   modules, whole = named_for_torch(modules, whole, leaves, model.layers, model.targets, problems)
   if not modules and not whole and not problems:
     raise ValueError(f"{subject}: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
@@ -181,7 +192,7 @@ def _torch_array(array: Any) -> np.ndarray:
 
 
 def _trained_whole(
-  model: TorchModel, axes: Axes, adapted: Collection[str], problems: list[str]
+  model: TorchModel, axes: Axes, adapted: Collection[str], heads: Collection[str], problems: list[str]
 ) -> tuple[dict[str, np.ndarray], str]:
   """The tensors that replace torch's parameters, by name, and the value of PEFT's option `bias` that covers them.
 
@@ -189,6 +200,7 @@ def _trained_whole(
     model: of the tree.
     axes: as for `to_modules`.
     adapted: the names of the adapted modules.
+    heads: ends of the names of modules that are written whole in any case.
     problems: what is wrong is added to these.
   """
   known = known_roles(model.leaves, None, axes, None)
@@ -208,6 +220,7 @@ def _trained_whole(
   ]
   bias_alone = {name for name, which in trained.items() if which == {"bias"} and "weight" in parameters[name]}
   saved = {name for name, which in trained.items() if which} - bias_alone
+  saved |= {name for name in set(parameters) - set(adapted) if name.endswith(tuple(heads))}
   # PEFT goes by the ends of names: a module that is called like a saved one is saved, too, with the base's values.
   saved |= {name for name in set(parameters) - set(adapted) if any(name.endswith(other) for other in saved)}
   replaced = [(name, parameter) for name in saved for parameter in parameters[name]]
@@ -235,7 +248,10 @@ def _torch_tensor(
   leaf = leaves[path]
   value = leaf.value if isinstance(leaf, FullWeight) else leaf
   if value is None or isinstance(value, (LoraWeight, jax.ShapeDtypeStruct)):
-    problems.append(f"{path}: its value is needed, as PEFT saves whole modules, and {name} is one of those")
+    problems.append(
+      f"{path}: its value is needed, as PEFT saves whole modules, and {name} is one of those. Pass the whole tree, with"
+      " the base's values"
+    )
     return None
   value = _torch_array(value)[index]
   if parameter == "bias":

@@ -13,10 +13,12 @@ from tests.helpers import adapted, array
 
 
 def test_convert_to_peft_and_back_without_the_bases_values(run, tmp_path, folders, tree):
-  report = run("convert", folders / "checkpoint", tmp_path / "p", "--base-model", "org/base", "--task-type", "X")
+  report = run(
+    "convert", folders / "checkpoint", tmp_path / "p", "--base-model", "org/base", "--task-type", "CAUSAL_LM"
+  )
   assert report["formats"] == ["jaxlora", "peft"]
   config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
-  assert (config["base_model_name_or_path"], config["task_type"]) == ("org/base", "X")
+  assert (config["base_model_name_or_path"], config["task_type"]) == ("org/base", "CAUSAL_LM")
   for file in (folders / "flax.safetensors", folders / "checkpoint"):  # names and shapes from either
     target = tmp_path / f"from {file.name}"
     run("convert", tmp_path / "p", target, "--base", file)
@@ -24,7 +26,10 @@ def test_convert_to_peft_and_back_without_the_bases_values(run, tmp_path, folder
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
     for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
       assert np.array_equal(x, y)
-    assert checkpoint.contents(target).metadata["peft"] == {"base_model_name_or_path": "org/base", "task_type": "X"}
+    assert checkpoint.contents(target).metadata["peft"] == {
+      "base_model_name_or_path": "org/base",
+      "task_type": "CAUSAL_LM",
+    }
   run("convert", target, tmp_path / "again")  # what the first PEFT folder said goes along
   assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == config
 

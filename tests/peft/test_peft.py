@@ -460,6 +460,68 @@ def test_weights_that_peft_subtracts(tmp_path):
   assert_same(pair.apply(pair.load(tmp_path, adapter_name="default")), pair.logits(model))
 
 
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("fields", [{}, {"train": ["classifier"]}, {"targets": ".*(query|classifier)/kernel"}], ids=str)
+def test_heads_of_classifiers(fields, task_type, tmp_path):
+  """peft#2027, #577: PEFT takes the head from the file for some tasks, trained or not, and wants it whole."""
+  pair = bert()
+  tree = adapt(pair, **{"targets": ".*query/kernel", **fields})
+  if fields.get("targets") and task_type in ("SEQ_CLS", "TOKEN_CLS"):
+    with pytest.raises(jaxlora.peft.PeftError, match=r"peft, adapted-head: .*found classifier: adapted"):
+      pair.save(tmp_path, tree, task_type=task_type)
+    pair.save(tmp_path, tree)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": task_type}))
+    assert [finding.rule.name for finding in jaxlora.peft.check(tmp_path, "peft")] == ["adapted-head"]
+    with pytest.raises((KeyError, TypeError)):
+      from_pretrained(pair, tmp_path)
+    return
+  pair.save(tmp_path, tree, task_type=task_type)
+  assert not jaxlora.peft.check(tmp_path, "peft")
+  expected = pair.apply(tree)
+  assert_same(pair.logits(from_pretrained(pair, tmp_path).base_model), expected)
+  assert_same(pair.apply(pair.load(tmp_path)), expected)
+
+
+def test_the_head_of_question_answering(tmp_path):
+  model = transformers.BertForQuestionAnswering(bert().torch_model.config)
+  leaves = {
+    f"{name.removesuffix('.weight')}.{'kernel' if tensor.ndim == 2 else 'bias'}".replace(".", "/"): tensor.numpy().T
+    for name, tensor in model.state_dict().items()
+    if "query.weight" in name or "qa_outputs" in name
+  }
+  leaves["qa_outputs/bias"] = leaves.pop("qa_outputs/bias/bias")
+  tree = jaxlora.adapt(leaves, jaxlora.LoraConfig(rank=2, targets=".*query/kernel"), KEY)
+  jaxlora.peft.save(tmp_path, tree, task_type="QUESTION_ANS")
+  assert not jaxlora.peft.check(tmp_path, "peft")
+  loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+  head = loaded.base_model.model.qa_outputs.modules_to_save["default"]
+  np.testing.assert_array_equal(head.weight.detach().numpy().T, leaves["qa_outputs/kernel"])
+  (tmp_path / "adapter_model.safetensors").rename(tmp_path / "all")
+  held = {key: value for key, value in load_file(tmp_path / "all").items() if "qa_outputs" not in key}
+  safetensors_torch.save_file({k: torch.from_numpy(v) for k, v in held.items()}, tmp_path / "adapter_model.safetensors")
+  assert [finding.rule.name for finding in jaxlora.peft.check(tmp_path, "peft")] == ["head"]
+  with pytest.raises(KeyError):
+    peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+
+
+def test_what_check_says_of_peft_is_what_peft_does(tmp_path):
+  pair = bert()
+  pair.save(tmp_path, adapt(pair, targets=".*query/kernel"))
+  path = tmp_path / "adapter_config.json"
+  config = json.loads(path.read_text())
+  for fields in (
+    {"task_type": "SEQ_CLS"},
+    {"task_type": "CLS"},
+    {"rank_pattern": None},
+    {"modules_to_save": ["dense"]},
+  ):
+    path.write_text(json.dumps(config | fields))
+    assert len(jaxlora.peft.check(tmp_path, "peft")) == 1
+    with pytest.raises((KeyError, ValueError, AttributeError)):
+      from_pretrained(pair, tmp_path)
+
+
 def test_half_precision_is_kept(tmp_path):
   pair = llama()
   model = trained(pair, target_modules=["q_proj"]).to(torch.bfloat16)

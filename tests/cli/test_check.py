@@ -1,0 +1,79 @@
+"""`jaxlora check`: what readers make of a folder, told with a remedy and a source, and the folder that they read."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jaxlora import _cli, peft
+from jaxlora.peft._read import read
+from tests.cli.files import PARAMS
+from tests.helpers import adapted
+from tests.peft.readers import READERS
+
+
+@pytest.fixture
+def folder(tmp_path):
+  overrides = {"layers_1/.*": {"rank": 1, "alpha": 0.5}}
+  tree = adapted(PARAMS, alpha=6, rank=3, targets=["q_proj"], overrides=overrides)
+  peft.save(tmp_path / "adapter", tree)
+  return tmp_path / "adapter"
+
+
+def test_what_is_wrong_is_told_with_a_remedy_and_a_source(run, capsys, folder):
+  report = run("check", folder, "--serve", "vllm", "--serve", "peft", code=1)
+  (problem,) = report["problems"]
+  assert (problem["reader"], problem["rule"]) == ("vllm", "scale")
+  assert problem["found"] == ["model.layers.1.q_proj: scale 0.5, read as 2"]
+  assert problem["source"].startswith("vllm/lora/peft_helper.py")
+  assert _cli.main(["check", str(folder), "--serve", "vllm"]) == 1
+  text = capsys.readouterr().out
+  assert "vllm, scale: expected that every module's scale is lora_alpha / r" in text
+  assert "jaxlora check FOLDER --serve vllm --write OUT. (Source: vllm/lora/peft_helper.py" in text
+  assert "nobody will read it as it is meant" in text
+  assert run("check", folder, "--serve", "peft")["problems"] == []
+
+
+def test_the_remedy_of_a_message_works(run, folder, tmp_path):
+  """The very command that the message names."""
+  (problem,) = run("check", folder, "--serve", "vllm", code=1)["problems"]
+  command = re.search(r"jaxlora (check FOLDER --serve vllm --write OUT)", problem["remedy"])[1]
+  words = {"FOLDER": folder, "OUT": tmp_path / "served"}
+  assert run(*(words.get(word, word) for word in command.split()))["problems"] == []
+  assert (
+    run("check", tmp_path / "served", "--serve", "vllm", "--serve", "peft", "--serve", "llama.cpp")["problems"] == []
+  )
+  for reader in ("vllm", "llama.cpp"):
+    for name, update in READERS[reader](tmp_path / "served").items():
+      np.testing.assert_allclose(update, read(folder).modules[name].delta(), rtol=1e-6, atol=1e-7)
+
+
+def test_notes_do_not_count(run, folder):
+  report = run("check", folder, "--serve", "llama.cpp", code=1)
+  assert [note["rule"] for note in report["notes"]] == ["base"]
+  assert [problem["rule"] for problem in report["problems"]] == ["scale"]
+
+
+def test_what_cannot_be_made_is_refused(run, folder, tmp_path, capsys):
+  report = run("check", folder, "--serve", "sglang", "--write", tmp_path / "served", code=1)
+  assert "sglang, fused: expected that q_proj and v_proj are adapted together" in report["error"]
+  assert not (tmp_path / "served").exists()
+  report = run("check", folder, "--write", folder, code=1)
+  assert "is the folder itself; expected another one" in report["error"]
+  with pytest.raises(SystemExit):
+    _cli.main(["check", str(folder), "--serve", "vLLM"])
+  assert "invalid choice: 'vLLM'" in capsys.readouterr().err
+
+
+def test_other_methods_and_folders_of_several(run, folder, tmp_path):
+  path = folder / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_replication": [[0, 2]]}))
+  report = run("check", folder, "--serve", "vllm", code=1)
+  assert [problem["rule"] for problem in report["problems"]] == ["scale", "method"]
+  assert report["unsupported"]
+  report = run("check", folder, "--serve", "vllm", "--write", tmp_path / "served", code=1)
+  assert "layer_replication: layers that share their base: not supported" in report["error"]
+  report = run("check", tmp_path, code=1)
+  assert "Say which one: adapter_name='adapter'" in report["error"]
+  assert run("check", tmp_path, "--adapter", "adapter", "--serve", "vllm", code=1)["problems"]
