@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxlora._adapt.config import LeafPlan, LoraConfig
 from jaxlora._adapt.initializers import INITIALIZERS, FromWeight, from_weight, kaiming
 from jaxlora._adapt.plan import plan_tree
+from jaxlora._base.checks import is_abstract
 from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._weight.roles import laid_out, matrices
@@ -28,7 +29,9 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   weight's axes come from `config.axes`, then from the probe, and are `"io"` for a matrix that neither tells of.
 
   Args:
-    params: any pytree of arrays: a Flax parameter dict, `flax.nnx` state, lists, dataclasses.
+    params: any pytree of arrays: a Flax parameter dict, `flax.nnx` state, lists, dataclasses. Leaves may be
+      `jax.ShapeDtypeStruct`s, as before the weights are loaded: what is made of a weight's values (leaves trained
+      whole, DoRA's magnitudes, PiSSA) is a `ShapeDtypeStruct` then, too.
     config: what to adapt, and how.
     key: a random key, typed or raw uint32.
     probe: a function of `params` alone, such as `lambda p: model.apply({"params": p}, x)`. It is traced abstractly and
@@ -57,8 +60,11 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
 
   def one(path: str, leaf: Any) -> Any:
     if path in plan.adapted:
-      return _factored(leaf, *plan.adapted[path], key, drawn)
-    return FullWeight(base=leaf, value=jnp.array(leaf, copy=True)) if path in plan.whole else leaf
+      make = _abstract if is_abstract(leaf) else _factored
+      return make(leaf, *plan.adapted[path], key, drawn)
+    if path in plan.whole:
+      return FullWeight(base=leaf, value=leaf if is_abstract(leaf) else jnp.array(leaf, copy=True))
+    return leaf
 
   return jax.tree_util.tree_unflatten(plan.treedef, [one(*pair) for pair in plan.leaves.items()])
 
@@ -90,6 +96,26 @@ def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
     **held,
   )
   return weight if both is None else start_subtracted(weight, both.cancels)
+
+
+def _abstract(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
+  """The weight of a base that is only a shape and a dtype, as before the weights are loaded.
+
+  Factors that need nothing more are made. Where some part is made of the weight's values, every part is a shape and a
+  dtype, too, as `jax.eval_shape` gives them.
+  """
+  if from_weight(plan.init) is None:
+    try:
+      return _factored(base, roles, plan, key, drawn)
+    except (TypeError, AttributeError):  # what a shape gives where an array is computed with
+      pass
+  try:
+    return jax.eval_shape(lambda base: _factored(base, roles, plan, key, {}), base)
+  except jax.errors.JAXTypeError as error:
+    raise ValueError(
+      f"{plan.path}: found a shape and a dtype, expected an array: the variant {plan.variant!r} or its init looks at"
+      " the weight's values, which no trace can give it. Adapt once the weights are loaded; the same key draws the same."
+    ) from error
 
 
 def _given(both: FromWeight, start: Start, plan: LeafPlan) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.paths import flatten
 from jaxlora._base.rounding import RoundingWarning, notable
 from jaxlora._base.text import listed
-from jaxlora._weight.checks import check_parts, check_weight
+from jaxlora._weight.checks import check_parts, check_values, check_weight
 from jaxlora._weight.tree import adapted_leaves, map_adapted
 from jaxlora._weight.weight import FullWeight, is_adapted, parts
 
@@ -47,6 +47,7 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
   adapted = [(path, node) for path, node in nodes if is_adapted(node)]
   for path, node in adapted:
     check_weight(node, f"merge: {path}")
+    check_values(node, f"merge: {path}")
   lost: dict[str, float] = {}
   merged = [_merged(path, node, dtype, lost) for path, node in nodes]
   broken = [

@@ -16,6 +16,12 @@ def is_known(*arrays: Any) -> bool:
   return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
+def is_abstract(leaf: Any) -> bool:
+  """Whether a leaf is only a shape and a dtype, such as a `jax.ShapeDtypeStruct`, and no array of any kind."""
+  array = isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "__array__")
+  return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not array
+
+
 def check_finite(named: Sequence[tuple[str, Any]], what: str) -> None:
   """Raises if an array whose values are known has NaN or infinite elements, with the names of all such arrays."""
   with jax.ensure_compile_time_eval():  # known values can be closed over under jit, too

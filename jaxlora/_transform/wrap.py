@@ -15,7 +15,7 @@ from jaxlora._transform.factored import TracedWeight, factored, weights_in
 from jaxlora._transform.interpreter import interpret
 from jaxlora._transform.record import ON_MATERIALIZE, Record
 from jaxlora._transform.transform import Transform
-from jaxlora._weight.checks import check_weight
+from jaxlora._weight.checks import check_values, check_weight
 from jaxlora._weight.weight import FullWeight, is_adapted
 
 
@@ -132,6 +132,7 @@ def traced_value(node: Any, path: str, dropout_key: Any) -> Any:
   if not is_adapted(node):  # traced weights among them, of functions that make their own
     return node
   check_weight(node, path)
+  check_values(node, path)
   if isinstance(node, FullWeight):
     return node.value
   return factored(node, path, None if dropout_key is None else leaf_key(dropout_key, path))

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import jax.numpy as jnp
 
+from jaxlora._base.checks import is_abstract
 from jaxlora._weight.weight import Adapted, FullWeight, parts
 
 
@@ -14,6 +15,15 @@ def check_parts(node: Adapted, path: str, needed: Collection[str] | None = None)
     raise ValueError(
       f"{path}: {', '.join(missing)} missing: this is one half of a split tree. Put the halves together with"
       " jaxlora.join(frozen, trainable)."
+    )
+
+
+def check_values(node: Adapted, path: str) -> None:
+  """Raises if a part is only a shape and a dtype, where there is something to compute."""
+  if abstract := [name for name, part in parts(node).items() if is_abstract(part)]:
+    raise ValueError(
+      f"{path}: found no values but only a shape and a dtype in {', '.join(abstract)}, expected arrays. Ask for shapes"
+      " by jax.eval_shape, or adapt the weights once they are loaded: the same key draws the same factors."
     )
 
 
