@@ -114,7 +114,8 @@ def _abstract(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
   except jax.errors.JAXTypeError as error:
     raise ValueError(
       f"{plan.path}: found a shape and a dtype, expected an array: the variant {plan.variant!r} or its init looks at"
-      " the weight's values, which no trace can give it. Adapt once the weights are loaded; the same key draws the same."
+      " the weight's values, which no trace can give it. Adapt once the weights are loaded: the same key draws the same"
+      " factors."
     ) from error
 
 
