@@ -12,7 +12,7 @@ Nothing is unpickled.
 from jaxlora.peft._folder import check, load, save
 from jaxlora.peft._from_modules import from_modules
 from jaxlora.peft._parts import Joined, Split
-from jaxlora.peft._records import Adapter, Module, PeftError
+from jaxlora.peft._records import Adapter, Module, PeftError, PeftWarning
 from jaxlora.peft._rows import halves_to_pairs, pairs_to_halves
 from jaxlora.peft._serve import Rule
 from jaxlora.peft._served import Finding
@@ -24,6 +24,7 @@ __all__ = [
   "Joined",
   "Module",
   "PeftError",
+  "PeftWarning",
   "Rule",
   "Split",
   "check",

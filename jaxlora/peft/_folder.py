@@ -85,6 +85,7 @@ def load(
   axes: Axes = None,
   probe: Callable[[Any], Any] | None = None,
   adapter_name: str | None = None,
+  strict: bool = True,
 ) -> Any:
   """Reads a folder that PEFT wrote, and puts its adapter on `params`.
 
@@ -98,6 +99,8 @@ def load(
       out), as Flax stores it, unless this or the probe says otherwise.
     probe: a function of `params` alone, as in `adapt`: traced, never run, to learn the roles.
     adapter_name: of several adapters in a folder, or in the keys of its tensors, the one to read.
+    strict: whether weights that `target_modules` names and the file has no factors for are an error where other layers
+      have theirs. Such weights stay the base's; a module that the file has nowhere is a warning in any case.
 
   Returns:
     A tree of the same nesting with `LoraWeight`s, and `FullWeight`s for `modules_to_save` and trained biases. Factors
@@ -113,7 +116,9 @@ def load(
   Source: the format is that of `peft` 0.21, `peft/utils/save_and_load.py` and `peft/tuners/lora/`.
   """
   check_base(params, names, "load")
-  return tree_of_adapter(read(folder, adapter_name=adapter_name), params, names, axes, probe, f"load: {folder}")
+  return tree_of_adapter(
+    read(folder, adapter_name=adapter_name), params, names, axes, probe, f"load: {folder}", strict=strict
+  )
 
 
 def check(folder: Any, serve: Serve = READERS, *, adapter_name: str | None = None) -> list[Finding]:

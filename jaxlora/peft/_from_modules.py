@@ -1,7 +1,6 @@
 """From torch's modules to a tree. No files here."""
 
 from collections.abc import Callable, Mapping
-import math
 from typing import Any
 
 import jax
@@ -9,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora._base.paths import flatten
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
+from jaxlora._weight.weight import FullWeight, is_adapted
 from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
-from jaxlora.peft._names import Key, Names, check_names, key_of, name_ends_with
+from jaxlora.peft._left_out import left_out, problems_of
+from jaxlora.peft._names import Key, Names, check_names, key_of
 from jaxlora.peft._nodes import Index, lora_weight, whole_value
 from jaxlora.peft._places import Place, find_places
 from jaxlora.peft._records import Adapter, Module, fail
-from jaxlora.peft._roles import Axes, KnownRoles, known_roles, shape_of_leaf
+from jaxlora.peft._roles import Axes, KnownRoles, known_roles
 from jaxlora.peft._tied_leaves import one_leaf_for_both_uses
 
 
@@ -26,6 +26,7 @@ def from_modules(
   names: Names = None,
   axes: Axes = None,
   probe: Callable[[Any], Any] | None = None,
+  strict: bool = True,
 ) -> Any:
   """Puts an adapter in torch's modules on a tree of parameters. Touches no file, and needs no safetensors.
 
@@ -41,6 +42,7 @@ def from_modules(
     axes: regex -> roles, one letter per axis, for leaves where shapes do not tell: a square matrix is taken for (in,
       out), as Flax stores it, unless this or the probe says otherwise.
     probe: a function of `params` alone, as in `adapt`: traced, never run, to learn the roles.
+    strict: whether layers without factors are an error where others of their kind have them; else a warning.
 
   Returns:
     A tree of the same nesting with `LoraWeight`s for the modules, in the modules' dtypes, and `FullWeight`s for
@@ -62,7 +64,7 @@ def from_modules(
   Source: the format is that of `peft` 0.21, `peft/utils/save_and_load.py` and `peft/tuners/lora/`.
   """
   check_base(params, names, "from_modules")
-  return tree_of_adapter(adapter, params, names, axes, probe, "from_modules")
+  return tree_of_adapter(adapter, params, names, axes, probe, "from_modules", strict=strict)
 
 
 def check_base(params: Any, names: Names, subject: str) -> None:
@@ -77,7 +79,14 @@ def check_base(params: Any, names: Names, subject: str) -> None:
 
 
 def tree_of_adapter(
-  adapter: Adapter, params: Any, names: Names, axes: Axes, probe: Callable[[Any], Any] | None, subject: str
+  adapter: Adapter,
+  params: Any,
+  names: Names,
+  axes: Axes,
+  probe: Callable[[Any], Any] | None,
+  subject: str,
+  *,
+  strict: bool = True,
 ) -> Any:
   """`from_modules` of checked parameters, for a caller whose name its errors begin with."""
   nodes, treedef = flatten(params)
@@ -99,7 +108,7 @@ def tree_of_adapter(
       modules.setdefault(place.path, {})[place.index] = module
   new = _adapted_leaves(adapter, leaves, places, modules, known, problems)
   if names is None:  # with names the tree is not called as torch's model is, and ends of names tell nothing
-    problems += _targets_without_factors(adapter, leaves, new, modules)
+    problems += problems_of(left_out(adapter, leaves, new, modules), strict=strict)
   for name, tensor in adapter.bases.items():
     if place := places.get(key_of(name)):
       problems += _differing_base(place, leaves[place.path], name, tensor, known)
@@ -170,31 +179,6 @@ def _is_copy_of_base(adapter: Adapter, name: str, leaf: Any, value: Any) -> bool
   ):
     return False
   return not isinstance(leaf, jax.ShapeDtypeStruct) and bool((jnp.asarray(leaf) == value).all())
-
-
-def _targets_without_factors(
-  adapter: Adapter, leaves: Mapping[str, Any], new: Mapping[str, Any], modules: Mapping[str, Mapping[Index, Module]]
-) -> list[str]:
-  """Weights that `target_modules` names without factors in the file: PEFT would start them anew, with a warning."""
-  config = adapter.config
-  targets = config.get("target_modules")
-  if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
-    return []
-  missing = []
-  for path, leaf in leaves.items():
-    ending = next((t for t in targets if isinstance(t, str) and name_ends_with(path, t)), None)
-    if ending is None or len(shape_of_leaf(leaf)) < 2:
-      continue
-    node = new.get(path)
-    if node is None and path not in modules:
-      missing.append(f"{path}: target_modules names {ending!r}, but the file holds no factors for it")
-    elif isinstance(node, LoraWeight):
-      layers = math.prod(node.a.shape[: node.roles.count("s")])
-      if len(modules[path]) < layers:
-        missing.append(
-          f"{path}: target_modules names {ending!r}, but the file holds {len(modules[path])} of {layers} layers"
-        )
-  return missing
 
 
 def _differing_base(place: Place, leaf: Any, name: str, tensor: np.ndarray, known: KnownRoles) -> list[str]:

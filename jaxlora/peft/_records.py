@@ -20,6 +20,10 @@ class PeftError(ValueError):
   """A PEFT folder that cannot be read, or a tree that no PEFT folder can hold; the message lists every reason."""
 
 
+class PeftWarning(UserWarning):
+  """Something of a PEFT folder that is read, and that its reader should know."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Module:
   """One adapted torch module, in torch's layouts.

@@ -98,7 +98,10 @@ def uniform(adapter: Adapter) -> Adapter:
   modules = adapter.modules.values()
   rank = max((module.rank for module in modules), default=int(adapter.config.get("r", 8)))
   scales = collections.Counter(module.scale for module in modules if module.scale)
-  common = max(scales, key=lambda scale: scales[scale], default=1.0)
+  tied = next((module.scale for module in modules if module.kind == "embedding"), 0.0)
+  if not (adapter.config.get("ensure_weight_tying") and tied):  # whose head's B is the embedding's A: neither changes
+    tied = 0.0
+  common = tied or max(scales, key=lambda scale: scales[scale], default=1.0)
   alpha = common * rank
   settings: dict[str, Any] = {
     "r": rank,

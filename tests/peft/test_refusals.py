@@ -69,6 +69,10 @@ def test_targets_without_factors(tmp_path):
   write(tmp_path, shapes | {"model.layers.1.attn.out": (2, 6, 8)}, target_modules=["out", "up"])
   with pytest.raises(peft.PeftError, match="layers_0/attn/out/kernel: target_modules names 'out', but the file"):
     peft.load(tmp_path, base)
+  with pytest.warns(peft.PeftWarning, match="target_modules names layers_0/attn/out/kernel, and the file holds no"):
+    tree = peft.load(tmp_path, base, strict=False)  # the remedy that the message names
+  assert isinstance(tree["layers_1"]["attn"]["out"]["kernel"], jaxlora.LoraWeight)
+  assert tree["layers_0"]["attn"]["out"]["kernel"] is base["layers_0"]["attn"]["out"]["kernel"]
   assert peft.load(tmp_path, base, names={"layers_0/attn/out": "elsewhere.out"})
   edit(tmp_path, layers_to_transform=[0, 1, 2])
   assert peft.load(tmp_path, base)
@@ -77,6 +81,22 @@ def test_targets_without_factors(tmp_path):
     peft.PeftError, match="layers/up/kernel: target_modules names 'up', but the file holds 2 of 3 layers"
   ):
     peft.load(tmp_path, base)
+  with pytest.warns(peft.PeftWarning, match="names layers/up/kernel"):
+    assert not peft.load(tmp_path, base, strict=False)["layers"]["up"]["kernel"].b[2].any()
+
+
+def test_targets_that_the_file_has_nowhere(tmp_path):
+  """A model without a pooler, experts that are no modules: PEFT warns, too (unsloth#3405, vllm#47088)."""
+  base = params() | {"pooler": {"out": {"kernel": normal(8, 8)}}}
+  write(tmp_path, {f"layers.{k}.attn.out": (2, 6, 8) for k in (0, 1)}, target_modules=["out", "head"])
+  with pytest.warns(
+    peft.PeftWarning, match="target_modules names head/kernel, pooler/out/kernel, and the file"
+  ) as said:
+    tree = peft.load(tmp_path, base)
+  assert said[0].filename == __file__
+  assert tree["pooler"]["out"]["kernel"] is base["pooler"]["out"]["kernel"]
+  with pytest.warns(peft.PeftWarning, match="pooler/out/kernel"):
+    assert peft.from_modules(read(tmp_path), base)
 
 
 def test_a_rank_that_the_configuration_does_not_say(tmp_path):
