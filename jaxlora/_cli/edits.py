@@ -31,6 +31,7 @@ class Weights:
     dequantize: whether all weights are stored as plain floats.
     plain: the dtype of dequantised weights where `dtype` is `None`.
     lost: is told which share of each update is rounded away, by name.
+    added: weights that are written as new tensors, each with the weight that its value begins with.
   """
 
   files: TensorFiles
@@ -39,6 +40,7 @@ class Weights:
   dequantize: bool
   plain: np.dtype
   lost: dict[str, float] = dataclasses.field(default_factory=dict)
+  added: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def by_name(self) -> dict[str, StoredTensor | Quantised]:
@@ -46,7 +48,11 @@ class Weights:
     parts = {part for weight in self.quantised.values() for part in weight.parts.values()}
     return {name: tensor for name, tensor in self.files.tensors.items() if name not in parts} | dict(self.quantised)
 
-  def edits(self, changes: Mapping[str, Change]) -> list[Edit]:
+  def held(self, name: str) -> StoredTensor | Quantised:
+    """What holds a weight, or the value that a new one begins with."""
+    return self.by_name[self.added.get(name, name)]
+
+  def edits(self, changes: Mapping[str, Change | None]) -> list[Edit]:
     """The edits that make these changes.
 
     Raises:
@@ -62,15 +68,17 @@ class Weights:
 
   def value(self, name: str) -> np.ndarray:
     """The value of a weight."""
-    weight = self.by_name[name]
+    weight = self.held(name)
     if isinstance(weight, StoredTensor):
       return weight.read()
     return weight.format.dequantise(weight.read(self.files.read), weight.about)
 
   def checked(self, name: str) -> None:
     """Raises unless a weight can be changed."""
-    weight = self.by_name.get(name)
+    weight = self.by_name.get(self.added.get(name, name))
     if isinstance(weight, Quantised):
+      if name in self.added and not self.dequantize:
+        raise BadFile(f"{name}: --untie: its values are stored as {weight.format.name}. Pass --dequantize with it.")
       if weight.format.requantise is None and not self.dequantize:
         raise BadFile(
           f"{name}: stored as {weight.format.name}; an update cannot be folded into its codes. Pass --dequantize, which"
@@ -86,10 +94,10 @@ class Weights:
       raise BadFile(f"{name}: dtype {weight.dtype or weight.code} cannot be merged into; expected a floating one.")
 
   def _edit(self, name: str, change: Change | None) -> Edit:
-    weight = self.by_name[name]
+    weight = self.held(name)
     if isinstance(weight, Quantised):
       if self.dequantize:
-        parts = tuple(part for part in weight.parts.values() if part != name)
+        parts = () if name in self.added else tuple(part for part in weight.parts.values() if part != name)
         outputs = {name: (code_of(self.dtype or self.plain), weight.shape)}
         beside = next(iter(weight.parts.values()))
         return Edit(outputs, functools.partial(self._plain, name, change), parts, beside)
@@ -98,12 +106,12 @@ class Weights:
       outputs = {part: (tensor.code, tensor.shape) for part, tensor in stored.items()}
       return Edit(outputs, functools.partial(self._requantised, name, change))
     outputs = {name: (weight.code if self.dtype is None else code_of(self.dtype), weight.shape)}
-    return Edit(outputs, functools.partial(self._plain, name, change))
+    return Edit(outputs, functools.partial(self._plain, name, change), (), self.added.get(name))
 
   def _plain(self, name: str, change: Change | None) -> dict[str, np.ndarray]:
     """The values of a weight that is stored as floats, once it is changed."""
     old = self.value(name)
-    own = self.plain if isinstance(self.by_name[name], Quantised) else old.dtype
+    own = self.plain if isinstance(self.held(name), Quantised) else old.dtype
     dtype = own if self.dtype is None else self.dtype
     if change is None:
       return {name: old.astype(dtype)}

@@ -15,6 +15,7 @@ from jaxlora._weight.weight import LoraWeight
 from jaxlora.checkpoint._adapter import contents
 from jaxlora.peft._read import read
 from jaxlora.peft._records import Module
+from jaxlora.peft._tied import uses_of, without_head
 
 
 def run_inspect(options: Any) -> Result:
@@ -33,10 +34,14 @@ Row = dict[str, Any]
 def _peft_report(path: str) -> tuple[dict[str, Any], list[Row], list[str]]:
   """The fields of a PEFT folder's report, its rows, and the lines above the table."""
   adapter = read(path, mapped=True)
+  uses = uses_of(adapter)
+  tied = uses.head if uses is not None and uses.alike else None
+  adapter = adapter if tied is None else without_head(adapter, tied)  # its factors are those of the embedding
   rows = [_module_row(name, module) for name, module in adapter.modules.items()]
   rows += [_whole_row(name, value.shape, value) for name, value in adapter.whole.items()]
   about = {"format": "peft", "config": adapter.config, "unsupported": list(adapter.unsupported)}
   lines = [f"a PEFT folder, base model {adapter.config.get('base_model_name_or_path')}"]
+  lines += [] if tied is None else [f"{tied} is tied to its embedding: both are adapted alike"]
   return about, rows, lines + [f"not supported here: {reason}" for reason in adapter.unsupported]
 
 

@@ -129,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     "--dequantize", action="store_true", help="store quantised weights as plain floats, without their scales"
   )
   merge.add_argument(
+    "--untie",
+    action="store_true",
+    help="write the head as a tensor of its own, where it is tied to an embedding that the adapter changes otherwise",
+  )
+  merge.add_argument(
     "--any-base", action="store_true", help="merge though the base's fingerprint is not the recorded one"
   )
   return parser

@@ -1,48 +1,33 @@
 """`jaxlora merge`: a model's tensors with an adapter folded in, one at a time."""
 
 from collections.abc import Mapping, Sequence
-import dataclasses
-import functools
 import json
 from pathlib import Path
-import re
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._adapt.merge import merge
 from jaxlora._base.rounding import notable
-from jaxlora._base.text import listed, size
+from jaxlora._base.text import size
 from jaxlora._cli.carried import carry, changed_config, quantisation_of
-from jaxlora._cli.edits import Change, Weights
+from jaxlora._cli.changes import changes_of
+from jaxlora._cli.edits import Weights
 from jaxlora._cli.result import BadFile, Result
 from jaxlora._cli.rewrite import Edit, nbytes, rewrite
-from jaxlora._cli.sources import existing, flax_paths, is_peft, names_of, shapes_of_base, shapes_of_files
 from jaxlora._cli.tensors import TensorFileError, TensorFiles, open_files
 from jaxlora._files.format import FormatError
 from jaxlora._files.formats import quantised_weights
-from jaxlora._weight.fingerprint import prints
-from jaxlora._weight.weight import is_adapted
-from jaxlora.checkpoint._adapter import contents
-from jaxlora.peft._from_modules import from_modules
-from jaxlora.peft._read import read
-from jaxlora.peft._records import Adapter
-from jaxlora.peft._to_modules import to_modules
-
-Changes = tuple[
-  dict[str, Change], list[str]
-]  # by name of the base's weight; names of the adapter that it does not have
 
 
 def run_merge(options: Any) -> Result:
   """Folds ADAPTER into the tensors of BASE, and writes OUT."""
   files = open_files(options.base)
   weights = _weights(options, files)
-  changes = _changes(options, weights)
+  changes = changes_of(options, weights)
   edits = weights.edits(changes)
   out, folder = _target(Path(options.out), files)
-  config = changed_config(files.config, dequantised=options.dequantize, dtype=options.dtype, untied=False)
+  config = changed_config(files.config, dequantised=options.dequantize, dtype=options.dtype, untied=options.untie)
   with _bar(files, edits) as bar:
     carried = _write(files, out, edits, config, options.dequantize, bar, folder=folder)
   report = {"out": str(out), "tensors": len(files.tensors), "merged": sorted(changes), "bytes": files.size}
@@ -122,9 +107,8 @@ def _about_config(files: TensorFiles, config: Mapping[str, Any], carried: Sequen
   gone = [name for name in files.config if name not in config]
   changed = [f"{name}: {json.dumps(config[name])}" for name in config if config[name] != files.config.get(name)]
   return [
-    "config.json was not copied, as OUT is a file. The merged model needs "
-    + "; ".join([*(f"no {name}" for name in gone), *changed])
-    + ". (A folder as BASE and as OUT takes it along.)"
+    f"config.json is not beside OUT; that of the merged model has {'; '.join([*(f'no {n}' for n in gone), *changed])}."
+    " (With folders as BASE and OUT it goes along.)"
   ]
 
 
@@ -142,99 +126,3 @@ def _about_rounding(weights: Weights) -> list[str]:
     option = "--dequantize stores plain floats" if lines else "--dtype float32 keeps it"
     lines.append(f"warning: more than a tenth of the update is rounded away in {found}. {option}.")
   return lines
-
-
-def _changes(options: Any, weights: Weights) -> dict[str, Change]:
-  """What becomes of each tensor that is adapted.
-
-  Raises:
-    BadFile: where a part of the adapter has no tensor in the base.
-  """
-  names, files = names_of(options), weights.files
-  flax = any(re.search(r"[./](kernel|embedding|scale)$", name) for name in files.tensors)
-  if is_peft(options.adapter):
-    adapter = read(options.adapter)
-    changes, lost = _torch_changes(adapter, weights)
-    if lost and flax:
-      leaves = from_modules(adapter, shapes_of_files(files), names=names)
-      nodes = {path: node for path, node in leaves.items() if is_adapted(node)}
-      return _flax_changes(nodes, {}, weights)[0]
-  else:
-    found = contents(existing(options.adapter))
-    changes, lost = _flax_changes(found.leaves, {} if options.any_base else found.base, weights)
-    if lost and not flax:
-      changes, lost = _torch_changes(to_modules(shapes_of_base(found) | found.leaves, names=names), weights)
-  if lost:
-    raise BadFile(
-      f"{options.adapter}: adapts {listed(sorted(lost))}, which {options.base} does not hold. Its tensors:"
-      f" {listed(list(files.tensors))}. It is another model's adapter, or its names need --names."
-    )
-  return changes
-
-
-def _torch_changes(adapter: Adapter, weights: Weights) -> Changes:
-  """The changes of a torch model's tensors.
-
-  Files of a bare model lack the beginning that the same model has inside one with a head (`transformer.h.0`, `h.0`), or
-  have one more: one difference for all names is allowed, the one with which most are found.
-  """
-  held = weights.by_name
-  adapted = [*(f"{name}.weight" for name in adapter.modules), *adapter.whole]
-  beginnings = sorted({name.split(".", 1)[0] + "." for name in (*adapted, *held)})
-  renamings = [("", ""), *((b, "") for b in beginnings), *(("", b) for b in beginnings)]  # (removed, added)
-  renamed = [{name: added + name.removeprefix(removed) for name in adapted} for removed, added in renamings]
-  tensor_of = max(renamed, key=lambda names: sum(name in held for name in names.values()))
-  removed, added = renamings[renamed.index(tensor_of)]
-  shapes = {removed + name.removeprefix(added): weight.shape for name, weight in held.items()}
-  inputs_first = adapter.stores_inputs_first(shapes)
-  changes: dict[str, Change] = {
-    weight: functools.partial(_merged_module, adapter, name, inputs_first)
-    for name, weight in tensor_of.items()
-    if weight in held
-  }
-  for weight in tensor_of.values():
-    weights.checked(weight)
-  return changes, [name for name, weight in tensor_of.items() if weight not in held]
-
-
-def _merged_module(
-  adapter: Adapter, name: str, inputs_first: bool | None, value: np.ndarray, dtype: np.dtype
-) -> np.ndarray:
-  return adapter.merged(name, value, inputs_first=inputs_first, dtype=dtype)
-
-
-def _flax_changes(nodes: Mapping[str, Any], prints_of_base: Mapping[str, str], weights: Weights) -> Changes:
-  """The changes of a Flax tree's tensors, by the paths of its leaves, under `params` or not.
-
-  Args:
-    nodes: adapted leaves by path, whose bases may be shapes.
-    prints_of_base: fingerprints that the bases must have, by path; those that are missing are not checked.
-    weights: of the base.
-  """
-  files = weights.files
-  paths = {path.removeprefix("params/"): name for name, path in flax_paths(files.tensors).items()}
-  tensor_of = {path: paths.get(path.removeprefix("params/")) for path in nodes}
-  changes: dict[str, Change] = {
-    tensor: functools.partial(_merged_leaf, path, nodes[path], prints_of_base.get(path))
-    for path, tensor in tensor_of.items()
-    if tensor is not None
-  }
-  for path, tensor in tensor_of.items():
-    if tensor is not None and files.tensors[tensor].shape != tuple(nodes[path].base.shape):
-      raise BadFile(
-        f"{tensor}: shape {files.tensors[tensor].shape}, the adapter's base has {tuple(nodes[path].base.shape)}."
-      )
-  for name in changes:
-    weights.checked(name)
-  return changes, [path for path, tensor in tensor_of.items() if tensor is None]
-
-
-def _merged_leaf(path: str, node: Any, expected: str | None, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """The value of one leaf of the base with its adapted node folded in, once its fingerprint is the expected one."""
-  found = str(prints({"leaf": value})["leaf"])
-  if expected is not None and ":" in expected and found != expected:
-    raise BadFile(
-      f"{path}: {found} in the base, the adapter was trained on {expected}. Pass that base, or --any-base to merge all"
-      " the same."
-    )
-  return np.asarray(merge({path: dataclasses.replace(node, base=value)}, dtype=dtype)[path])

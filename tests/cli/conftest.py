@@ -9,7 +9,7 @@ import pytest
 
 from jaxlora import _cli, checkpoint
 from jaxlora._base.files import StoredTensor
-from jaxlora._cli import convert, merge
+from jaxlora._cli import changes, convert
 from jaxlora.peft import _read, _write
 
 NEEDED = ("safetensors", "tqdm")
@@ -73,7 +73,7 @@ def touched(monkeypatch):
   counted(StoredTensor, "read", lambda stored: f"read {stored.file.name} from byte {stored.begin}")
   counted(_write, "replacing", lambda target: f"wrote {target.name}")
   counted(convert, "contents", lambda path: "read a checkpoint")
-  counted(merge, "contents", lambda path: "read a checkpoint")
+  counted(changes, "contents", lambda path: "read a checkpoint")
   counted(convert, "save_part", lambda path, tree: "wrote a checkpoint")
 
   def refused(*_, **__):

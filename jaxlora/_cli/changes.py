@@ -1,0 +1,127 @@
+"""From an adapter to the changes of a model's weights, by the names of torch or by those of a Flax tree."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import numpy as np
+
+from jaxlora._adapt.merge import merge
+from jaxlora._base.text import listed
+from jaxlora._cli.edits import Change, Weights
+from jaxlora._cli.result import BadFile
+from jaxlora._cli.sources import existing, flax_paths, is_peft, names_of, shapes_of_base, shapes_of_files
+from jaxlora._cli.ties import settle_ties
+from jaxlora._weight.fingerprint import prints
+from jaxlora._weight.weight import is_adapted
+from jaxlora.checkpoint._adapter import contents
+from jaxlora.peft._from_modules import from_modules
+from jaxlora.peft._read import read
+from jaxlora.peft._records import Adapter
+from jaxlora.peft._to_modules import to_modules
+
+# By name of the base's weight (`None`: it is copied); names of the adapter that the base does not have.
+Changes = tuple[dict[str, Change | None], list[str]]
+
+
+def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
+  """What becomes of each tensor that is adapted.
+
+  Raises:
+    BadFile: where a part of the adapter has no tensor in the base.
+  """
+  names, files = names_of(options), weights.files
+  flax = any(re.search(r"[./](kernel|embedding|scale)$", name) for name in files.tensors)
+  if is_peft(options.adapter):
+    adapter = read(options.adapter)
+    changes, lost = _torch_changes(adapter, weights, options.untie)
+    if lost and flax:
+      leaves = from_modules(adapter, shapes_of_files(files), names=names)
+      nodes = {path: node for path, node in leaves.items() if is_adapted(node)}
+      changes, lost = _flax_changes(nodes, {}, weights)
+  else:
+    found = contents(existing(options.adapter))
+    changes, lost = _flax_changes(found.leaves, {} if options.any_base else found.base, weights)
+    if lost and not flax:
+      changes, lost = _torch_changes(
+        to_modules(shapes_of_base(found) | found.leaves, names=names), weights, options.untie
+      )
+  if options.untie and not weights.added:
+    raise BadFile("--untie: found no torch model whose embedding is the head, too. Leave it out.")
+  if lost:
+    raise BadFile(
+      f"{options.adapter}: adapts {listed(sorted(lost))}, which {options.base} does not hold. Its tensors:"
+      f" {listed(list(files.tensors))}. It is another model's adapter, or its names need --names."
+    )
+  return changes
+
+
+def _torch_changes(adapter: Adapter, weights: Weights, untie: bool) -> Changes:
+  """The changes of a torch model's tensors.
+
+  Files of a bare model lack the beginning that the same model has inside one with a head (`transformer.h.0`, `h.0`), or
+  have one more: one difference for all names is allowed, the one with which most are found.
+  """
+  held = weights.by_name
+  adapted = [*(f"{name}.weight" for name in adapter.modules), *adapter.whole]
+  beginnings = sorted({name.split(".", 1)[0] + "." for name in (*adapted, *held)})
+  renamings = [("", ""), *((b, "") for b in beginnings), *(("", b) for b in beginnings)]  # (removed, added)
+  renamed = [{name: added + name.removeprefix(removed) for name in adapted} for removed, added in renamings]
+  tensor_of = max(renamed, key=lambda names: sum(name in held for name in names.values()))
+  removed, added = renamings[renamed.index(tensor_of)]
+  shapes = {removed + name.removeprefix(added): weight.shape for name, weight in held.items()}
+  inputs_first = adapter.stores_inputs_first(shapes)
+  changes: dict[str, Change | None] = {
+    weight: functools.partial(_merged_module, adapter, name, inputs_first)
+    for name, weight in tensor_of.items()
+    if weight in held
+  }
+  found = settle_ties(adapter, tensor_of, changes, weights, untie)
+  for weight in {*tensor_of.values(), *changes}:
+    weights.checked(weight)
+  return changes, [name for name, weight in tensor_of.items() if weight not in held and name not in found]
+
+
+def _merged_module(
+  adapter: Adapter, name: str, inputs_first: bool | None, value: np.ndarray, dtype: np.dtype
+) -> np.ndarray:
+  return adapter.merged(name, value, inputs_first=inputs_first, dtype=dtype)
+
+
+def _flax_changes(nodes: Mapping[str, Any], prints_of_base: Mapping[str, str], weights: Weights) -> Changes:
+  """The changes of a Flax tree's tensors, by the paths of its leaves, under `params` or not.
+
+  Args:
+    nodes: adapted leaves by path, whose bases may be shapes.
+    prints_of_base: fingerprints that the bases must have, by path; those that are missing are not checked.
+    weights: of the base.
+  """
+  files = weights.files
+  paths = {path.removeprefix("params/"): name for name, path in flax_paths(files.tensors).items()}
+  tensor_of = {path: paths.get(path.removeprefix("params/")) for path in nodes}
+  changes: dict[str, Change | None] = {
+    tensor: functools.partial(_merged_leaf, path, nodes[path], prints_of_base.get(path))
+    for path, tensor in tensor_of.items()
+    if tensor is not None
+  }
+  for path, tensor in tensor_of.items():
+    if tensor is not None and files.tensors[tensor].shape != tuple(nodes[path].base.shape):
+      raise BadFile(
+        f"{tensor}: shape {files.tensors[tensor].shape}, the adapter's base has {tuple(nodes[path].base.shape)}."
+      )
+  for name in changes:
+    weights.checked(name)
+  return changes, [path for path, tensor in tensor_of.items() if tensor is None]
+
+
+def _merged_leaf(path: str, node: Any, expected: str | None, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """The value of one leaf of the base with its adapted node folded in, once its fingerprint is the expected one."""
+  found = str(prints({"leaf": value})["leaf"])
+  if expected is not None and ":" in expected and found != expected:
+    raise BadFile(
+      f"{path}: {found} in the base, the adapter was trained on {expected}. Pass that base, or --any-base to merge all"
+      " the same."
+    )
+  return np.asarray(merge({path: dataclasses.replace(node, base=value)}, dtype=dtype)[path])
