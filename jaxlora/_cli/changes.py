@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxlora._adapt.merge import merge
+from jaxlora._base.rounding import same_but_for_rounding
 from jaxlora._base.text import listed
 from jaxlora._cli.edits import Change, Weights
 from jaxlora._cli.result import BadFile
@@ -87,6 +88,17 @@ def _torch_changes(adapter: Adapter, weights: Weights, untie: bool) -> Changes:
 def _merged_module(
   adapter: Adapter, name: str, inputs_first: bool | None, value: np.ndarray, dtype: np.dtype
 ) -> np.ndarray:
+  """A parameter of a torch model with the adapter folded in.
+
+  Raises:
+    BadFile: where the adapter holds the base that it was trained on, and it is another.
+  """
+  base = adapter.bases.get(name)
+  if base is not None and not same_but_for_rounding(base, value):
+    raise BadFile(f"{name}: the adapter holds the weight that it was trained on, and the base's is another.")
+  whole = adapter.whole.get(name)
+  if whole is not None and not adapter.is_asked(name) and same_but_for_rounding(whole, value):
+    return value.astype(dtype)  # a copy of the base, which PEFT writes of its own accord
   return adapter.merged(name, value, inputs_first=inputs_first, dtype=dtype)
 
 

@@ -1,13 +1,15 @@
 """From torch's modules to a tree. No files here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.paths import flatten
+from jaxlora._base.rounding import RoundingWarning, lost_share, notable, same_but_for_rounding
 from jaxlora._weight.weight import FullWeight, is_adapted
 from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
 from jaxlora.peft._left_out import left_out, problems_of
@@ -131,6 +133,7 @@ def _adapted_leaves(
     if place := places.get(key_of(name)):
       whole.setdefault(place.path, {})[place.index] = (name, tensor)
   new: dict[str, Any] = {}
+  lost: dict[str, float] = {}
   for path, layers in modules.items():
     try:
       if path in whole:
@@ -142,11 +145,30 @@ def _adapted_leaves(
     name = next(iter(whole[path].values()))[0]
     try:
       value = whole_value(path, leaves[path], whole[path], known)
-      if not _is_copy_of_base(adapter, name, leaves[path], value):
+      if not _is_copy_of_base(adapter, name, whole[path], leaves[path], value):
         new[path] = FullWeight(base=leaves[path], value=value)
+        lost[path] = _lost_of_whole(path, leaves[path], whole[path], value, known)
     except ValueError as error:
       problems.append(f"{path} ({name}): {error}")
+  if found := notable(lost):
+    warnings.warn(
+      f"rounding to the base's dtype loses more than a tenth of what was trained in {found}. Load onto parameters in"
+      " float32 to keep it.",
+      RoundingWarning,
+      stacklevel=4,
+    )
   return new
+
+
+def _lost_of_whole(
+  path: str, leaf: Any, tensors: Mapping[Index, tuple[str, np.ndarray]], value: Any, known: KnownRoles
+) -> float:
+  """The share of what was trained that a leaf's dtype rounds away of the tensors that replace it."""
+  narrow = any(wider_dtype(tensor.dtype, leaf.dtype) != leaf.dtype for _, tensor in tensors.values())
+  if not narrow or isinstance(leaf, jax.ShapeDtypeStruct):
+    return 0.0
+  base = np.asarray(leaf)
+  return lost_share(base, np.asarray(whole_value(path, base.astype(np.float32), tensors, known)), np.asarray(value))
 
 
 _PARTS = (
@@ -170,15 +192,19 @@ def _unplaced(missing: Mapping[Key, str], places: Mapping[Key, Place], tensors: 
   return [problem for key, problem in missing.items() if len(missing) > _MOST_TIED or not is_tied(key)]
 
 
-def _is_copy_of_base(adapter: Adapter, name: str, leaf: Any, value: Any) -> bool:
+def _is_copy_of_base(
+  adapter: Adapter, name: str, tensors: Mapping[Index, tuple[str, np.ndarray]], leaf: Any, value: Any
+) -> bool:
   """Whether a tensor that nobody asked to save is the base's own: PEFT saves embeddings beside adapted ones."""
-  module, _, parameter = name.rpartition(".")
-  saved = adapter.config.get("modules_to_save") or []
-  if (parameter == "bias" and adapter.config.get("bias", "none") != "none") or any(
-    module.endswith(m) or f".{m}." in f".{module}." for m in saved
-  ):
+  if adapter.is_asked(name) or isinstance(leaf, jax.ShapeDtypeStruct):
     return False
-  return not isinstance(leaf, jax.ShapeDtypeStruct) and bool((jnp.asarray(leaf) == value).all())
+  return _is_same(value, leaf, [tensor.dtype for _, tensor in tensors.values()])
+
+
+def _is_same(value: Any, leaf: Any, dtypes: Sequence[np.dtype]) -> bool:
+  """Whether a value that the file holds in some dtype is the leaf's, but for the rounding of the two dtypes."""
+  narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
+  return same_but_for_rounding(np.asarray(value).astype(narrow), np.asarray(leaf))
 
 
 def _differing_base(place: Place, leaf: Any, name: str, tensor: np.ndarray, known: KnownRoles) -> list[str]:
@@ -187,7 +213,7 @@ def _differing_base(place: Place, leaf: Any, name: str, tensor: np.ndarray, know
     return []
   try:
     value = whole_value(place.path, leaf, {place.index: (name, tensor)}, known)
-    if np.array_equal(np.asarray(value), np.asarray(leaf)):
+    if _is_same(value, leaf, [tensor.dtype]):
       return []
     found = "other values"
   except ValueError as error:

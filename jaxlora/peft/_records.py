@@ -97,6 +97,14 @@ class Adapter:
   def dropout(self) -> float:
     return float(self.config.get("lora_dropout") or 0.0)
 
+  def is_asked(self, name: str) -> bool:
+    """Whether the configuration asks for a parameter in `whole`: PEFT writes embeddings of its own accord, too."""
+    module, _, parameter = name.rpartition(".")
+    if parameter == "bias" and self.config.get("bias", "none") != "none":
+      return True
+    saved = self.config.get("modules_to_save") or []
+    return any(module.endswith(other) or f".{other}." in f".{module}." for other in saved)
+
   def stores_inputs_first(self, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether a base stores the weights of GPT-2's Conv1D as (in, out), which those that are not square show.
 
