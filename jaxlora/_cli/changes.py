@@ -66,16 +66,19 @@ def _torch_changes(adapter: Adapter, weights: Weights, untie: bool) -> Changes:
   have one more: one difference for all names is allowed, the one with which most are found.
   """
   held = weights.by_name
-  adapted = [*(f"{name}.weight" for name in adapter.modules), *adapter.whole]
+  experts = {own for packed in adapter.packed.values() for own in packed.modules}
+  plain = [f"{name}.weight" for name in adapter.modules if name not in experts]
+  adapted = [*plain, *adapter.packed, *adapter.whole]
   beginnings = sorted({name.split(".", 1)[0] + "." for name in (*adapted, *held)})
   renamings = [("", ""), *((b, "") for b in beginnings), *(("", b) for b in beginnings)]  # (removed, added)
   renamed = [{name: added + name.removeprefix(removed) for name in adapted} for removed, added in renamings]
   tensor_of = max(renamed, key=lambda names: sum(name in held for name in names.values()))
   removed, added = renamings[renamed.index(tensor_of)]
   shapes = {removed + name.removeprefix(added): weight.shape for name, weight in held.items()}
-  inputs_first = adapter.stores_inputs_first(shapes)
+  inputs_first: dict[str, bool | None] = dict.fromkeys(adapted, adapter.stores_inputs_first(shapes))
+  inputs_first |= {name: adapter.stores_experts_inputs_first(name, shapes) for name in adapter.packed}
   changes: dict[str, Change | None] = {
-    weight: functools.partial(_merged_module, adapter, name, inputs_first)
+    weight: functools.partial(_merged_module, adapter, name, inputs_first[name])
     for name, weight in tensor_of.items()
     if weight in held
   }

@@ -11,8 +11,8 @@ Nothing is unpickled.
 
 from jaxlora.peft._folder import check, load, save
 from jaxlora.peft._from_modules import from_modules
-from jaxlora.peft._parts import Joined, Split
-from jaxlora.peft._records import Adapter, Module, PeftError, PeftWarning
+from jaxlora.peft._parts import Experts, Joined, Split
+from jaxlora.peft._records import Adapter, Module, Packed, PeftError, PeftWarning
 from jaxlora.peft._rows import halves_to_pairs, pairs_to_halves
 from jaxlora.peft._serve import Rule
 from jaxlora.peft._served import Finding
@@ -20,9 +20,11 @@ from jaxlora.peft._to_modules import to_modules
 
 __all__ = [
   "Adapter",
+  "Experts",
   "Finding",
   "Joined",
   "Module",
+  "Packed",
   "PeftError",
   "PeftWarning",
   "Rule",

@@ -1,13 +1,14 @@
 """`adapter_config.json`: made for an adapter, and checked where one is read."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from jaxlora._base.text import short
 from jaxlora.peft._patterns import exact_patterns, is_number, target_modules
-from jaxlora.peft._records import CONV1D, Module
+from jaxlora.peft._records import CONV1D, Module, Packed
 
 
 def config_of(
@@ -17,6 +18,7 @@ def config_of(
   bias: str = "none",
   known: Collection[str] | None = None,
   dropout: float = 0.0,
+  packed: Mapping[str, Packed] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """The configuration with which `PeftModel.from_pretrained` builds an adapter of these modules and parameters.
 
@@ -27,7 +29,8 @@ def config_of(
     bias: PEFT's option of that name, which says which biases are saved.
     known: the names of all modules that the torch model has, to find short names that only the adapted modules have;
       `None` if they are not known.
-    dropout: of all modules.
+    dropout: of all modules. PEFT has none on parameters that hold several experts: with those it is 0.
+    packed: the parameters that hold several experts, by name.
 
   Raises:
     PeftError: if PEFT's patterns cannot tell the adapted modules from others.
@@ -38,9 +41,13 @@ def config_of(
   alphas = {
     name: module.alpha if len(scalings) == 1 else module.scale * module.rank for name, module in modules.items()
   }
-  settings = {name: (module.rank, _integral(alphas[name])) for name, module in modules.items()}
+  together = {name for entry in packed.values() for name in entry.modules}
+  plain = sorted(set(modules) - together)
+  firsts = {name: name for name in modules if name not in together}
+  firsts |= {name: entry.modules[0] for name, entry in packed.items()}
+  settings = {name: (modules[own].rank, _integral(alphas[own])) for name, own in firsts.items()}
   rank, alpha = max(settings.values(), key=list(settings.values()).count, default=(8, 8))
-  others = set(modules if known is None else known) | set(modules)
+  others = (set(modules if known is None else known) | set(modules)) - together
   return {
     "peft_type": "LORA",
     "task_type": None,
@@ -50,8 +57,9 @@ def config_of(
     "inference_mode": True,
     "r": rank,
     "lora_alpha": alpha,
-    "lora_dropout": dropout,
-    "target_modules": target_modules(sorted(modules), others, saved, complete=known is not None),
+    "lora_dropout": 0.0 if packed else dropout,
+    "target_modules": target_modules(plain, others, saved, complete=known is not None) if plain or not packed else [],
+    "target_parameters": _target_parameters(packed) or None,
     "modules_to_save": saved or None,
     "bias": bias,
     "use_rslora": scalings == {"rslora"},
@@ -63,6 +71,11 @@ def config_of(
     "layers_to_transform": None,
     "layers_pattern": None,
   }
+
+
+def _target_parameters(packed: Collection[str]) -> list[str]:
+  """Ends of the names of adapted parameters, with their module: `experts.gate_up_proj`."""
+  return sorted({".".join(name.split(".")[-2:]) for name in packed})
 
 
 def _modules_to_save(whole: Mapping[str, np.ndarray], adapted: Collection[str], bias: str) -> list[str]:
@@ -81,7 +94,6 @@ def _integral(alpha: float) -> float:
 # Options that make another function of the factors, or that begin from another base.
 _UNSUPPORTED = {
   "lora_bias": "a bias in lora_B",
-  "target_parameters": "LoRA on bare parameters",
   "layer_replication": "layers that share their base",
   "alora_invocation_tokens": "activated LoRA",
   "use_qalora": "QALoRA",

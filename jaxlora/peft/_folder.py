@@ -44,7 +44,7 @@ def save(
       the regex and `{}` for the index of a stacked layer. The first that matches counts; leaves that none matches, and
       all of them with `None`, are named by the habits of the Hugging Face Hub: `h/0/attn/c_attn/kernel` is
       `transformer.h.0.attn.c_attn`; `layers_0`, `layers/0` and scanned `layers` are `model.layers.0`. Where a leaf
-      and a torch module do not hold the same, a value is a `Split` or a `Joined`.
+      and a torch module do not hold the same, a value is a `Split`, a `Joined` or `Experts`.
     base_model_name_or_path: written to the configuration.
     task_type: written to the configuration, such as `"CAUSAL_LM"`. For some PEFT takes the head from the file, and it
       is written, trained or not: `classifier` or `score` for `"SEQ_CLS"` and `"TOKEN_CLS"`, `qa_outputs` for

@@ -15,6 +15,7 @@ from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
 from jaxlora.peft._left_out import left_out, problems_of
 from jaxlora.peft._names import Key, Names, check_names, key_of
 from jaxlora.peft._nodes import Index, lora_weight, whole_value
+from jaxlora.peft._oriented import oriented
 from jaxlora.peft._places import Place, find_places
 from jaxlora.peft._records import Adapter, Module, fail
 from jaxlora.peft._roles import Axes, KnownRoles, known_roles
@@ -101,6 +102,7 @@ def tree_of_adapter(
   keys = dict.fromkeys([*((name, "weight") for name in adapter.modules), *tensors])
   places, missing = find_places(keys, leaves, names, parts)
   adapter = one_leaf_for_both_uses(adapter, leaves, places, known, probe is not None, problems)
+  adapter = oriented(adapter, places, leaves, known, problems)
   left = {(name, "weight") for name in adapter.modules} | {key_of(name) for name in (*adapter.bases, *adapter.whole)}
   missing = {key: problem for key, problem in missing.items() if key in left}
   problems += _unplaced(missing, places, tensors)

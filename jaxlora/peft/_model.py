@@ -9,7 +9,8 @@ import numpy as np
 from jaxlora._base.paths import components
 from jaxlora._weight.weight import LoraWeight, is_adapted
 from jaxlora.peft._names import Names, Target, default_target, given_target, scanned_lists
-from jaxlora.peft._records import PeftError
+from jaxlora.peft._packed import packed_by_habit
+from jaxlora.peft._records import Packed, PeftError
 from jaxlora.peft._roles import shape_of_leaf
 
 
@@ -73,6 +74,25 @@ class TorchModel:
         for name in target.torch_names(index)
       }
     )
+
+  def packed(self) -> dict[str, Packed]:
+    """The torch parameters that hold the experts of adapted leaves, by name: those of `Experts`, and by habit."""
+    names = self.module_names()
+    adapted = {
+      name
+      for path in self.targets
+      if is_adapted(self.leaves[path])
+      for index, _ in self.layers(path)
+      for name in self.targets[path].torch_names(index)
+    }
+    by_habit = packed_by_habit(adapted if names is None else names)
+    found = {name: packed for name, packed in by_habit.items() if adapted & set(packed.modules)}
+    given: dict[str, list[str]] = {}
+    for path, target in self.targets.items():
+      if target.packed is not None and is_adapted(self.leaves[path]):
+        for index, name in self.layers(path):
+          given.setdefault(target.packed.format(*index), []).append(name)
+    return found | {name: Packed(tuple(modules)) for name, modules in given.items()}
 
   def parameters(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """Module -> parameter -> the leaf that holds it, and the index along its stacked axes."""

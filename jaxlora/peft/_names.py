@@ -7,11 +7,11 @@ from typing import Any
 
 from jaxlora._base.paths import components
 from jaxlora._base.patterns import nearest
-from jaxlora.peft._parts import Joined, Parts, Split
+from jaxlora.peft._parts import Experts, Joined, Parts, Split
 from jaxlora.peft._records import PeftError
 
 # Regex over paths -> name of a torch module, or what the leaf has to do with several, as `save` takes them.
-Names = Mapping[str, str | Parts] | None
+Names = Mapping[str, str | Parts | Experts] | None
 
 Key = tuple[str, str]  # a torch module's name, and the name of its parameter
 
@@ -54,6 +54,7 @@ class Target:
     modules: with `parts`, torch's names: of all modules of a `Split`, of the one of a `Joined`.
     part: the leaf's position among the parts of a `Joined`.
     over_stack: whether the modules of a `Split` lie along a stacked axis, the last, and not among the outputs.
+    packed: the torch parameter that holds the modules along the last stacked axis, all experts, where one does.
   """
 
   module: str
@@ -63,6 +64,7 @@ class Target:
   modules: tuple[str, ...] = ()
   part: int = 0
   over_stack: bool = False
+  packed: str | None = None
 
   def name(self, index: Sequence[int]) -> str:
     """The module's name at an index along the stacked axes."""
@@ -88,6 +90,13 @@ class Target:
       return self
     module = f"{self.module}[{{{self.stacked}}}]"
     return dataclasses.replace(self, module=module, stacked=self.stacked + 1, over_stack=True)
+
+
+def expert_name(parameter: str, expert: int | str | None) -> str:
+  """`...experts.gate_up_proj`, 3 -> `...experts.3.gate_up_proj`; a layer's `weight` is called like the layer."""
+  root, _, name = parameter.rpartition(".")
+  parts = [root, *([] if expert is None else [str(expert)]), *([] if name == "weight" else [name])]
+  return ".".join(parts)
 
 
 def split_path(path: str) -> tuple[str, str | None]:
@@ -124,11 +133,11 @@ def check_names(names: Names, paths: Collection[str]) -> None:
 def check_types(names: Any) -> None:
   """Raises a `TypeError` unless `names` maps strings to strings or parts."""
   if not isinstance(names, Mapping) or not all(
-    isinstance(pattern, str) and isinstance(value, (str, Split, Joined)) for pattern, value in names.items()
+    isinstance(pattern, str) and isinstance(value, (str, Split, Joined, Experts)) for pattern, value in names.items()
   ):
     raise TypeError(
-      f"names: found {names!r}, expected a dict of regexes over paths and the torch names they become, or Split and"
-      " Joined of jaxlora.peft."
+      f"names: found {names!r}, expected a dict of regexes over paths and the torch names they become, or Split,"
+      " Joined and Experts of jaxlora.peft."
     )
 
 
@@ -151,6 +160,10 @@ def given_target(path: str, names: Names) -> Target | None:
       module, stacked = _expanded(pattern, found, value)
       module, parameter = _without_parameter(path, module)
       return Target(module, parameter, stacked)
+    if isinstance(value, Experts):
+      name, stacked = _expanded(pattern, found, value.parameter)
+      name = _numbered(name)
+      return Target(expert_name(name, f"{{{stacked}}}"), "weight", stacked + 1, packed=name)
     return _target_of_parts(path, value, pattern, found)
   return None
 

@@ -97,6 +97,38 @@ class Joined:
     _check_parts("Joined", "parts", self.parts, self)
 
 
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  r"""A value of `names`: a leaf of stacked experts that is one parameter in torch, as PEFT's `target_parameters` adapt.
+
+      lora_A = a as (experts * rank, in),    lora_B[o, r * experts + e] = b[e, r, o]
+
+  Stacked leaves called `experts/gate_up_proj`, and `experts/down_proj` beside one, need no entry. A is that of the
+  inputs, as PEFT has it with transformers 5.
+
+  Attributes:
+    parameter: its name in torch, with `\1` and `{}` as elsewhere in `names`; `{}` is for stacks beside the experts',
+      which is the last stacked axis of the leaf.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> from jaxlora.peft import Experts, to_modules
+    >>> params = {"layer_0": {"w1": jnp.ones((4, 8, 6))}}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, axes={".*": "sio"}), jax.random.key(0))
+    >>> names = {r"layer_(\d)/w1": Experts(r"model.layers.\1.mlp.experts.gate_up_proj")}
+    >>> to_modules(tree, names=names).config["target_parameters"]
+    ['experts.gate_up_proj']
+
+  Source: `ParamWrapper` in `peft/tuners/lora/layer.py`.
+  """
+
+  parameter: str
+
+  def __post_init__(self) -> None:
+    if not isinstance(self.parameter, str) or "." not in self.parameter:
+      raise TypeError(f"Experts: parameter: found {self.parameter!r}, expected a name such as 'mlp.experts.down_proj'.")
+
+
 Parts = Split | Joined
 
 
@@ -161,10 +193,11 @@ _ORDERS = {"pairs_to_halves": pairs_to_halves, "halves_to_pairs": halves_to_pair
 
 
 def names_from_json(found: Any) -> Any:
-  """`names` of a JSON file, where an object with `split` or `joined` is a `Split` or a `Joined`.
+  """`names` of a JSON file, where an object with `split`, `joined` or `experts` is a `Split`, `Joined` or `Experts`.
 
-  `{"split": ["...k_proj", "...v_proj"]}`, or `{"joined": "...qkv_proj", "parts": ["q", "k", "v"]}`, each with `sizes`,
-  `groups` and `order`: `{"pairs_to_halves": head_size}`, or a list of those and of null.
+  `{"experts": "...experts.down_proj"}`; `{"split": ["...k_proj", "...v_proj"]}`, or
+  `{"joined": "...qkv_proj", "parts": ["q", "k", "v"]}`, the last two with `sizes`, `groups` and `order` besides:
+  `{"pairs_to_halves": head_size}`, or a list of those and of null.
 
   Raises:
     TypeError, ValueError: naming the entry that is neither a name nor one of these.
@@ -177,13 +210,15 @@ def names_from_json(found: Any) -> Any:
 def _value_from_json(pattern: str, value: Any) -> Any:
   if not isinstance(value, dict):
     return value
+  if set(value) == {"experts"}:
+    return Experts(value["experts"])
   kinds = {"split": (Split, "modules"), "joined": (Joined, "module")}
   kind = next((kind for kind in kinds if kind in value), None)
   fields = {"sizes", "groups", "order"} | ({"parts"} if kind == "joined" else set())
   if kind is None or set(value) - fields - {kind} or (kind == "joined" and "parts" not in value):
     raise ValueError(
-      f"names: {pattern!r}: found {value!r}, expected a torch name, {{'split': [names], ...}} or {{'joined': name,"
-      " 'parts': [components], ...}, with 'sizes', 'groups' and 'order' besides."
+      f"names: {pattern!r}: found {value!r}, expected a torch name, {{'experts': name}}, {{'split': [names], ...}} or"
+      " {'joined': name, 'parts': [components], ...}, the last two with 'sizes', 'groups' and 'order' besides."
     )
   record, first = kinds[kind]
   rest = {name: value[name] for name in fields - {"order"} if name in value}

@@ -76,6 +76,20 @@ class Module:
 
 
 @dataclasses.dataclass(frozen=True)
+class Packed:
+  """A parameter that holds several experts, (experts, ., .), which PEFT adapts as one: `target_parameters`.
+
+  Attributes:
+    modules: the names of the experts' modules, in order.
+    oriented: whether their A is known to be that of the inputs. In a file with one parameter of some experts alone it
+      may be that of the outputs: PEFT's versions differ, and sizes tell.
+  """
+
+  modules: tuple[str, ...]
+  oriented: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapter:
   """A PEFT adapter: what a folder of PEFT's holds, in memory.
 
@@ -85,6 +99,7 @@ class Adapter:
     bases: base weights of adapted modules that PEFT saved beside their factors, by parameter name.
     config: the content of `adapter_config.json`.
     unsupported: reasons not to use the adapter: options that make the tensors parts of another method than LoRA.
+    packed: the adapted parameters that hold several experts, by name: which of the modules are those of one.
   """
 
   modules: dict[str, Module]
@@ -92,6 +107,7 @@ class Adapter:
   bases: dict[str, np.ndarray]
   config: dict[str, Any]
   unsupported: tuple[str, ...] = ()
+  packed: dict[str, Packed] = dataclasses.field(default_factory=dict)
 
   @property
   def dropout(self) -> float:
@@ -117,6 +133,20 @@ class Adapter:
         return tuple(bias) == tuple(shape[1:])
     return False
 
+  def stores_experts_inputs_first(self, name: str, shapes: Mapping[str, Sequence[int]]) -> bool | None:
+    """Whether a base stores the experts of a parameter as (in, out), by it or by another of theirs; `None` if unknown.
+
+    Args:
+      name: of the parameter, one of `packed`.
+      shapes: the shapes of the base's parameters by name.
+    """
+    root = name.rpartition(".")[0]
+    for other, entry in sorted(self.packed.items(), key=lambda item: item[0] != name):
+      shape, found = self.modules[entry.modules[0]].shape, tuple(shapes.get(other, ()))[-2:]
+      if other.rpartition(".")[0] == root and entry.oriented and shape[0] != shape[1]:
+        return found == shape[::-1]
+    return None
+
   def merged(self, name: str, tensor: np.ndarray, *, inputs_first: bool | None = None, dtype: Any = None) -> np.ndarray:
     """One parameter of the torch model with this adapter folded in; the same array where it is not adapted.
 
@@ -124,7 +154,8 @@ class Adapter:
       name: of the parameter, such as `model.layers.0.self_attn.q_proj.weight`.
       tensor: its value in the base model.
       inputs_first: how the base stores square weights of GPT-2's Conv1D, as `stores_inputs_first` returns it; with
-        `None` the adapter's `fan_in_fan_out` decides.
+        `None` the adapter's `fan_in_fan_out` decides. Of a parameter that holds square experts, how it stores these, as
+        `stores_experts_inputs_first` returns it.
       dtype: of the result; `None` for the tensor's.
 
     Returns:
@@ -157,6 +188,8 @@ class Adapter:
       if self.whole[name].shape != tensor.shape:
         raise PeftError(f"{name}: shape {tensor.shape} in the base, {self.whole[name].shape} in the adapter.")
       return self.whole[name]
+    if name in self.packed:
+      return self._merged_experts(name, tensor, inputs_first)
     module = self.modules.get(name.removesuffix(".weight"))
     if module is None or not name.endswith(".weight"):
       return tensor
@@ -170,6 +203,24 @@ class Adapter:
     if module.magnitude is not None:
       weight = _with_norms(weight, module.magnitude, output=1 if transposed or module.kind == "embedding" else 0)
     return weight
+
+  def _merged_experts(self, name: str, tensor: np.ndarray, inputs_first: bool | None) -> np.ndarray:
+    """A parameter that holds several experts, each of them (in, out) or (out, in) as the sizes show."""
+    held = [self.modules[own] for own in self.packed[name].modules]
+    shape = held[0].shape
+    if tensor.shape not in ((len(held), *shape), (len(held), *shape[::-1])) and (len(held), tensor.shape) != (1, shape):
+      raise PeftError(
+        f"{name}: shape {tensor.shape} in the base, {(len(held), *shape)} by the adapter. It is another model's."
+      )
+    if tensor.ndim == 3 and shape[0] == shape[1] and (inputs_first is None or not self.packed[name].oriented):
+      raise PeftError(
+        f"{name}: shape {tensor.shape} does not tell whether its experts are (in, out). Merge the adapter in PEFT"
+        " (merge_and_unload), or say inputs_first="
+      )
+    transposed = inputs_first if shape[0] == shape[1] else tensor.shape[-2:] == shape[::-1]
+    delta = np.stack([module.delta().T if tensor.ndim == 3 and transposed else module.delta() for module in held])
+    wide = np.result_type(delta.dtype, np.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
+    return tensor.astype(wide) + delta.reshape(tensor.shape)
 
   def _is_transposed(self, module: Module, shape: Sequence[int], inputs_first: bool | None) -> bool:
     """Whether a base stores a linear module's weight as (in, out)."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlora.peft._config import malformed_options, unsupported_options
 from jaxlora.peft._keys import PREFIX, as_saved
+from jaxlora.peft._packed import packed_parts, packed_tensors, unpacked
 from jaxlora.peft._patterns import values_by_pattern
 from jaxlora.peft._records import CONFIG, WEIGHTS, Adapter, Module
 
@@ -21,11 +22,15 @@ _FACTOR_KEYS = {  # of A and B, by kind of module
 def state_of(adapter: Adapter) -> dict[str, np.ndarray]:
   """The tensors of an adapter under PEFT's keys."""
   tensors: dict[str, np.ndarray] = {}
+  together = {name for packed in adapter.packed.values() for name in packed.modules}
   for name, module in adapter.modules.items():
+    if name in together:
+      continue
     held = dict(zip(_FACTOR_KEYS[module.kind], (module.a, module.b), strict=True))
     if module.magnitude is not None:
       held["lora_magnitude_vector"] = module.magnitude
     tensors |= {f"{PREFIX}{name}.{part}": tensor for part, tensor in held.items()}
+  tensors |= {f"{PREFIX}{name}": tensor for name, tensor in packed_tensors(adapter.packed, adapter.modules).items()}
   for name, tensor in (adapter.bases | adapter.whole).items():
     module_name, _, parameter = name.rpartition(".")
     inner = "base_layer." if module_name in adapter.modules else ""
@@ -55,14 +60,17 @@ def adapter_of(
   for name, (key, tensor) in as_saved(tensors, adapter_name, problems).items():
     if problem := _sort_in(name, tensor, parts_by_module, adapter):
       problems.append(f"{key}: {problem}")
-  ranks, alphas = (
-    values_by_pattern(config, field, parts_by_module, problems) for field in ("rank_pattern", "alpha_pattern")
-  )
+  packed = packed_parts(parts_by_module, config, problems)
+  names = [*parts_by_module, *packed]
+  ranks, alphas = (values_by_pattern(config, field, names, problems) for field in ("rank_pattern", "alpha_pattern"))
   for name, parts in parts_by_module.items():
     module = _module(name, parts, ranks[name], alphas[name], config, problems)
     if module is not None:
       adapter.modules[name] = module
-  if not parts_by_module and not adapter.whole:
+  experts, together = unpacked(packed, ranks, alphas, config, problems)
+  adapter.modules.update(experts)
+  adapter.packed.update(together)
+  if not names and not adapter.whole:
     problems.append(f"{WEIGHTS} holds no adapter")
   return adapter
 

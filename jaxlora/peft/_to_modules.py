@@ -16,6 +16,7 @@ from jaxlora.peft._for_torch import joined_names, named_for_torch
 from jaxlora.peft._layout import factors_to_torch, magnitude_to_torch, torch_kind, weight_to_torch
 from jaxlora.peft._model import TorchModel
 from jaxlora.peft._names import Names, check_names
+from jaxlora.peft._packed import packed_problems
 from jaxlora.peft._records import Adapter, Module, fail, raise_problems
 from jaxlora.peft._roles import Axes, KnownRoles, known_roles, roles_of_layer, shape_of_leaf
 from jaxlora.peft._serve_checks import HEADS
@@ -85,9 +86,10 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   if not modules and not whole and not problems:
     raise ValueError(f"{subject}: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
   _check_together(modules, problems)
+  by_name, packed = {module.name: module for module in modules}, model.packed()
+  problems += packed_problems(packed, by_name, whole)
   raise_problems(subject, problems)
   dropouts = [leaf.dropout for leaf in leaves.values() if isinstance(leaf, LoraWeight)]
-  by_name = {module.name: module for module in modules}
   tied = None if task_type in HEADLESS else _tied_table(model)
   if tied is not None:
     _add_tied_head(by_name, whole, tied)
@@ -97,10 +99,11 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
     bias=bias,
     known=model.module_names(),
     dropout=max(dropouts, key=dropouts.count, default=0.0),
+    packed=packed,
   )
   if tied is not None:
     config["ensure_weight_tying"] = True
-  adapter = Adapter(by_name, whole, {}, config)
+  adapter = Adapter(by_name, whole, {}, config, packed=packed)
   if broken := not_finite(state_of(adapter)):
     raise fail(subject, broken, "Training has diverged: go back to an earlier checkpoint; nothing was written.")
   return adapter

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlora
 from jaxlora import checkpoint, peft
+from tests import helpers
 from tests.cli.files import PARAMS, as_torch, flat, zeros_file
 
 
@@ -120,3 +121,19 @@ def test_merge_takes_a_base_larger_than_memory(tmp_path, forks):
     for k in (0, 17, 95):
       file.seek(start + k * size)
       assert (np.frombuffer(file.read(size), np.float32) == k).all()
+
+
+@pytest.mark.parametrize("inputs_first", [True, False])
+def test_experts_in_one_parameter(run, tmp_path, inputs_first):
+  shapes = {"gate_up_proj": (3, 4, 8), "down_proj": (3, 4, 4)}  # the second is square: the first tells how it is stored
+  params = {name: {"kernel": helpers.array(k, shape, jnp.float32)} for k, (name, shape) in enumerate(shapes.items())}
+  params = {"model": {"layers": {"0": {"mlp": {"experts": params}}}}}
+  tree = helpers.adapted(params, targets=".*", axes={".*": "sio"})
+  peft.save(tmp_path / "p", tree)
+  stored = lambda tree: {
+    name.removesuffix(".kernel"): np.ascontiguousarray(value if inputs_first else value.transpose(0, 2, 1))
+    for name, value in flat(tree, ".").items()
+  }
+  save_file(stored(params), tmp_path / "base.safetensors")
+  run("merge", tmp_path / "base.safetensors", tmp_path / "p", tmp_path / "out.safetensors")
+  assert_close(load_file(tmp_path / "out.safetensors"), stored(jaxlora.merge(tree)))

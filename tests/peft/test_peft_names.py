@@ -161,3 +161,52 @@ def test_what_was_trained_in_flax_is_the_same_in_peft(case, tmp_path):
   tree = jaxlora.join(frozen, jax.tree.map(lambda x: x + random.normal(0, 0.1, x.shape).astype(x.dtype), factors))
   save(tmp_path, tree, names=names)
   assert_merges_to(tree, peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path), layer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experts in one parameter. Models of transformers 5 say `is_transposed`, by which PEFT knows which axis is the inputs'.
+
+
+def gpt_oss(inner, transposed):
+  config = transformers.GptOssConfig(
+    **{**SMALL, "intermediate_size": inner}, num_attention_heads=HEADS, num_key_value_heads=2, head_dim=4,
+    num_local_experts=3, num_experts_per_tok=2, sliding_window=8,
+  )  # fmt: skip
+  torch.manual_seed(0)
+  model = transformers.GptOssForCausalLM(config)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.normal_(0, 0.2)
+  for layer in model.model.layers:
+    layer.mlp.experts.is_transposed = transposed
+  return model
+
+
+def experts_of(model):
+  kernel = lambda tensor: {"kernel": tensor.detach().numpy()}
+  layers = {
+    str(k): {
+      "self_attn": {"q_proj": kernel(layer.self_attn.q_proj.weight.T)},
+      "mlp": {"experts": {n: kernel(getattr(layer.mlp.experts, n)) for n in ("gate_up_proj", "down_proj")}},
+    }
+    for k, layer in enumerate(model.model.layers)
+  }
+  return {"model": {"layers": layers}}
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("inner", [INNER, WIDTH], ids=["", "square"])
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["gate_up_proj"]], ids=["both", "one"])
+def test_packed_experts_are_the_same_in_flax_and_back(parameters, inner, transposed, tmp_path):
+  model = gpt_oss(inner, transposed)
+  targets = [f"mlp.experts.{name}" for name in parameters]
+  adapted = trained(model, ["q_proj"], target_parameters=targets, rank_pattern={"experts.down_proj": 2})
+  adapted.save_pretrained(tmp_path)
+  tree = load(tmp_path, experts_of(model))
+  expected = dict(flatten(experts_of(copy.deepcopy(adapted).merge_and_unload()))[0])
+  for path, value in flatten(jaxlora.merge(tree))[0]:
+    np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-6, err_msg=path)
+  assert np.abs(logits(adapted) - logits(model)).max() > 1e-3
+  save(tmp_path / "again", tree)
+  again = peft.PeftModel.from_pretrained(gpt_oss(inner, transposed=True), tmp_path / "again")
+  np.testing.assert_allclose(logits(again), logits(adapted), rtol=1e-5, atol=1e-5)
