@@ -59,7 +59,6 @@ def config_of(
     "lora_alpha": alpha,
     "lora_dropout": 0.0 if packed else dropout,
     "target_modules": target_modules(plain, others, saved, complete=known is not None) if plain or not packed else [],
-    "target_parameters": _target_parameters(packed) or None,
     "modules_to_save": saved or None,
     "bias": bias,
     "use_rslora": scalings == {"rslora"},
@@ -70,11 +69,11 @@ def config_of(
     "alpha_pattern": exact_patterns({name: setting[1] for name, setting in settings.items()}, alpha),
     "layers_to_transform": None,
     "layers_pattern": None,
-  }
+  } | ({"target_parameters": _target_parameters(packed)} if packed else {})
 
 
 def _target_parameters(packed: Collection[str]) -> list[str]:
-  """Ends of the names of adapted parameters, with their module: `experts.gate_up_proj`."""
+  """Ends of the names of adapted parameters, with their module: `experts.gate_up_proj`. PEFT knows them since 0.17."""
   return sorted({".".join(name.split(".")[-2:]) for name in packed})
 
 

@@ -59,6 +59,11 @@ def packed_parts(
       )
       continue
     found |= {f"{root}.{name}": held for name, held in zip(ordered, parts, strict=True)}
+  problems += [
+    f"target_parameters: names {target!r}, but the file holds no factors for it"
+    for target in targets
+    if not problems and not any(f".{name}".endswith(f".{target}") for name in found)
+  ]
   return found
 
 

@@ -133,7 +133,7 @@ def test_experts_that_are_modules_of_their_own_stay_so(tmp_path):
   tree = helpers.adapted(base(shapes), targets=".*", axes={".*": "sio"})
   peft.save(tmp_path, tree)
   assert f"{ROOT}.2.down_proj" in read(tmp_path).modules
-  assert json.loads((tmp_path / "adapter_config.json").read_text())["target_parameters"] is None
+  assert "target_parameters" not in json.loads((tmp_path / "adapter_config.json").read_text())
 
 
 def test_a_square_parameter_alone_does_not_tell_its_inputs(tmp_path):
