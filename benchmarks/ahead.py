@@ -1,6 +1,6 @@
-"""Training steps compiled ahead of time for one chip, from shapes alone: no array is made, and nothing is run."""
+"""Programs compiled ahead of time for one chip, from shapes alone: no array is made, and nothing is run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from chips import Chip
@@ -29,9 +29,14 @@ def compile_for(target: Target, contestant: Contestant, base: Base) -> Any:
     return built.state, built.frozen
 
   shapes = (*jax.eval_shape(arrays, (base.params, base.batch)), base.batch)
+  return compile_shapes(target, built.step, shapes, donated=0)
+
+
+def compile_shapes(target: Target, fn: Callable[..., Any], shapes: Sequence[Any], donated: int) -> Any:
+  """A function compiled for a chip; operand `donated` may be overwritten."""
   placed = jax.sharding.SingleDeviceSharding(target.device)
-  args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), shapes)
-  traced = jax.jit(built.step, donate_argnums=0).trace(*args)
+  args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tuple(shapes))
+  traced = jax.jit(fn, donate_argnums=donated).trace(*args)
   return traced.lower(lowering_platforms=(target.chip.lowered_for,)).compile(compiler_options=target.chip.options)
 
 

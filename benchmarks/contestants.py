@@ -159,8 +159,8 @@ def jaxlora_train_state(base: Base, **options: Any) -> Program:
   )
 
 
-def qwix(base: Base) -> Program:
-  """Google's qwix, which intercepts the products of a Linen model during tracing."""
+def qwix_model(base: Base) -> tuple[Any, Params]:
+  """The model with Google's qwix, which intercepts the products of a Linen model during tracing; and the factors."""
   import qwix
 
   settings = base.settings
@@ -168,11 +168,20 @@ def qwix(base: Base) -> Program:
   provider = qwix.LoraProvider(module_path=modules, rank=settings.rank, alpha=settings.alpha)
   model = qwix.apply_lora_to_model(base.model, provider)
   fresh = traverse_util.flatten_dict(jax.jit(model.init)(jax.random.key(2), base.batch.x[:1])["params"])
-  factors = {path: leaf for path, leaf in fresh.items() if path[-1].endswith(("_lora_a", "_lora_b"))}
+  return model, {path: leaf for path, leaf in fresh.items() if path[-1].endswith(("_lora_a", "_lora_b"))}
+
+
+def with_factors(params: Params, factors: Params) -> Params:
+  """Parameters with qwix's factors beside the kernels."""
+  return traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **factors})
+
+
+def qwix(base: Base) -> Program:
+  """Google's qwix."""
+  model, factors = qwix_model(base)
 
   def logits(factors: Any, params: Params, x: jax.Array) -> jax.Array:
-    tree = traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **factors})
-    return model.apply({"params": tree}, x)
+    return model.apply({"params": with_factors(params, factors)}, x)
 
   return trainer(logits, factors, base.params)
 

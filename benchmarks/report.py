@@ -64,6 +64,7 @@ TABLES = {
     for chip in ("v5e", "v5p", "v6e", "h100")
     for name in (f"compiled_{chip}", f"compiled_fits_{chip}")
   },
+  **{name: _benchmark("compiled_forward", folder=name) for name in ("compiled_forward_v5e", "compiled_forward_short")},
 }
 
 

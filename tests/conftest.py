@@ -1,6 +1,7 @@
 """Silent degradation is fatal here: warnings are errors, promotion is strict, and there are eight CPU devices."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.metadata
@@ -23,6 +24,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from jaxlora._jax import trace_cache  # noqa: E402
+from jaxlora._platform import policy  # noqa: E402
 from tests.helpers import DEVICES, on_devices, profiles  # noqa: E402
 from tests.helpers.forks import Forks  # noqa: E402
 
@@ -89,6 +91,14 @@ def x64():
   """Double precision, for comparisons at 1e-12."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(autouse=True)
+def many_tokens(monkeypatch):
+  """The few tokens of tests count as many: TPUs' products of few tokens are those of other platforms."""
+  for name in ("cpu", "tpu"):
+    few = dataclasses.replace(policy.PLATFORMS[name], few_tokens=0)
+    monkeypatch.setitem(policy.PLATFORMS, name, few)
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@
 
 A sum of two products would be two passes over an array of the size of y. The matrix units add up along what is summed
 at no cost, and a few more rows of it are a small part of the pass. Arrays keep their token axes apart: flattened, they
-would be laid out anew.
+would be laid out anew. Where tokens are few (`Policy.few_tokens`), `[W; B]` itself would be laid out ahead of the
+product, which costs more than a pass over the result: the two products stay apart.
 
 Reading order: the matrices -> forward -> transpose.
 """

@@ -57,7 +57,9 @@ class Policy:
     flattens: whether the base's own product is written with the weight's axes flattened to two.
     shares_traces: whether layers that are alike are traced and lowered once.
     banks: see there.
+    banks_in_tiles: the same for programs that are given the forms for arrays in tiles.
     joins: whether an adapted product is one operation, with a derivative of its own; else it is left to JAX.
+    few_tokens: up to this many tokens the forms for arrays in tiles compute it as two products and a sum.
     tiled: the platforms whose programs are given the forms for arrays in tiles; `EVERYWHERE` where the policy is for
       one of them alone.
     reason: why it was chosen, for `explain`.
@@ -75,7 +77,9 @@ class Policy:
   flattens: bool
   shares_traces: bool
   banks: Banks
+  banks_in_tiles: Banks
   joins: bool = True
+  few_tokens: int = 1024
   tiled: tuple[str, ...] = ()
   reason: str = dataclasses.field(default="", compare=False)
 
@@ -109,6 +113,9 @@ class Policy:
 # ----------------------------------------------------------------------------------------------------------------------
 # One policy for each platform.
 
+# Arithmetic is cheaper by far than memory: more superfluous terms, and no loops over rows.
+_ACCELERATED = Banks(spare_terms=128, loops=False)
+
 CPU = Policy(
   name="cpu",
   add=kept_sum,
@@ -122,9 +129,9 @@ CPU = Policy(
   flattens=True,
   shares_traces=True,
   banks=Banks(spare_terms=8, loops=True),
+  banks_in_tiles=_ACCELERATED,
   tiled=("tpu",),
 )
-# Arithmetic is cheaper by far than memory: more superfluous terms, and no loops over rows.
 GPU = dataclasses.replace(
   CPU,
   name="gpu",
@@ -134,7 +141,7 @@ GPU = dataclasses.replace(
   wait=by_barrier,
   wait_softmax=at_once,
   widens_bases=False,
-  banks=Banks(spare_terms=128, loops=False),
+  banks=_ACCELERATED,
   tiled=(),
 )
 TPU = dataclasses.replace(GPU, name="tpu", tiled=(EVERYWHERE,))
@@ -152,6 +159,7 @@ NONE = Policy(
   flattens=False,
   shares_traces=False,
   banks=Banks(spare_terms=0, loops=False),
+  banks_in_tiles=Banks(spare_terms=0, loops=False),
   joins=False,
 )
 PLATFORMS = {"cpu": CPU, "gpu": GPU, "cuda": GPU, "rocm": GPU, "tpu": TPU}

@@ -7,6 +7,7 @@ Reading order: the product -> that of an equation.
 
 from collections.abc import Callable, Hashable, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -108,9 +109,11 @@ class Product:
     return y.expanded().ordered(self.wanted)
 
   def joins(self, x: jax.Array, weight: Weight) -> bool:
-    """Whether the products can be one: of matrices, in one dtype, and not sharded by type."""
+    """Whether the products had better be one: of matrices, in one dtype, not sharded by type, and of many tokens."""
     alike = len({array.dtype for array in (x, *weight)}) == 1
-    return alike and not explicitly_sharded(x) and self.matrices(weight) is not None
+    tokens = math.prod(size for size, label in zip(x.shape, self.labels, strict=True) if isinstance(label, tuple))
+    many = tokens > self.policy.few_tokens
+    return many and alike and not explicitly_sharded(x) and self.matrices(weight) is not None
 
   def as_matrices(self, weight: Weight) -> joint.Matrices:
     """The product as one of matrices, where it is."""

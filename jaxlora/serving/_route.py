@@ -138,7 +138,7 @@ def call_rows(
   base = _checked_base(frozen, bank)
   rows = Rows(tuple(rest), options.in_axes, ids.shape[0])
   results = Results(options.out_axes)
-  routing = Routing(ids.shape[0], options.via, record.policy.banks)
+  routing = Routing(ids.shape[0], options.via, record.policy.banks, record.policy.banks_in_tiles)
 
   def row(slot: jax.Array, *mapped: jax.Array) -> list[jax.Array]:
     params = _params_of_row(base, bank, slot, routing)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -87,7 +88,12 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
     return dot.dot_general(op, [arg.simpler() if isinstance(arg, RoutedWeight) else arg for arg in args])
   base = product_of(op.primitive, op.params, x, w, pairing, op.result, op.policy, op.looping).base(x, w.base)
   row = Row(w.a, w.b, w.roles, pairing, base.dtype, w.base.dtype, op.policy, op.looping)
-  return [op.policy.sum(base, low_rank_part(x, row, w.slot, way), op.looping)]
+  part = lambda way, x, a, b, slot: low_rank_part(x, row._replace(a=a, b=b), slot, way)
+  ways = way, choose_way(jnp.shape(x), w.adapters, pairing, w.routing.in_tiles())
+  if ways[0] == ways[1]:
+    return [op.policy.sum(base, part(way, x, w.a, w.b, w.slot), op.looping)]
+  forms = (functools.partial(part, way) for way in ways)
+  return [op.policy.sum(base, op.policy.lowered(*forms, x, w.a, w.b, w.slot), op.looping)]
 
 
 @rule("convert_element_type", kind=RoutedWeight)

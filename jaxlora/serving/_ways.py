@@ -4,7 +4,7 @@ The transform sees one row, whose weights hold the factors of all adapters and t
 rows of it. The base's product has no row of its own and stays the one flat product that it is for a plain batch. Each
 way is right for any row and any bank, and differentiable.
 
-Reading order: the ways -> which is cheapest -> those that do not gather.
+Reading order: the ways -> which is cheapest -> the low-rank part in each.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,11 +40,17 @@ class Routing(NamedTuple):
     rows: how many there are.
     via: how their low-rank products are to be computed; `"auto"` leaves it to `choose_way`.
     banks: what the compiler likes.
+    banks_in_tiles: what one likes that lays arrays out in tiles, where the program is lowered for such a platform.
   """
 
   rows: int
   via: str
   banks: Banks
+  banks_in_tiles: Banks
+
+  def in_tiles(self) -> "Routing":
+    """The same in programs for platforms that lay arrays out in tiles."""
+    return self._replace(banks=self.banks_in_tiles)
 
 
 def choose_way(shape: Sequence[int], adapters: int, pairing: Pairing, routing: Routing) -> str:
@@ -77,7 +83,7 @@ def enters_loops(adapters: int, routing: Routing) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The ways that do not gather.
+# The low-rank part in each way.
 
 
 class Row(NamedTuple):
@@ -115,6 +121,8 @@ def low_rank_part(x: Any, row: Row, slot: jax.Array, way: str) -> jax.Array:
     a, b = (beside(pick(factor, slot), row.base_dtype) for factor in (a, b))
     return _thin(x, row._replace(a=a, b=b), None)
 
+  if way == GATHERED:
+    return of_row(x, row.a, row.b, slot)
   return _row_by_row(of_row, x, row.a, row.b, slot)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import warnings
 
 import jax
 import pytest
@@ -11,7 +12,18 @@ from tests.helpers import bench_scripts
 for package in ("matplotlib", "tqdm"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
-MODULES = ("compiled", "ahead", "chips", "contestants", "settings", "models", "steps", "harness", "report")
+MODULES = (
+  "compiled",
+  "compiled_forward",
+  "ahead",
+  "chips",
+  "contestants",
+  "settings",
+  "models",
+  "steps",
+  "harness",
+  "report",
+)
 TINY = ["--d=128", "--layers=2", "--batch=2", "--seq=128", "--rank=2", "--vocabulary=32", "--rounds=2", "--quiet"]
 HERE = ["frozen floor", "full fine-tuning", "nnx.LoRA", "jaxlora", "jaxlora, TrainState", "jaxlora, no recompute"]
 
@@ -194,7 +206,36 @@ def test_bad_arguments_end_with_a_message(bench, options, message, capsys):
   assert message in capsys.readouterr().err
 
 
-def test_help_has_an_example(bench, capsys):
+@pytest.mark.parametrize("script", ["compiled", "compiled_forward"])
+def test_help_has_an_example(bench, script, capsys):
   with pytest.raises(SystemExit):
-    bench.compiled.main(["--help"])
-  assert "example: python benchmarks/compiled.py" in capsys.readouterr().out
+    getattr(bench, script).main(["--help"])
+  assert f"example: python benchmarks/{script}.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chip", ["v5e:2x2", "h100"])
+def test_forward_passes_for_a_chip_that_is_not_here(bench, chip, tmp_path):
+  """All ways of all three pieces of work; the plot, the JSON and the tables name them."""
+  needs(bench, chip)
+  options = [
+    *TINY[:-3],
+    "--vocabulary=32",
+    "--quiet",
+    "--layers=1",
+    "--rank=2",
+    "--bank=4",
+    "--rows=2",
+    f"--chip={chip}",
+  ]
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Some donated buffers")
+    finished = bench_scripts.finish(bench.compiled_forward.main, [*options, "--bf16"], tmp_path)
+  assert json.loads((tmp_path / "compiled_forward.json").read_text()) == finished.results
+  assert (tmp_path / "compiled_forward.png").read_bytes().startswith(b"\x89PNG")
+  assert [one["what"] for one in finished.results["comparisons"]] == ["forward", "decode", "bank"]
+  table = bench.compiled_forward.tables(finished.results)
+  for one in finished.results["comparisons"]:
+    assert len(one["rows"]) >= 4
+    assert one["rows"]["base"]["over_base"]["operands"] == 1
+    assert all(f"| {name} |" in table for name in one["rows"])
+  assert "compiled, not run" in table

@@ -1,11 +1,14 @@
 """The axes of a batch, what is reported of it, and what it costs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora._platform import policy
 from tests import helpers
 from tests.serving.banks import IDS, WAYS, adapter, adapters, bank_of, close, data, mlp, one_by_one, params_of
 
@@ -40,6 +43,25 @@ def test_explain_reports_the_way():
     explanation = jaxlora.explain(jaxlora.route(mlp, via=via), params, bank_of(adapters()), np.asarray(IDS), x)
     assert f"factored, {via}" in str(explanation)
     assert explanation.unused == ()
+
+
+@pytest.mark.parametrize("capacity", [40, 200])  # of which a TPU is given all adapters' factors, or those of the rows
+def test_a_program_for_a_tpu_has_ways_of_its_own(capacity, monkeypatch):
+  """Its forms, chosen where a program is lowered, here compiled for CPUs: values, and derivatives of both ways."""
+  params, trees, x = params_of(), adapters(), data()[:, :1]
+  bank, ids = bank_of(trees, capacity=capacity), jnp.asarray(IDS)
+  at_home = str(jax.jit(jaxlora.route(mlp)).lower(params, bank, ids, x).as_text())
+  monkeypatch.setitem(policy.PLATFORMS, "cpu", dataclasses.replace(policy.CPU, tiled=("cpu",)))
+  routed = jax.jit(jaxlora.route(mlp))
+  assert "while" in at_home
+  assert "while" not in routed.lower(params, bank, ids, x).as_text()
+  close(routed(params, bank, ids, x), one_by_one(mlp, params, trees, IDS, x), 1e-5)
+  loss = lambda bank, via: jnp.sum(jaxlora.route(mlp, via=via)(params, bank, ids, x) ** 2)
+  close(
+    jax.jit(jax.grad(lambda bank: loss(bank, "auto")))(bank), jax.grad(lambda bank: loss(bank, "gathered"))(bank), 1e-4
+  )
+  inside = lambda p, x: jax.lax.scan(lambda c, _: (c + jnp.sum(mlp(p, x)), mlp(p, x)), 0.0, length=2)[1][0]
+  close(jax.jit(jaxlora.route(inside))(params, bank, ids, x), one_by_one(mlp, params, trees, IDS, x), 1e-5)
 
 
 def test_a_whole_weight_is_reported():
