@@ -12,6 +12,7 @@ from jaxlora._adapt.plan import plan_tree
 from jaxlora._base.checks import is_abstract
 from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
+from jaxlora._base.memory import on_device
 from jaxlora._weight.roles import laid_out, matrices
 from jaxlora._weight.start import Initializer, Start
 from jaxlora._weight.variant import variant_named
@@ -84,6 +85,7 @@ def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
   both = from_weight(plan.init)
   given = {} if both is None else _given(both, start, plan)
   held = {**variant_named(plan.variant).start(start._replace(given=given or None)), **given}
+  held = {name: on_device(part) for name, part in held.items()}  # a base may rest in the host's memory
   weight = LoraWeight.from_factors(
     base,
     held.pop("a"),
@@ -121,7 +123,7 @@ def _abstract(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
 
 def _given(both: FromWeight, start: Start, plan: LeafPlan) -> dict[str, jax.Array]:
   """The factors that an initialiser of both makes of the weight."""
-  w = matrices(start.base, start.roles).astype(wide(start.base))
+  w = matrices(on_device(start.base), start.roles).astype(wide(start.base))
   factors = both.make(start.key, w, plan.rank, SCALINGS[plan.scaling](plan.alpha, plan.rank))
   shape = jnp.shape(start.base)
   return {

@@ -92,6 +92,13 @@ class Observer:
   def first(self, eqn: Any, values: list[Seen]) -> list[Seen]:
     return [dataclasses.replace(values[0]) for _ in eqn.outvars]
 
+  def shards(self, eqn: Any, values: list[Seen]) -> list[Seen]:
+    """Shards put together along an axis; stacked along a new one, that is none of the parameter's."""
+    (value,) = values
+    axis = eqn.params["all_gather_dimension"]
+    axes = value.axes if eqn.params["tiled"] else (*value.axes[:axis], NONE, *value.axes[axis:])
+    return [dataclasses.replace(value, axes=axes)]
+
   def reduce(self, eqn: Any, values: list[Seen]) -> list[Seen]:
     value, gone = values[0], set(eqn.params["axes"])
     if value.leaf is not None and not value.picked:
@@ -215,7 +222,7 @@ class Observer:
 
 _KEEPS = (
   *primitives.CASTS, *primitives.NEGATIONS, *primitives.REVERSALS, *primitives.IDENTITIES, *primitives.PLACEMENTS,
-  *primitives.BARRIERS, *primitives.RESHARDS,
+  *primitives.BARRIERS, *primitives.RESHARDS, *primitives.TRANSFERS, *primitives.PERMUTATIONS,
 )  # fmt: skip
 
 METHODS: dict[str, Callable[[Observer, Any, list[Seen]], list[Seen]]] = {
@@ -228,6 +235,7 @@ METHODS: dict[str, Callable[[Observer, Any, list[Seen]], list[Seen]]] = {
   "gather": Observer.gather,
   "concatenate": Observer.concatenate,
   **dict.fromkeys(primitives.SLICES, Observer.first),
+  **dict.fromkeys(primitives.GATHERS_OF_SHARDS, Observer.shards),
   **dict.fromkeys(primitives.SCALINGS, Observer.scaled),
   **dict.fromkeys(_KEEPS, Observer.same),
   **dict.fromkeys(primitives.REDUCTIONS, Observer.reduce),

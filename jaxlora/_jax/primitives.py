@@ -6,8 +6,12 @@ A new primitive of a family is added here, and nowhere else. Control flow has a 
 # Identities on one value: what they say of it holds of its parts.
 IDENTITIES = ("copy", "copy_p", "name", "stop_gradient", "pvary")
 # Where a value lies on its devices; where it lies on a mesh, by its type.
-PLACEMENTS = ("sharding_constraint",)
+PLACEMENTS = ("sharding_constraint", "layout_constraint", "relayout")
 RESHARDS = ("mesh_cast", "reshard")
+TRANSFERS = ("device_put",)
+# Inside of `shard_map`: shards put together, and values that go from device to device.
+GATHERS_OF_SHARDS = ("all_gather", "all_gather_invariant")
+PERMUTATIONS = ("ppermute",)
 BARRIERS = ("optimization_barrier",)
 CASTS = ("convert_element_type",)
 ROUNDINGS = ("reduce_precision",)

@@ -9,6 +9,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import beside, inexact
+from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._jax.jaxpr import varying_axes
 from jaxlora._platform.recipes import Recipe
 from jaxlora._weight.roles import factor_shape, low_rank_delta, times_gain
@@ -67,6 +68,12 @@ class TracedWeight:
     """The same weight as a kind that has more rules; `None` if there is none."""
     return None
 
+  def together(self) -> Any:
+    """The same with its factors in the memory of its base, which is where a product computes."""
+    space = space_of(self.base)
+    apart = [part for part in jax.tree.leaves(self.replace(key=None)) if space_of(part) != space]
+    return self.mapped(lambda factor, own: moved(factor, space)) if apart else self
+
   def into(self, structure: Any, operand: int) -> "TracedWeight":
     """The same weight as it enters control flow as the given operand."""
     del structure, operand
@@ -114,9 +121,10 @@ class Factored(TracedWeight):
     return self.mapped(sized, base=base, roles=roles)
 
   def array(self) -> jax.Array:
-    delta = low_rank_delta(self.a, self.b, self.roles)
-    whole = times_gain(self.base.astype(delta.dtype) + delta, self.gain, self.roles, self.gained)
-    return whole.astype(self.base.dtype)
+    base, a, b, gain = (on_device(part) for part in (self.base, self.a, self.b, self.gain))
+    delta = low_rank_delta(a, b, self.roles)
+    whole = times_gain(base.astype(delta.dtype) + delta, gain, self.roles, self.gained)
+    return moved(whole.astype(self.base.dtype), space_of(self.base))
 
 
 def rank_of(w: Factored, factor: jax.Array) -> int:
@@ -127,9 +135,10 @@ def rank_of(w: Factored, factor: jax.Array) -> int:
 def factored(weight: LoraWeight, path: str, key: jax.Array | None) -> Factored:
   """The traced weight of a `LoraWeight`: base frozen, scale folded into the smaller work."""
   dtype = weight.base.dtype
-  weight = dataclasses.replace(weight, base=lax.stop_gradient(weight.base))
+  parts = {name: part if name == "base" else on_device(part) for name, part in weight.parts().items()}
+  weight = weight.with_parts({**parts, "base": lax.stop_gradient(weight.base)})
   a, b = weight.factors()
-  gain = weight.gain(a, b)
+  gain = None if weight.kind.gain is None else dataclasses.replace(weight, base=on_device(weight.base)).gain(a, b)
   return Factored(
     base=weight.base,
     a=beside(a, dtype),

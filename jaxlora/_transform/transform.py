@@ -103,6 +103,8 @@ class Transform(Handler):
 
   def primitive(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
     rule, known = find_rule(eqn.primitive.name, values)
+    if eqn.primitive.name in PRODUCTS:
+      known = [value.together() if isinstance(value, TracedWeight) else value for value in known]
     ways: list[str] = []
     w = weights_in(known)[0]
     out = rule(self.op(eqn, w, ways.append, shrink_by), known)
@@ -149,7 +151,8 @@ class Transform(Handler):
     for (eqn, weight_first), w in zip(equation.products, weights, strict=True):
       if isinstance(w, TracedWeight) and type(w) in AHEAD:
         x, out = eqn.invars[1 if weight_first else 0].aval, eqn.outvars[0].aval
-        given = Ahead(eqn.primitive, eqn.params, w, weight_first, x, out, self.record.policy, self.record.looping)
+        how = self.record.policy, self.record.looping
+        given = Ahead(eqn.primitive, eqn.params, w.together(), weight_first, x, out, *how)
         if (ahead := AHEAD[type(w)](given)) is not None:
           found[id(eqn)] = ahead
     return found

@@ -7,6 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import precise
+from jaxlora._base.memory import on_device
 from jaxlora._weight.lora import lora_shapes, lora_start
 from jaxlora._weight.roles import RANK, factor_axes
 from jaxlora._weight.start import Start, over_outputs
@@ -34,7 +35,7 @@ def _ordered(x: jax.Array, roles: str, order: Sequence[int]) -> jax.Array:
 
 
 def _dora_start(start: Start) -> dict[str, jax.Array]:
-  norm = jnp.sqrt(squared_norms(start.base, start.roles))
+  norm = jnp.sqrt(squared_norms(on_device(start.base), start.roles))
   return {**lora_start(start), "magnitude": norm, "norm": norm.copy()}
 
 

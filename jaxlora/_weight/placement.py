@@ -47,7 +47,21 @@ def put_on(array: jax.Array, sharding: Any) -> jax.Array:
   return array if sharding is None else jax.device_put(array, sharding)
 
 
-def sharding_of(node: Any, part: str, ndim: int) -> Any:
+def beside_base(sharding: Any, roles: str, own: str | None) -> Any:
+  """Where a factor goes whose base is sharded so: along the axes that it holds, whole where `own` is `None`.
+
+  In the memory of the device, even where the base rests in the host's: factors train.
+  """
+  if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+    return jax.sharding.SingleDeviceSharding(*sharding.device_set)
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    spec = PartitionSpec() if own is None else factor_spec(sharding.spec, roles, own)
+    return jax.sharding.NamedSharding(sharding.mesh, spec)
+  mesh = jax.sharding.Mesh(np.array(sorted(sharding.device_set, key=lambda device: device.id)), "devices")
+  return jax.sharding.NamedSharding(mesh, PartitionSpec())
+
+
+def sharding_of(node: Any, part: str) -> Any:
   """Where a part of a node goes.
 
   A factor goes along the axes of the base, a leaf trained whole where its base is, and every other part on all devices
@@ -57,13 +71,6 @@ def sharding_of(node: Any, part: str, ndim: int) -> Any:
   if isinstance(base, jax.Array) and not base.committed:
     return None
   sharding = getattr(base, "sharding", None)
-  if isinstance(sharding, jax.sharding.SingleDeviceSharding) or (part == "value" and sharding is not None):
+  if sharding is None or part == "value":
     return sharding
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    own = side_of_part(node, part) if isinstance(node, LoraWeight) else None
-    spec = PartitionSpec(*[None] * ndim) if own is None else factor_spec(sharding.spec, node.roles, own)
-    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-  if sharding is None:
-    return None
-  mesh = jax.sharding.Mesh(np.array(sorted(sharding.device_set, key=lambda device: device.id)), "devices")
-  return jax.sharding.NamedSharding(mesh, PartitionSpec())
+  return beside_base(sharding, node.roles, side_of_part(node, part))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.export import serialised_dataclass
+from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._weight.describe import full_line, is_array, lora_line
 from jaxlora._weight.flax import KnownToFlax
 from jaxlora._weight.roles import factor_axes, low_rank_delta, times_gain
@@ -210,14 +211,15 @@ class LoraWeight(_Node):
   def materialize(self, dtype: Any = None) -> jax.Array:
     """The adapted weight as one array, formed in the widest dtype of its parts and of `dtype`.
 
-    It is returned in `dtype`, or in the base's.
+    It is returned in `dtype`, or in the base's, and in the memory of the base.
     """
-    held = self.parts()
+    held = {name: on_device(part) for name, part in self.parts().items()}
     dtype = self.base.dtype if dtype is None else jnp.dtype(dtype)
     wide = functools.reduce(wider_dtype, [part.dtype for part in held.values()], dtype)
-    a, b = self.with_parts({name: part.astype(wide) for name, part in held.items()}).factors()
-    whole = self.base.astype(wide) + low_rank_delta(a, b, self.roles)
-    return times_gain(whole, self.gain(a, b), self.roles).astype(dtype)
+    here = self.with_parts(held)
+    a, b = here.with_parts({name: part.astype(wide) for name, part in held.items()}).factors()
+    whole = held["base"].astype(wide) + low_rank_delta(a, b, self.roles)
+    return moved(times_gain(whole, here.gain(a, b), self.roles).astype(dtype), space_of(self.base))
 
 
 @serialised_dataclass

@@ -5,7 +5,6 @@ from typing import Any
 import warnings
 
 import jax
-import numpy as np
 
 from jaxlora._base.paths import flatten
 from jaxlora._weight.fingerprint import Print, prints, shape_of
@@ -81,5 +80,5 @@ def _on_base(node: Any) -> Any:
   held = {name: part for name, part in parts(node).items() if name != "base" and part is not None}
   placed = {}
   for name, part in held.items():
-    placed[name] = put_on(as_jax_array({"key": name}, part), sharding_of(node, name, np.ndim(part)))
+    placed[name] = put_on(as_jax_array({"key": name}, part), sharding_of(node, name))
   return with_parts(node, placed)

@@ -34,7 +34,7 @@ def test_parts_of_a_weight_on_a_mesh():
   base = place(mesh_of(x=2, y=2), jnp.ones((8, 6)), "x", "y")
   node = adapted({"w": base}, rank=2, variant="vera")["w"]
   held = {name: part for name, part in node.parts().items() if name != "base"}
-  specs = {name: tuple(sharding_of(node, name, part.ndim).spec) for name, part in held.items()}
-  assert specs == {"a": (None, "x"), "b": (None, "y"), "lambda_d": (None,), "lambda_b": (None, "y")}
-  assert sharding_of(FullWeight(base, base), "value", 2) == base.sharding
-  assert sharding_of(adapted({"w": jnp.ones((8, 6))})["w"], "a", 2) is None
+  specs = {name: tuple(sharding_of(node, name).spec) for name, part in held.items()}
+  assert specs == {"a": (None, "x"), "b": (None, "y"), "lambda_d": (), "lambda_b": (None, "y")}
+  assert sharding_of(FullWeight(base, base), "value") == base.sharding
+  assert sharding_of(adapted({"w": jnp.ones((8, 6))})["w"], "a") is None

@@ -100,6 +100,17 @@ def jvp(fn):
 
 
 @wrapper
+def host_memory(fn):
+  """The weights rest in the host's memory, and are fetched where they are used."""
+
+  def wrapped(p, *args):
+    rest = jax.device_put(p, jax.memory.Space.Host, src=jax.memory.Space.Device)
+    return fn(jax.device_put(rest, jax.memory.Space.Device), *args)
+
+  return wrapped
+
+
+@wrapper
 def shard_map(fn):
   """Copies of the data on two devices, the weights on both."""
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled
 from jaxlora._base.reshape import reshape_groups
-from jaxlora._jax.primitives import BARRIERS, IDENTITIES, PLACEMENTS, RESHARDS, REVERSALS
+from jaxlora._jax.primitives import BARRIERS, IDENTITIES, REVERSALS
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, rank_of
 from jaxlora._transform.rule import Op, only_weight, rule
 from jaxlora._weight.roles import RANK, factor_axes
@@ -155,27 +155,6 @@ def _rev(op: Op, args: Sequence[Any]) -> list[Any]:
     return lax.rev(factor, [k for k, d in enumerate(factor_axes(w.roles, own)) if d in dimensions])
 
   return [w.mapped(reversed_, base=op.bind(w.base)[0])]
-
-
-@rule(*RESHARDS)
-def _mesh_cast(op: Op, args: Sequence[Any]) -> list[Any]:
-  """Another place on the mesh, or another view of it: every part goes there, by the names of the axes it holds."""
-  w = only_weight(args)
-  target = op.params["dst_sharding"]
-  spec = (*target.spec, *(None,) * (len(w.roles) - len(target.spec)))
-
-  def of_factor(factor, own):
-    names = jax.sharding.PartitionSpec(*restricted(w, own, spec, None))
-    return op.bind(factor, dst_sharding=jax.sharding.NamedSharding(target.mesh, names))[0]
-
-  return [w.mapped(of_factor, base=op.bind(w.base)[0])]
-
-
-@rule(*PLACEMENTS)
-def _base_only(op: Op, args: Sequence[Any]) -> list[Any]:
-  """Where the weight lies: the base goes there, the factors are small and follow the compiler."""
-  w = only_weight(args)
-  return [w.replace(base=op.bind(w.base)[0])]
 
 
 @rule(*IDENTITIES)

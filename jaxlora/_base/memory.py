@@ -1,0 +1,24 @@
+"""Memories: arrays may rest in the host's, where nothing is computed with arrays that are elsewhere."""
+
+from typing import Any
+
+import jax
+
+Space = jax.memory.Space
+
+
+def space_of(x: Any) -> Any:
+  """The memory space of an array, as its type says."""
+  return getattr(jax.typeof(x), "memory_space", Space.Device)
+
+
+def moved(x: Any, space: Any) -> Any:
+  """The array in a memory space; the very array where it is there, or where it is known by its type alone."""
+  if not isinstance(x, jax.Array) or space_of(x) == space:
+    return x
+  return jax.device_put(x, space, src=space_of(x))  # where the cotangent goes back to
+
+
+def on_device(x: Any) -> Any:
+  """The array where it can be computed with, sharded as it is."""
+  return moved(x, Space.Device)
