@@ -68,7 +68,7 @@ def _torch_changes(adapter: Adapter, weights: Weights, untie: bool) -> Changes:
   held = weights.by_name
   experts = {own for packed in adapter.packed.values() for own in packed.modules}
   plain = [f"{name}.weight" for name in adapter.modules if name not in experts]
-  adapted = [*plain, *adapter.packed, *adapter.whole]
+  adapted = [*plain, *adapter.packed, *adapter.whole, *adapter.tokens]
   beginnings = sorted({name.split(".", 1)[0] + "." for name in (*adapted, *held)})
   renamings = [("", ""), *((b, "") for b in beginnings), *(("", b) for b in beginnings)]  # (removed, added)
   renamed = [{name: added + name.removeprefix(removed) for name in adapted} for removed, added in renamings]

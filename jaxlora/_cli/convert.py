@@ -57,10 +57,10 @@ def _shapes_of(base: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _flax_shapes(adapter: Adapter, source: str) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, str]]:
   """The leaves that Flax would have for the adapted modules, under their torch names, and the roles of their axes."""
-  if adapter.whole:
+  if adapter.whole or adapter.tokens:
     raise BadFile(
-      f"{source}: holds parameters trained whole ({listed(sorted(adapter.whole))}), whose layout in Flax only the base"
-      " tells. Pass --base FILE."
+      f"{source}: holds parameters trained whole ({listed(sorted({**adapter.whole, **adapter.tokens}))}), whose layout"
+      " in Flax only the base tells. Pass --base FILE."
     )
   params, axes = {}, {}
   uses = uses_of(adapter)

@@ -39,6 +39,9 @@ def _peft_report(path: str) -> tuple[dict[str, Any], list[Row], list[str]]:
   adapter = adapter if tied is None else without_head(adapter, tied)  # its factors are those of the embedding
   rows = [_module_row(name, module) for name, module in adapter.modules.items()]
   rows += [_whole_row(name, value.shape, value) for name, value in adapter.whole.items()]
+  rows += [
+    _whole_row(name, tokens.rows.shape, tokens.rows) | {"kind": "tokens"} for name, tokens in adapter.tokens.items()
+  ]
   about = {"format": "peft", "config": adapter.config, "unsupported": list(adapter.unsupported)}
   lines = [f"a PEFT folder, base model {adapter.config.get('base_model_name_or_path')}"]
   lines += [] if tied is None else [f"{tied} is tied to its embedding: both are adapted alike"]

@@ -12,7 +12,8 @@ Nothing is unpickled.
 from jaxlora.peft._folder import check, load, save
 from jaxlora.peft._from_modules import from_modules
 from jaxlora.peft._parts import Experts, Joined, Split
-from jaxlora.peft._records import Adapter, Module, Packed, PeftError, PeftWarning
+from jaxlora.peft._records import Adapter, Module, Packed, PeftError, PeftWarning, TokenRows
+from jaxlora.peft._resized import resized
 from jaxlora.peft._rows import halves_to_pairs, pairs_to_halves
 from jaxlora.peft._serve import Rule
 from jaxlora.peft._served import Finding
@@ -29,11 +30,13 @@ __all__ = [
   "PeftWarning",
   "Rule",
   "Split",
+  "TokenRows",
   "check",
   "from_modules",
   "halves_to_pairs",
   "load",
   "pairs_to_halves",
+  "resized",
   "save",
   "to_modules",
 ]

@@ -100,7 +100,6 @@ _UNSUPPORTED = {
   "arrow_config": "Arrow",
   "kasa_config": "KaSA",
   "monteclora_config": "MonteCLoRA",
-  "trainable_token_indices": "trainable tokens",
 }
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # the others change the base when they start

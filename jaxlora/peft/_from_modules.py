@@ -17,9 +17,10 @@ from jaxlora.peft._names import Key, Names, check_names, key_of
 from jaxlora.peft._nodes import Index, lora_weight, whole_value
 from jaxlora.peft._oriented import oriented
 from jaxlora.peft._places import Place, find_places
-from jaxlora.peft._records import Adapter, Module, fail
-from jaxlora.peft._roles import Axes, KnownRoles, known_roles
+from jaxlora.peft._records import RESIZE, Adapter, Module, fail, is_resized
+from jaxlora.peft._roles import Axes, KnownRoles, known_roles, shape_of_leaf
 from jaxlora.peft._tied_leaves import one_leaf_for_both_uses
+from jaxlora.peft._tokens import leaves_with_rows
 
 
 def from_modules(
@@ -99,11 +100,12 @@ def tree_of_adapter(
   parts = targets_of_parts(leaves, names, known)
   adapter = named_for_leaves(adapter, leaves, parts, known, problems)
   tensors = {key_of(name): tensor for name, tensor in {**adapter.bases, **adapter.whole}.items()}
-  keys = dict.fromkeys([*((name, "weight") for name in adapter.modules), *tensors])
+  keys = dict.fromkeys([*((name, "weight") for name in adapter.modules), *tensors, *map(key_of, adapter.tokens)])
   places, missing = find_places(keys, leaves, names, parts)
   adapter = one_leaf_for_both_uses(adapter, leaves, places, known, probe is not None, problems)
   adapter = oriented(adapter, places, leaves, known, problems)
-  left = {(name, "weight") for name in adapter.modules} | {key_of(name) for name in (*adapter.bases, *adapter.whole)}
+  rest = (*adapter.bases, *adapter.whole, *adapter.tokens)
+  left = {(name, "weight") for name in adapter.modules} | {key_of(name) for name in rest}
   missing = {key: problem for key, problem in missing.items() if key in left}
   problems += _unplaced(missing, places, tensors)
   modules: dict[str, dict[Index, Module]] = {}  # by path
@@ -111,6 +113,7 @@ def tree_of_adapter(
     if place := places.get((name, "weight")):
       modules.setdefault(place.path, {})[place.index] = module
   new = _adapted_leaves(adapter, leaves, places, modules, known, problems)
+  new |= leaves_with_rows(adapter, leaves, places, new, known, problems)
   if names is None:  # with names the tree is not called as torch's model is, and ends of names tell nothing
     problems += problems_of(left_out(adapter, leaves, new, modules), strict=strict)
   for name, tensor in adapter.bases.items():
@@ -142,7 +145,9 @@ def _adapted_leaves(
         raise ValueError("adapted, and saved whole, too")
       new[path] = lora_weight(path, leaves[path], layers, known, adapter.dropout)
     except ValueError as error:
-      problems.append(f"{path} ({next(iter(layers.values())).name}): {error}")
+      module = next(iter(layers.values()))
+      more = is_resized(module.name, shape_of_leaf(leaves[path]), module.shape)
+      problems.append(f"{path} ({module.name}): {error}{f'. {RESIZE}' if more else ''}")
   for path in [path for path in whole if path not in modules]:
     name = next(iter(whole[path].values()))[0]
     try:

@@ -71,6 +71,7 @@ def _prefixes(key: str) -> int:
 
 def _without_name(key: str) -> tuple[str, str | None]:
   """A key without its adapter's name, and that name."""
+  key = key.replace(".token_adapter.base_layer.", ".base_layer.")
   found = _NAMED.fullmatch(key)
   if found is None:
     return key, None

@@ -11,7 +11,7 @@ import numpy as np
 from jaxlora._weight.dora import squared_norms
 from jaxlora._weight.weight import UNIT_SCALE, LoraWeight
 from jaxlora.peft._layout import factors_from_torch, torch_kind, torch_shapes, weight_from_torch
-from jaxlora.peft._records import Module
+from jaxlora.peft._records import RESIZE, Module, is_resized
 from jaxlora.peft._roles import KnownRoles, roles_by_sizes, roles_of_layer, shape_of_leaf
 
 Index = tuple[int, ...]  # along the stacked axes of a leaf; () where it has none
@@ -154,7 +154,8 @@ def whole_value(path: str, leaf: Any, tensors: Mapping[Index, tuple[str, np.ndar
       roles = roles_of_layer(path, layer, stacked, known)
       found = weight_from_torch(tensor, layer, roles, torch_kind(path, module, roles), module)
     if found is None:
-      raise ValueError(f"{name} has shape {tensor.shape}, which does not fit a leaf of shape {shape}")
+      hint = f". {RESIZE}" if is_resized(name, layer, tensor.shape) else ""
+      raise ValueError(f"{name} has shape {tensor.shape}, which does not fit a leaf of shape {shape}{hint}")
     value[index] = found.astype(leaf.dtype)
   return device_array(value)
 

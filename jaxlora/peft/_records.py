@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any
 import warnings
 
@@ -90,6 +91,39 @@ class Packed:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenRows:
+  """Rows of an embedding's or a head's weight that replace the base's.
+
+  Attributes:
+    indices: of the rows: tokens.
+    rows: (tokens, features).
+  """
+
+  indices: tuple[int, ...]
+  rows: np.ndarray
+
+  def put_into(self, name: str, table: np.ndarray) -> np.ndarray:
+    """The weight, (vocabulary, features), with these rows.
+
+    Raises:
+      PeftError: if it has not so many, or others.
+    """
+    if table.ndim != 2 or table.shape[1] != self.rows.shape[1]:
+      raise PeftError(f"{name}: shape {table.shape}, and the rows of its tokens have {self.rows.shape[1]} features.")
+    if max(self.indices, default=0) >= len(table):
+      raise PeftError(f"{name}: {len(table)} tokens, and the adapter has rows for token {max(self.indices)}. {RESIZE}")
+    changed = np.array(table)
+    changed[list(self.indices)] = self.rows.astype(table.dtype)
+    return changed
+
+
+RESIZE = (
+  "Tokens were added: resize the base to the adapter's vocabulary: params = jaxlora.peft.resized(params, folder), or"
+  " in torch model.resize_token_embeddings"
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapter:
   """A PEFT adapter: what a folder of PEFT's holds, in memory.
 
@@ -100,6 +134,7 @@ class Adapter:
     config: the content of `adapter_config.json`.
     unsupported: reasons not to use the adapter: options that make the tensors parts of another method than LoRA.
     packed: the adapted parameters that hold several experts, by name: which of the modules are those of one.
+    tokens: rows that replace some of a parameter's, by its name: `trainable_token_indices`.
   """
 
   modules: dict[str, Module]
@@ -108,6 +143,7 @@ class Adapter:
   config: dict[str, Any]
   unsupported: tuple[str, ...] = ()
   packed: dict[str, Packed] = dataclasses.field(default_factory=dict)
+  tokens: dict[str, TokenRows] = dataclasses.field(default_factory=dict)
 
   @property
   def dropout(self) -> float:
@@ -186,10 +222,15 @@ class Adapter:
       raise fail(f"{name}", self.unsupported)
     if name in self.whole:
       if self.whole[name].shape != tensor.shape:
-        raise PeftError(f"{name}: shape {tensor.shape} in the base, {self.whole[name].shape} in the adapter.")
+        raise PeftError(
+          f"{name}: shape {tensor.shape} in the base, {self.whole[name].shape} in the adapter."
+          f" {RESIZE if is_resized(name, tensor.shape, self.whole[name].shape) else ''}".rstrip()
+        )
       return self.whole[name]
     if name in self.packed:
       return self._merged_experts(name, tensor, inputs_first)
+    if name in self.tokens:
+      return self.tokens[name].put_into(name, tensor)
     module = self.modules.get(name.removesuffix(".weight"))
     if module is None or not name.endswith(".weight"):
       return tensor
@@ -229,6 +270,20 @@ class Adapter:
     if inputs_first is None:
       inputs_first = bool(self.config.get("fan_in_fan_out"))
     return inputs_first and module.name.rpartition(".")[2] in CONV1D
+
+
+_OF_TOKENS = re.compile(r"embed|wte|shared|lm_head|output")
+
+
+def is_resized(name: str, base: Sequence[int], adapter: Sequence[int]) -> bool:
+  """Whether an embedding or a head has more tokens in an adapter, by its name, in either order of its axes."""
+  if not _OF_TOKENS.search(name):
+    return False
+  for shape in (tuple(adapter), tuple(adapter)[::-1]):
+    longer = [d for d in range(len(shape)) if len(base) == len(shape) and shape[d] > base[d]]
+    if len(longer) == 1 and all(shape[d] == base[d] for d in range(len(shape)) if d != longer[0]):
+      return True
+  return False
 
 
 def _with_norms(weight: np.ndarray, norms: np.ndarray, output: int) -> np.ndarray:

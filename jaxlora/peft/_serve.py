@@ -128,6 +128,16 @@ RULES = (
     broken=checks.whole,
   ),
   Rule(
+    name="experts",
+    readers=_SERVERS,
+    requires="no experts in one parameter, PEFT's target_parameters",
+    otherwise="llama.cpp has no tensor of such a name, and readers differ in how the factors of experts lie",
+    remedy=_MERGE,
+    source="vllm/lora/lora_model.py: LoRAModel.from_local_checkpoint; sglang/srt/lora/utils.py:"
+    " get_normalized_target_modules; llama.cpp/convert_lora_to_gguf.py: get_base_tensor_name",
+    broken=checks.packed_experts,
+  ),
+  Rule(
     name="bias",
     readers=("vllm",),
     requires="bias is none",

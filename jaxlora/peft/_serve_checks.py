@@ -78,12 +78,17 @@ def ranks_above(limit: int) -> Callable[[Folder], list[str]]:
 
 def whole(folder: Folder) -> list[str]:
   saved = folder.config.get("modules_to_save") or []
-  return sorted(folder.adapter.whole) or [f"modules_to_save: {name}" for name in saved]
+  return sorted({**folder.adapter.whole, **folder.adapter.tokens}) or [f"modules_to_save: {name}" for name in saved]
 
 
 def dora(folder: Folder) -> list[str]:
   magnitudes = [f"{name}: DoRA's magnitude" for name, module in folder.modules.items() if module.magnitude is not None]
   return magnitudes or (["use_dora"] if folder.config.get("use_dora") else [])
+
+
+def packed_experts(folder: Folder) -> list[str]:
+  packed = list(folder.adapter.packed)
+  return packed or [f"target_parameters: {name}" for name in folder.config.get("target_parameters") or []]
 
 
 def convolutions(folder: Folder) -> list[str]:

@@ -82,8 +82,11 @@ def served(
     PeftError: listing the rules that cannot be made to hold.
   """
   found = findings(adapter, state_of(adapter) if keys is None else keys, readers, known)
-  if any(finding.rule.made for finding in found):
-    adapter = uniform(adapter)
+  made = {finding.reader for finding in found if finding.rule.made}
+  if made:
+    patterns = {field: adapter.config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")}
+    adapter = dataclasses.replace(adapter, config=adapter.config | patterns)
+    adapter = uniform(adapter) if made != {"peft"} and not adapter.packed else adapter
     found = findings(adapter, state_of(adapter), readers, known)
   problems = [str(finding) for finding in found if not finding.rule.note]
   raise_problems(subject, [*adapter.unsupported, *problems])

@@ -11,12 +11,16 @@ from jaxlora.peft._keys import PREFIX, as_saved
 from jaxlora.peft._packed import packed_parts, packed_tensors, unpacked
 from jaxlora.peft._patterns import values_by_pattern
 from jaxlora.peft._records import CONFIG, WEIGHTS, Adapter, Module
+from jaxlora.peft._token_rows import token_rows
 
 _FACTOR_KEYS = {  # of A and B, by kind of module
   "linear": ("lora_A.weight", "lora_B.weight"),
   "conv": ("lora_A.weight", "lora_B.weight"),
   "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
+
+
+_TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 def state_of(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -35,6 +39,8 @@ def state_of(adapter: Adapter) -> dict[str, np.ndarray]:
     module_name, _, parameter = name.rpartition(".")
     inner = "base_layer." if module_name in adapter.modules else ""
     tensors[f"{PREFIX}{module_name}.{inner}{parameter}"] = tensor
+  for name, tokens in adapter.tokens.items():
+    tensors[f"{PREFIX}{name.removesuffix('.weight')}.{_TOKENS}"] = tokens.rows
   return tensors
 
 
@@ -57,7 +63,11 @@ def adapter_of(
   problems += malformed_options(config)
   adapter = Adapter({}, {}, {}, config, tuple(unsupported_options(config)))
   parts_by_module: dict[str, dict[str, np.ndarray]] = {}
+  rows: dict[str, np.ndarray] = {}
   for name, (key, tensor) in as_saved(tensors, adapter_name, problems).items():
+    if name.endswith(f".{_TOKENS}"):
+      rows[name.removesuffix(f".{_TOKENS}")] = tensor
+      continue
     if problem := _sort_in(name, tensor, parts_by_module, adapter):
       problems.append(f"{key}: {problem}")
   packed = packed_parts(parts_by_module, config, problems)
@@ -70,7 +80,8 @@ def adapter_of(
   experts, together = unpacked(packed, ranks, alphas, config, problems)
   adapter.modules.update(experts)
   adapter.packed.update(together)
-  if not names and not adapter.whole:
+  adapter.tokens.update(token_rows(config, rows, problems))
+  if not names and not adapter.whole and not rows:
     problems.append(f"{WEIGHTS} holds no adapter")
   return adapter
 

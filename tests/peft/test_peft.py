@@ -401,7 +401,6 @@ def assert_readable_by_vllm(folder):
     ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changes the base weights"),
     ({"lora_bias": True}, "lora_bias: a bias in lora_B"),
     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication: layers that share their base"),
-    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: trainable tokens"),
   ],
   ids=str,
 )
@@ -520,6 +519,45 @@ def test_what_check_says_of_peft_is_what_peft_does(tmp_path):
     assert len(jaxlora.peft.check(tmp_path, "peft")) == 1
     with pytest.raises((KeyError, ValueError, AttributeError)):
       from_pretrained(pair, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("indices", [[1, 5], {"embed_tokens": [3, 0]}], ids=str)
+def test_trainable_tokens(indices, tied, tmp_path):
+  """PEFT's light way to train added tokens; of a tied model the head takes the same rows."""
+  pair = gpt2() if tied else llama()
+  if tied and isinstance(indices, dict):
+    indices = {"wte": indices["embed_tokens"]}
+  targets = {"target_modules": ["c_attn"], "fan_in_fan_out": True} if tied else {"target_modules": ["q_proj"]}
+  model = trained(pair, r=4, trainable_token_indices=indices, **targets)
+  model.save_pretrained(tmp_path)
+  tree = pair.load(tmp_path)
+  assert_same(pair.apply(tree), pair.logits(model))
+  state = {
+    key: value.contiguous().clone() for key, value in model.state_dict().items() if "lora" in key or "token" in key
+  }
+  safetensors_torch.save_file(state, tmp_path / "adapter_model.safetensors")
+  if not tied:
+    assert_same(pair.apply(pair.load(tmp_path)), pair.logits(model))
+
+
+@pytest.mark.parametrize(
+  "config", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [32]}]
+)
+def test_tokens_that_were_added(config, tmp_path):
+  pair, more = llama(), copy.copy(llama())
+  more.torch_model = copy.deepcopy(pair.torch_model)
+  more.torch_model.resize_token_embeddings(twins.VOCABULARY + 3)
+  config = {key: [twins.VOCABULARY] if "indices" in key else value for key, value in config.items()}
+  model = trained(more, target_modules=["q_proj"], r=4, **config)
+  model.save_pretrained(tmp_path, save_embedding_layers=False)
+  with pytest.raises(jaxlora.peft.PeftError, match="Tokens were added: resize the base to the adapter's vocabulary"):
+    pair.load(tmp_path)
+  tree = pair.load(tmp_path, jaxlora.peft.resized(pair.params, tmp_path))
+  merged = model.merge_and_unload()
+  found = np.asarray(jaxlora.merge(tree)["embed_tokens"]["embedding"])
+  expected = merged.model.embed_tokens.weight.detach().numpy()
+  np.testing.assert_allclose(found[: twins.VOCABULARY + 1], expected[: len(found)][: twins.VOCABULARY + 1], rtol=1e-6)
 
 
 def test_half_precision_is_kept(tmp_path):

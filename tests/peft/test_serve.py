@@ -194,6 +194,27 @@ def test_other_models(tmp_path):
       peft.save(tmp_path, images, serve=reader)
 
 
+def test_experts_in_one_parameter_and_rows_of_tokens(tmp_path):
+  base = {"layer_0": {"w1": normal(4, 8, 6)}}
+  tree = helpers.adapted(base, rank=2, targets=".*w1", axes={".*": "sio"})
+  names = {r"layer_(\d)/w1": peft.Experts(r"model.layers.\1.mlp.experts.gate_up_proj")}
+  peft.save(tmp_path, tree, names=names)
+  assert not peft.check(tmp_path, "peft")
+  tokens = tmp_path / "tokens"
+  peft.save(tokens, tree_of("plain"))
+  edit(
+    tokens,
+    {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 8), np.float32)},
+    trainable_token_indices=[1, 2],
+  )
+  assert not peft.check(tokens, "peft")
+  for reader in READERS:
+    assert "experts" in [finding.rule.name for finding in peft.check(tmp_path, reader)]
+    with pytest.raises(peft.PeftError, match=rf"{reader}, experts: .*Serve the merged model"):
+      peft.save(tmp_path, tree, names=names, serve=reader)
+    assert [f.rule.name for f in peft.check(tokens, reader) if not f.rule.note] == ["whole"]
+
+
 def test_patterns_instead_of_lists(tmp_path):
   peft.save(tmp_path, tree_of("plain"))
   edit(tmp_path, target_modules=r".*(q|k|v|o|gate|up|down)_proj")
