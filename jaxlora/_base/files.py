@@ -1,9 +1,10 @@
 """Files: content that appears whole or not at all, and where a safetensors file holds its tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 import shutil
@@ -75,6 +76,12 @@ _CODES = {name: code for code, name in _DTYPES.items()}
 def code_of(dtype: np.dtype | type | str) -> str:
   """A dtype as the safetensors format writes it, such as `"BF16"`."""
   return _CODES[jnp.dtype(dtype).name]
+
+
+def nbytes_of(code: str, shape: Sequence[int]) -> int:
+  """The bytes of a tensor whose dtype NumPy has."""
+  dtype = dtype_of(code)
+  return math.prod(shape) * (1 if dtype is None else dtype.itemsize)
 
 
 @dataclasses.dataclass(frozen=True)

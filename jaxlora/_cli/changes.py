@@ -13,7 +13,7 @@ from jaxlora._base.rounding import same_but_for_rounding
 from jaxlora._base.text import listed
 from jaxlora._cli.edits import Change, Weights
 from jaxlora._cli.result import BadFile
-from jaxlora._cli.sources import existing, flax_paths, is_peft, names_of, shapes_of_base, shapes_of_files
+from jaxlora._cli.sources import bare_path, existing, flax_paths, is_peft, names_of, shapes_of_base, shapes_of_files
 from jaxlora._cli.ties import settle_ties
 from jaxlora._weight.fingerprint import prints
 from jaxlora._weight.weight import is_adapted
@@ -34,12 +34,12 @@ def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
     BadFile: where a part of the adapter has no tensor in the base.
   """
   names, files = names_of(options), weights.files
-  flax = any(re.search(r"[./](kernel|embedding|scale)$", name) for name in files.tensors)
+  flax = files.form != "safetensors" or any(re.search(r"[./](kernel|embedding|scale)$", name) for name in files.tensors)
   if is_peft(options.adapter):
     adapter = read(options.adapter)
     changes, lost = _torch_changes(adapter, weights, options.untie)
     if lost and flax:
-      leaves = from_modules(adapter, shapes_of_files(files), names=names)
+      leaves = from_modules(adapter, _bare(shapes_of_files(files)), names=names)
       nodes = {path: node for path, node in leaves.items() if is_adapted(node)}
       changes, lost = _flax_changes(nodes, {}, weights)
   else:
@@ -57,6 +57,10 @@ def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
       f" {listed(list(files.tensors))}. It is another model's adapter, or its names need --names."
     )
   return changes
+
+
+def _bare(shapes: Mapping[str, Any]) -> dict[str, Any]:
+  return {bare_path(path): shape for path, shape in shapes.items()}
 
 
 def _torch_changes(adapter: Adapter, weights: Weights, untie: bool) -> Changes:
@@ -114,8 +118,8 @@ def _flax_changes(nodes: Mapping[str, Any], prints_of_base: Mapping[str, str], w
     weights: of the base.
   """
   files = weights.files
-  paths = {path.removeprefix("params/"): name for name, path in flax_paths(files.tensors).items()}
-  tensor_of = {path: paths.get(path.removeprefix("params/")) for path in nodes}
+  paths = {bare_path(path): name for name, path in flax_paths(files.tensors).items()}
+  tensor_of = {path: paths.get(bare_path(path)) for path in nodes}
   changes: dict[str, Change | None] = {
     tensor: functools.partial(_merged_leaf, path, nodes[path], prints_of_base.get(path))
     for path, tensor in tensor_of.items()

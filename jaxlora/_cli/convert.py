@@ -1,15 +1,14 @@
 """`jaxlora convert`: each file is read once, and what comes of it is written once."""
 
-from pathlib import Path
 import re
 from typing import Any
 
 import jax
 
 from jaxlora._base.text import listed
+from jaxlora._cli.bases import open_base
 from jaxlora._cli.result import BadFile, Result
-from jaxlora._cli.sources import existing, is_peft, names_of, shapes_of_base, shapes_of_files
-from jaxlora._cli.tensors import open_files
+from jaxlora._cli.sources import existing, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
 from jaxlora.checkpoint._adapter import contents, save_part
 from jaxlora.peft._folder import save
 from jaxlora.peft._from_modules import from_modules
@@ -49,10 +48,10 @@ def _to_peft(options: Any) -> None:
 
 
 def _shapes_of(base: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """The leaves of a Flax base, without their values: those of safetensors files, or those a checkpoint knows."""
-  if Path(base).is_dir() and not any(Path(base).glob("*.safetensors*")):
+  """The leaves of a Flax base, without their values: those of its files, or those that a checkpoint knows."""
+  if is_checkpoint(base):
     return shapes_of_base(contents(existing(base)))
-  return shapes_of_files(open_files(base))
+  return shapes_of_files(open_base(base))
 
 
 def _flax_shapes(adapter: Adapter, source: str) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, str]]:

@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._base.files import StoredTensor, code_of
+from jaxlora._base.files import code_of
 from jaxlora._base.rounding import lost_share
 from jaxlora._cli.result import BadFile
 from jaxlora._cli.rewrite import Edit
-from jaxlora._cli.tensors import TensorFiles
+from jaxlora._cli.tensors import Tensor, TensorFiles
 from jaxlora._files.format import Quantised
 from jaxlora._files.named import format_by_names
 
@@ -43,12 +43,12 @@ class Weights:
   added: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
-  def by_name(self) -> dict[str, StoredTensor | Quantised]:
+  def by_name(self) -> dict[str, Tensor | Quantised]:
     """Every weight, and every other tensor, by name."""
     parts = {part for weight in self.quantised.values() for part in weight.parts.values()}
     return {name: tensor for name, tensor in self.files.tensors.items() if name not in parts} | dict(self.quantised)
 
-  def held(self, name: str) -> StoredTensor | Quantised:
+  def held(self, name: str) -> Tensor | Quantised:
     """What holds a weight, or the value that a new one begins with."""
     return self.by_name[self.added.get(name, name)]
 
@@ -69,9 +69,9 @@ class Weights:
   def value(self, name: str) -> np.ndarray:
     """The value of a weight."""
     weight = self.held(name)
-    if isinstance(weight, StoredTensor):
-      return weight.read()
-    return weight.format.dequantise(weight.read(self.files.read), weight.about)
+    if isinstance(weight, Quantised):
+      return weight.format.dequantise(weight.parts_by(self.files.read), weight.about)
+    return weight.read()
 
   def checked(self, name: str) -> None:
     """Raises unless a weight can be changed."""
@@ -125,7 +125,7 @@ class Weights:
   def _requantised(self, name: str, change: Change) -> dict[str, np.ndarray]:
     """The parts of a quantised weight, once it is changed."""
     weight: Any = self.by_name[name]
-    parts = weight.read(self.files.read)
+    parts = weight.parts_by(self.files.read)
     old = weight.format.dequantise(parts, weight.about)
     exact = change(old, np.dtype(np.float32))
     new = {**parts, **weight.format.requantise(exact, parts, weight.about)}

@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument("source", metavar="FROM")
   convert.add_argument("target", metavar="TO")
   convert.add_argument(
-    "--base", metavar="FILE", help="names and shapes of the Flax base: safetensors, or a jaxlora checkpoint on it"
+    "--base",
+    metavar="FILE",
+    help="names and shapes of the Flax base: safetensors, msgpack, orbax, or a jaxlora checkpoint on it",
   )
   convert.add_argument("--names", metavar="FILE", help="JSON: the `names` of jaxlora.peft, regex -> torch module")
   convert.add_argument("--base-model", metavar="NAME", help="base_model_name_or_path in adapter_config.json")
@@ -109,11 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     "merge",
     run_merge,
     "fold an adapter into a model's safetensors",
-    "BASE is a safetensors file, an index of several, or a folder with either; its tensors are named as in torch, or\n"
-    'by the paths of a Flax tree joined by "/" or ".". ADAPTER is a checkpoint of jaxlora or a PEFT folder. OUT is a\n'
-    "file (.safetensors), or a new folder where BASE is one or has an index: config.json and the tokenizer go along.\n"
-    "FP8 weights with scales are decoded, merged, and stored again in their format, with new scales. One tensor is in\n"
-    "memory at a time, at most; the others are copied.",
+    "BASE is a safetensors file, an index of several, a flax_model.msgpack, an orbax checkpoint, or a folder with one\n"
+    'of them; its tensors are named as in torch, or by the paths of a Flax tree joined by "/" or ".". ADAPTER is a\n'
+    "checkpoint of jaxlora or a PEFT folder. OUT is a file where BASE is one or OUT is called .safetensors, else a new\n"
+    "folder, to which config.json and the tokenizer go along. FP8 weights with scales are decoded, merged, and stored\n"
+    "again in their format, with new scales. One tensor is in memory at a time; an orbax checkpoint is written whole.",
     "jaxlora merge model.safetensors runs/summaries merged.safetensors",
   )
   merge.add_argument("base", metavar="BASE")

@@ -8,21 +8,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._base.files import nbytes_of
 from jaxlora._base.rounding import notable
 from jaxlora._base.text import size
+from jaxlora._cli.bases import open_base
 from jaxlora._cli.carried import carry, changed_config, quantisation_of
 from jaxlora._cli.changes import changes_of
 from jaxlora._cli.edits import Weights
 from jaxlora._cli.result import BadFile, Result
-from jaxlora._cli.rewrite import Edit, nbytes, rewrite
-from jaxlora._cli.tensors import TensorFileError, TensorFiles, open_files
+from jaxlora._cli.rewrite import Edit
+from jaxlora._cli.tensors import TensorFileError, TensorFiles
+from jaxlora._cli.write_model import write_model
 from jaxlora._files.format import FormatError
 from jaxlora._files.formats import quantised_weights
 
 
 def run_merge(options: Any) -> Result:
   """Folds ADAPTER into the tensors of BASE, and writes OUT."""
-  files = open_files(options.base)
+  files = open_base(options.base)
   weights = _weights(options, files)
   changes = changes_of(options, weights)
   edits = weights.edits(changes)
@@ -52,8 +55,13 @@ def _weights(options: Any, files: TensorFiles) -> Weights:
 
 def _target(out: Path, files: TensorFiles) -> tuple[Path, bool]:
   """Where the model goes, and whether that is a new folder; where it is a file it may be in a folder that exists."""
+  if files.form == "orbax" and out.suffix != ".safetensors":
+    if out.exists():
+      raise TensorFileError(f"{out}: exists; expected a new folder, or a file called .safetensors.")
+    return out, True
   several = files.index is not None or len(files.files) > 1
-  folder = several or (files.folder is not None and not out.is_dir() and out.suffix != ".safetensors")
+  suffixes = (".safetensors", f".{files.form}")
+  folder = several or (files.folder is not None and not out.is_dir() and out.suffix not in suffixes)
   if folder and out.exists():
     raise TensorFileError(f"{out}: exists; expected a new folder.")
   if not folder and out.is_dir():
@@ -70,7 +78,7 @@ def _bar(files: TensorFiles, edits: Sequence[Edit]) -> Any:
   outputs = {name: spec for edit in edits for name, spec in edit.outputs.items()}
   gone = {name for edit in edits for name in edit.removed}
   copied = sum(t.nbytes for name, t in files.tensors.items() if name not in outputs and name not in gone)
-  total = copied + sum(map(nbytes, outputs.values()))
+  total = copied + sum(nbytes_of(*spec) for spec in outputs.values())
   return tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="merging", leave=False)
 
 
@@ -91,12 +99,12 @@ def _write(
 
   carried: list[str] = []
   if folder:
-    rewrite(files, out, edits, bar.update, folder=True, beside=lambda new: carried.extend(rest(new)))
+    write_model(files, out, edits, bar.update, folder=True, beside=lambda new: carried.extend(rest(new)))
     return carried
   alone = files.folder is None or out.name != files.files[0].name or out.parent.resolve() == files.folder.resolve()
   if not alone and config != files.config and (out.parent / "config.json").exists():
     raise BadFile(f"{out.parent / 'config.json'}: exists, and the merged model needs another. Name a new folder.")
-  rewrite(files, out, edits, bar.update, folder=False)
+  write_model(files, out, edits, bar.update, folder=False)
   return [] if alone else rest(out.parent)
 
 

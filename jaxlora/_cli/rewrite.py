@@ -1,16 +1,15 @@
 """Copies of models with some tensors changed, added or left out: one tensor in memory at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from jaxlora._base.files import code_of, dtype_of, replacing
+from jaxlora._base.files import StoredTensor, code_of, nbytes_of
 from jaxlora._cli.tensors import TensorFileError, TensorFiles
 
 _PIECE = 1 << 22  # bytes copied at a time
@@ -47,43 +46,13 @@ class _Layout:
   same: bool  # whether its tensors are those of the model's own file, in shapes and dtypes
 
 
-def rewrite(
-  source: TensorFiles,
-  target: Path,
-  edits: Sequence[Edit],
-  progress: Progress,
-  *,
-  folder: bool,
-  beside: Callable[[Path], object] | None = None,
+def write_safetensors(
+  source: TensorFiles, new: Path, edits: Sequence[Edit], progress: Progress, *, folder: bool
 ) -> None:
-  """Writes a model with its edits. A file whose tensors keep their shapes and dtypes keeps its header, byte for byte.
+  """Writes safetensors: the file `new`, or into that folder.
 
-  Everything appears at `target` once it is complete, and replaces a file that was there.
-
-  Args:
-    source: the model.
-    target: a file, or a new folder.
-    edits: of its tensors; the others are copied.
-    progress: is told the number of bytes done.
-    folder: whether `target` is a folder, of files with the model's own names.
-    beside: writes other files into that folder.
-
-  Raises:
-    TensorFileError: where the copy cannot be written; nothing is left of it then.
+  A file whose tensors keep their shapes and dtypes keeps its header, byte for byte.
   """
-  try:
-    with replacing(target) as new:
-      if folder:
-        new.mkdir()
-      _write_files(source, new, edits, progress, folder=folder)
-      if beside is not None:
-        beside(new)
-  except OSError as error:
-    raise TensorFileError(f"{target}: cannot be written: {error}") from error
-
-
-def _write_files(source: TensorFiles, new: Path, edits: Sequence[Edit], progress: Progress, *, folder: bool) -> None:
-  """Writes the files of `rewrite` where they appear at once: to the file `new`, or into that folder."""
   layouts = _layouts(source, edits)
   edited = {name for edit in edits for name in edit.outputs}
   places: dict[str, tuple[BinaryIO, int]] = {}
@@ -102,15 +71,25 @@ def _write_files(source: TensorFiles, new: Path, edits: Sequence[Edit], progress
 
 
 def _write_edit(edit: Edit, places: Mapping[str, tuple[BinaryIO, int]], progress: Progress) -> None:
-  values = edit.compute()
-  for name, (code, shape) in edit.outputs.items():
-    value = np.ascontiguousarray(values[name]).reshape(np.shape(values[name]))
-    if (code_of(value.dtype), value.shape) != (code, shape):
-      raise TensorFileError(f"{name}: became {value.dtype}{value.shape}, expected {code}{shape}.")
+  for name, value in values_of(edit).items():
     stream, begin = places[name]
     stream.seek(begin)
-    stream.write(value.reshape(-1).view(np.uint8).data)
+    stream.write(bytes_of(value))
     progress(value.nbytes)
+
+
+def values_of(edit: Edit) -> dict[str, np.ndarray]:
+  """The values of an edit, once they are what it says."""
+  values = edit.compute()
+  for name, (code, shape) in edit.outputs.items():
+    value = values[name]
+    if (code_of(value.dtype), value.shape) != (code, shape):
+      raise TensorFileError(f"{name}: became {value.dtype}{value.shape}, expected {code}{shape}.")
+  return {name: values[name] for name in edit.outputs}
+
+
+def bytes_of(value: np.ndarray) -> memoryview:
+  return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
 def _layouts(source: TensorFiles, edits: Sequence[Edit]) -> list[_Layout]:
@@ -121,19 +100,29 @@ def _layouts(source: TensorFiles, edits: Sequence[Edit]) -> list[_Layout]:
   file_of |= {
     name: file_of[edit.beside] for edit in edits if edit.beside for name in edit.outputs if name not in file_of
   }
+  if source.form != "safetensors":
+    return [_one_layout(source, changed, removed)]
   layouts = []
   for file in source.files:
     old = {name: (t.code, t.shape) for name, t in source.tensors.items() if t.file == file}
     names = [name for name, home in file_of.items() if home == file and name not in removed]
     specs = {name: changed.get(name) or old[name] for name in names}
-    sizes = {name: nbytes(changed[name]) if name in changed else source.tensors[name].nbytes for name in names}
+    sizes = {name: nbytes_of(*changed[name]) if name in changed else source.tensors[name].nbytes for name in names}
     if specs == old:
       header = _old_header(file)
-      begins = {name: source.tensors[name].begin for name in old}
+      begins = {name: source.tensors[name].begin for name in old}  # type: ignore[attr-defined]
     else:
       header, begins = _new_header(specs, sizes, _metadata(file))
     layouts.append(_Layout(file.name, header, sizes, begins, specs == old))
   return layouts
+
+
+def _one_layout(source: TensorFiles, changed: Mapping[str, Spec], removed: Collection[str]) -> _Layout:
+  """The one safetensors file of a model in another format."""
+  specs = {name: (t.code, t.shape) for name, t in source.tensors.items() if name not in removed} | dict(changed)
+  sizes = {name: nbytes_of(*spec) for name, spec in specs.items()}
+  header, begins = _new_header(specs, sizes, {"format": "flax"})
+  return _Layout("model.safetensors", header, sizes, begins, False)
 
 
 def _old_header(file: Path) -> bytes:
@@ -153,7 +142,7 @@ def _new_header(
   """A header for these tensors, and where each begins: wide dtypes first, so that all are aligned."""
   entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
   begin, offsets = 0, {}
-  for name in sorted(specs, key=lambda name: -_itemsize(specs[name][0])):
+  for name in sorted(specs, key=lambda name: -nbytes_of(specs[name][0], ())):
     code, shape = specs[name]
     end = begin + sizes[name]
     entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
@@ -163,30 +152,28 @@ def _new_header(
   return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + at for name, at in offsets.items()}
 
 
-def nbytes(spec: Spec) -> int:
-  """The bytes of a tensor whose dtype NumPy has."""
-  return math.prod(spec[1]) * _itemsize(spec[0])
-
-
-def _itemsize(code: str) -> int:
-  dtype = dtype_of(code)
-  return 1 if dtype is None else dtype.itemsize
-
-
 def _copy(source: TensorFiles, name: str, new: BinaryIO, begin: int, progress: Progress) -> None:
   """Copies a tensor's bytes."""
   tensor = source.tensors[name]
   new.seek(begin)
-  left = tensor.nbytes
+  if not isinstance(tensor, StoredTensor):
+    new.write(bytes_of(tensor.read()))
+    progress(tensor.nbytes)
+    return
   with open(tensor.file, "rb") as old:
     old.seek(tensor.begin)
-    while left:
-      piece = old.read(min(_PIECE, left))
-      if not piece:
-        raise OSError(f"{tensor.file} became shorter while it was read")
-      new.write(piece)
-      progress(len(piece))
-      left -= len(piece)
+    copy_bytes(old, new, tensor.nbytes, progress)
+
+
+def copy_bytes(old: BinaryIO, new: BinaryIO, count: int, progress: Progress) -> None:
+  """Copies so many bytes from where one file is to where another is."""
+  while count:
+    piece = old.read(min(_PIECE, count))
+    if not piece:
+      raise OSError("the file became shorter while it was read")
+    new.write(piece)
+    progress(len(piece))
+    count -= len(piece)
 
 
 def _index(index: Path, layouts: Sequence[_Layout]) -> bytes:

@@ -20,6 +20,11 @@ def is_peft(path: str) -> bool:
   return any((Path(path) / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
+def is_checkpoint(path: str) -> bool:
+  """Whether a path is a checkpoint of jaxlora's, or one of its steps."""
+  return "://" in path or any((folder / "record").is_dir() for folder in (Path(path), *Path(path).glob("[0-9]*")))
+
+
 def existing(path: str) -> str:
   """The path of a checkpoint, once it is known to be there; remote ones are taken as they are."""
   if not Path(path).exists() and "://" not in path:
@@ -64,6 +69,13 @@ def shapes_of_files(files: TensorFiles) -> dict[str, jax.ShapeDtypeStruct]:
     path: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype or np.uint8)
     for path, tensor in zip(flax_paths(files.tensors).values(), files.tensors.values(), strict=True)
   }
+
+
+def bare_path(path: str) -> str:
+  """The path of a leaf without the collections that it may be in: `params`, or `params/params` in MaxText's files."""
+  while path.startswith("params/"):
+    path = path.removeprefix("params/")
+  return path
 
 
 def flax_paths(names: Iterable[str]) -> dict[str, str]:

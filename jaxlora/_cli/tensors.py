@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 import re
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,22 @@ class TensorFileError(ValueError):
   """A safetensors file, or an index of several, that cannot be read or written."""
 
 
+class Tensor(Protocol):
+  """A tensor of a model, that has not been read."""
+
+  @property
+  def file(self) -> Path: ...
+  @property
+  def code(self) -> str: ...
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+  @property
+  def dtype(self) -> np.dtype | None: ...
+  @property
+  def nbytes(self) -> int: ...
+  def read(self) -> np.ndarray: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
   """A model in one file or several.
@@ -31,12 +47,14 @@ class TensorFiles:
     files: the files; with `index`, those that it names.
     index: the index file, where there is one.
     folder: the folder of the model, where it was given as one.
+    form: `"safetensors"`, `"msgpack"` or `"orbax"`.
   """
 
-  tensors: dict[str, StoredTensor]
+  tensors: Mapping[str, Tensor]
   files: tuple[Path, ...]
   index: Path | None
   folder: Path | None = None
+  form: str = "safetensors"
 
   @property
   def size(self) -> int:
@@ -45,6 +63,8 @@ class TensorFiles:
   @property
   def config(self) -> dict[str, Any]:
     """The config.json beside the files; empty where there is none."""
+    if self.form == "orbax":
+      return {}
     path = self.files[0].parent / "config.json"
     try:
       found = json.loads(path.read_bytes()) if path.is_file() else {}

@@ -62,6 +62,6 @@ class Quantised:
   parts: Mapping[str, str]
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  def read(self, read: Read) -> dict[str, np.ndarray]:
+  def parts_by(self, read: Read) -> dict[str, np.ndarray]:
     """The parts' values."""
     return {part: read(name) for part, name in self.parts.items()}

@@ -245,7 +245,7 @@ def scanned_lists(parts: Sequence[str]) -> list[int]:
 def name_parts(name: str, numbered: re.Pattern[str] = _NUMBERED) -> list[str]:
   """The components of a path or a name; `layers_0` is two, and the `params` that Flax begins with is left out."""
   parts = [part for part in re.split(r"[/.]", name) if part]
-  if parts[:1] == ["params"] and len(parts) > 1:
+  while parts[:1] == ["params"] and len(parts) > 1:
     parts = parts[1:]
   found = [(part, numbered.fullmatch(part)) for part in parts]
   return [piece for part, match in found for piece in (match.groups() if match else (part,))]
