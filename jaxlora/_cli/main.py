@@ -113,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     "fold an adapter into a model's safetensors",
     "BASE is a safetensors file, an index of several, a flax_model.msgpack, an orbax checkpoint, or a folder with one\n"
     'of them; its tensors are named as in torch, or by the paths of a Flax tree joined by "/" or ".". ADAPTER is a\n'
-    "checkpoint of jaxlora or a PEFT folder. OUT is a file where BASE is one or OUT is called .safetensors, else a new\n"
-    "folder, to which config.json and the tokenizer go along. FP8 weights with scales are decoded, merged, and stored\n"
-    "again in their format, with new scales. One tensor is in memory at a time; an orbax checkpoint is written whole.",
+    "checkpoint of jaxlora or a PEFT folder. OUT is a file where BASE is one or OUT is called .safetensors, else a\n"
+    "new folder, to which config.json and the tokenizer go along. FP8 weights with scales are decoded and stored\n"
+    "again in their format. One tensor is in memory at a time; an orbax checkpoint is written whole.",
     "jaxlora merge model.safetensors runs/summaries merged.safetensors",
   )
   merge.add_argument("base", metavar="BASE")
