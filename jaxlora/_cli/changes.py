@@ -12,6 +12,7 @@ from jaxlora._adapt.merge import merge
 from jaxlora._base.rounding import same_but_for_rounding
 from jaxlora._base.text import listed
 from jaxlora._cli.edits import Change, Weights
+from jaxlora._cli.renamed import tensors_of
 from jaxlora._cli.result import BadFile
 from jaxlora._cli.sources import bare_path, existing, flax_paths, is_peft, names_of, shapes_of_base, shapes_of_files
 from jaxlora._cli.ties import settle_ties
@@ -19,6 +20,7 @@ from jaxlora._weight.fingerprint import prints
 from jaxlora._weight.weight import is_adapted
 from jaxlora.checkpoint._adapter import contents
 from jaxlora.peft._from_modules import from_modules
+from jaxlora.peft._names import Names
 from jaxlora.peft._read import read
 from jaxlora.peft._records import Adapter
 from jaxlora.peft._to_modules import to_modules
@@ -37,7 +39,7 @@ def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
   flax = files.form != "safetensors" or any(re.search(r"[./](kernel|embedding|scale)$", name) for name in files.tensors)
   if is_peft(options.adapter):
     adapter = read(options.adapter)
-    changes, lost = _torch_changes(adapter, weights, options.untie)
+    changes, lost = _torch_changes(adapter, weights, options.untie, None if flax else names)
     if lost and flax:
       leaves = from_modules(adapter, _bare(shapes_of_files(files)), names=names)
       nodes = {path: node for path, node in leaves.items() if is_adapted(node)}
@@ -54,7 +56,8 @@ def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
   if lost:
     raise BadFile(
       f"{options.adapter}: adapts {listed(sorted(lost))}, which {options.base} does not hold. Its tensors:"
-      f" {listed(list(files.tensors))}. It is another model's adapter, or its names need --names."
+      f" {listed(list(files.tensors))}. It is another model's adapter, or its names need --names:"
+      ' a JSON file of {"the/base\'s/name/(.*)": "the.adapter\'s.name.\\1"}.'
     )
   return changes
 
@@ -63,23 +66,13 @@ def _bare(shapes: Mapping[str, Any]) -> dict[str, Any]:
   return {bare_path(path): shape for path, shape in shapes.items()}
 
 
-def _torch_changes(adapter: Adapter, weights: Weights, untie: bool) -> Changes:
-  """The changes of a torch model's tensors.
-
-  Files of a bare model lack the beginning that the same model has inside one with a head (`transformer.h.0`, `h.0`), or
-  have one more: one difference for all names is allowed, the one with which most are found.
-  """
+def _torch_changes(adapter: Adapter, weights: Weights, untie: bool, names: Names = None) -> Changes:
+  """The changes of a torch model's tensors."""
   held = weights.by_name
-  experts = {own for packed in adapter.packed.values() for own in packed.modules}
-  plain = [f"{name}.weight" for name in adapter.modules if name not in experts]
-  adapted = [*plain, *adapter.packed, *adapter.whole, *adapter.tokens]
-  beginnings = sorted({name.split(".", 1)[0] + "." for name in (*adapted, *held)})
-  renamings = [("", ""), *((b, "") for b in beginnings), *(("", b) for b in beginnings)]  # (removed, added)
-  renamed = [{name: added + name.removeprefix(removed) for name in adapted} for removed, added in renamings]
-  tensor_of = max(renamed, key=lambda names: sum(name in held for name in names.values()))
-  removed, added = renamings[renamed.index(tensor_of)]
-  shapes = {removed + name.removeprefix(added): weight.shape for name, weight in held.items()}
-  inputs_first: dict[str, bool | None] = dict.fromkeys(adapted, adapter.stores_inputs_first(shapes))
+  adapter, tensor_of = tensors_of(adapter, names, {name: weight.shape for name, weight in held.items()})
+  shapes = {name: weight.shape for name, weight in held.items()}
+  shapes |= {name: held[tensor].shape for name, tensor in tensor_of.items() if tensor in held}
+  inputs_first: dict[str, bool | None] = dict.fromkeys(tensor_of, adapter.stores_inputs_first(shapes))
   inputs_first |= {name: adapter.stores_experts_inputs_first(name, shapes) for name in adapter.packed}
   changes: dict[str, Change | None] = {
     weight: functools.partial(_merged_module, adapter, name, inputs_first[name])

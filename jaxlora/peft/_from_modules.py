@@ -12,7 +12,7 @@ from jaxlora._base.paths import flatten
 from jaxlora._base.rounding import RoundingWarning, lost_share, notable, same_but_for_rounding
 from jaxlora._weight.weight import FullWeight, is_adapted
 from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
-from jaxlora.peft._left_out import left_out, problems_of
+from jaxlora.peft._left_out import left_out, problems_of, warn_of
 from jaxlora.peft._names import Key, Names, check_names, key_of
 from jaxlora.peft._nodes import Index, lora_weight, whole_value
 from jaxlora.peft._oriented import oriented
@@ -114,13 +114,15 @@ def tree_of_adapter(
       modules.setdefault(place.path, {})[place.index] = module
   new = _adapted_leaves(adapter, leaves, places, modules, known, problems)
   new |= leaves_with_rows(adapter, leaves, places, new, known, problems)
-  if names is None:  # with names the tree is not called as torch's model is, and ends of names tell nothing
-    problems += problems_of(left_out(adapter, leaves, new, modules), strict=strict)
+  # With names the tree is not called as torch's model is, and ends of names tell nothing.
+  without_factors = left_out(adapter, leaves, new, modules) if names is None else []
+  problems += problems_of(without_factors, strict=strict)
   for name, tensor in adapter.bases.items():
     if place := places.get(key_of(name)):
       problems += _differing_base(place, leaves[place.path], name, tensor, known)
   if problems or adapter.unsupported:
     raise fail(subject, [*adapter.unsupported, *problems], _PARTS if missing else "")
+  warn_of(without_factors)
   return jax.tree_util.tree_unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()])
 
 

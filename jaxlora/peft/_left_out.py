@@ -65,20 +65,24 @@ def _kind(path: str) -> tuple[str, ...]:
 
 
 def problems_of(missing: Collection[LeftOut], *, strict: bool) -> list[str]:
-  """What is an error of the weights without factors; warns of the others, which stay the base's.
+  """What is an error of the weights without factors.
 
   The adapter of a model that has no such module is whole without it: PEFT starts the missing factors at an update of
   zero, with a warning. Where other layers have theirs, the file has lost some: an error, unless it is not `strict`.
   """
-  errors = [one.found for one in missing if one.partial and strict]
-  others = [one.path for one in missing if not (one.partial and strict)]
-  if others:
+  return [
+    f"{one.found}. If it is meant so, pass strict=False: what has no factors then stays the base's"
+    for one in missing
+    if one.partial and strict
+  ]
+
+
+def warn_of(missing: Collection[LeftOut]) -> None:
+  """Warns of weights without factors, once nothing is an error: they stay the base's."""
+  if missing:
     warnings.warn(
-      f"target_modules names {listed(others)}, and the file holds no factors for them, or not for all layers. They stay"
-      " as they are in the base.",
+      f"target_modules names {listed([one.path for one in missing])}, and the file holds no factors for them, or not"
+      " for all layers. They stay as they are in the base.",
       PeftWarning,
       stacklevel=4,
     )
-  return [
-    f"{error}. If it is meant so, pass strict=False: what has no factors then stays the base's" for error in errors
-  ]

@@ -142,7 +142,7 @@ def check_types(names: Any) -> None:
 
 
 def _match(pattern: re.Pattern[str], path: str) -> re.Match[str] | None:
-  return pattern.fullmatch(path) or pattern.fullmatch(split_path(path)[0])
+  return pattern.fullmatch(split_path(path)[0]) or pattern.fullmatch(path)
 
 
 def given_target(path: str, names: Names) -> Target | None:
@@ -171,7 +171,7 @@ def given_target(path: str, names: Names) -> Target | None:
 def _expanded(pattern: str, found: re.Match[str], template: str) -> tuple[str, int]:
   """A template with the groups of a match put in, and the number of its places for an index."""
   try:
-    name = found.expand(template)
+    name = found.expand(template).replace("/", ".")  # a group may hold several components of the path
     stacked = len({number or k for k, number in enumerate(re.findall(r"\{(\d*)\}", name))})
     name.format(*range(stacked))
   except (re.error, IndexError, KeyError, ValueError) as error:

@@ -8,6 +8,7 @@ import types
 
 from jaxlora._base.patterns import nearest
 from jaxlora.peft._names import Key, Names, Target, given_target, name_parts, split_path
+from jaxlora.peft._nesting import unnested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ def find_places(
   """The leaf of each torch parameter, and what is wrong with those that belong to no leaf, or may belong to several.
 
   Leaves that `names` does not match are found by their components, which must be those of the parameter's name: as they
-  are; without the index of a stacked layer; or after one beginning that the tree or the file lacks (`transformer.h.0`
+  are; without the index of a stacked layer; as another version of transformers nests a vision-language model; or after
+  one beginning that the tree or the file lacks (`transformer.h.0`
   and `h/0`), the same one for all parameters.
 
   Args:
@@ -119,6 +121,14 @@ def _places_by_components(keys: Sequence[Key], paths: Collection[str]) -> dict[K
     leaves.setdefault((tuple(name_parts(module)), parameter or "weight"), []).append(path)
   parts = {key: tuple(name_parts(key[0])) for key in keys}
   candidates = {key: found for key in keys if (found := _leaves_called(parts[key], key[1], leaves))}
+  moved: dict[tuple[Parts, str], list[str]] = {}
+  for (leaf_parts, parameter), called in leaves.items():
+    moved.setdefault((unnested(leaf_parts), parameter), []).extend(called)
+  candidates |= {
+    key: found
+    for key in keys
+    if key not in candidates and (found := _leaves_called(unnested(parts[key]), key[1], moved))
+  }
   rest = [key for key in keys if key not in candidates]
   # Each change takes a beginning off the file's names, or puts one of the tree's before them.
   file_beginnings = _beginnings(parts[key] for key in rest)

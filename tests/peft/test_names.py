@@ -174,3 +174,19 @@ def test_targets_pick_what_is_adapted_and_nothing_else():
   assert picked(known[1:2]) == (["1.attn.c_proj"], known[1:2])
   assert picked(["x.c_attn"]) == (["x.c_attn"], ["x.c_attn"])
   assert picked(["c_attn"]) == ("c_attn", ["c_attn"])
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    {r"model/layers/(\d+)/(.*)": r"net.layers.\1.\2"},
+    {r"model/layers/(\d+)/(\w+)/(\w+)": r"net.layers.\1.\2.\3"},
+    {r"model/(.*)/kernel": r"net.\1"},
+  ],
+)
+def test_a_group_may_hold_several_components_of_a_path(names, tmp_path):
+  base = {"model": {"layers": {"0": {"attn": {"q": {"kernel": normal(8, 6)}}}}}}
+  tree = adapted(base)
+  peft.save(tmp_path, tree, names=names)
+  assert list(read(tmp_path).modules) == ["net.layers.0.attn.q"]
+  assert_equal(peft.load(tmp_path, base, names=names), tree)
