@@ -160,23 +160,27 @@ def _along(
 ) -> Callable[[Any, Any], Any]:
   """The derivative as a function of what is kept, and of the tangents of the numbered inputs and factors.
 
-  d h = shrinks(result rematerialised, d factors)
+      d h = shrinks(result rematerialised, d factors)
 
-  Along the result, `h` is differentiated with the products that it is a part of.
+  Along the result, `h` is differentiated with the products that it is a part of. A softmax `y = exp(z) / sum(exp(z))`
+  needs nothing else for its own derivative, `d y = y (d z - sum(y d z))`.
   """
+  softmax = region.softmax() if from_result else None
 
   def along(kept, steps):
     values, all_factors, small, result = kept
     instead = dict(zip(region.small, small, strict=True))
-    if from_result and (parts := region.softmax()):
-      over, under = parts
-      instead[over] = result * instead[under]
+    if softmax is not None:
+      instead[softmax.over] = result
 
     def of_inputs(*some):
-      return region.evaluate(with_some(values, inputs, some), instead)[region.result]
+      env = region.evaluate(with_some(values, inputs, some), instead)
+      return env[region.result] if softmax is None else (env[softmax.exponent], env[softmax.under])
 
     start = [values[k] for k in inputs]
     again, d_result = jax.jvp(of_inputs, start, list(steps[0])) if inputs else (of_inputs(), None)
+    if softmax is not None:
+      again, d_result = result, d_result and result * (d_result[0] - d_result[1])
     if not factors:
       return d_result, None
     return d_result, shrinks(again, with_some(list(map(jnp.zeros_like, all_factors)), factors, steps[1]))

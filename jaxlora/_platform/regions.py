@@ -9,19 +9,29 @@ Reading order: the region -> evaluating it -> finding them.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora._jax.control_flow import called
 from jaxlora._jax.jaxpr import Literal, bind, context_key, equation_context, open_jaxpr
-from jaxlora._jax.primitives import KEEPS_RESULT, SUMS_ALONG_AXES
+from jaxlora._jax.primitives import KEEPS_RESULT, LINEAR, SCALINGS, SUMS_ALONG_AXES
 from jaxlora._jax.sizes import elements
 from jaxlora._platform.recipes import ELEMENTWISE, SMALL
 
 # What may be inside of a region. Not names: a policy of `jax.checkpoint` is to find them.
 _INSIDE = (ELEMENTWISE | {*SUMS_ALONG_AXES}) - {"name"}
+
+_AFFINE = LINEAR | {"reduce_sum"}
+
+
+class Softmax(NamedTuple):
+  """The variables of `over / under`, where `over` is the exponential of `exponent`, and `under` a sum of it."""
+
+  exponent: Any
+  over: Any
+  under: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +91,28 @@ class Region:
       tuple(number[var] for var in self.small),
     )
 
-  def softmax(self) -> tuple[Any, Any] | None:
-    """Numerator and denominator, where the result is a large exponential over something small."""
+  def softmax(self) -> Softmax | None:
+    """Its variables, where the result is a large exponential over a sum of it along rows."""
     eqn = self.equations[-1]
     if eqn.primitive.name != "div" or any(isinstance(atom, Literal) for atom in eqn.invars):
       return None
     over, under = eqn.invars
-    exponentials = (eqn.outvars[0] for eqn in self.equations if eqn.primitive.name == "exp")
-    return (over, under) if under in self.small and over in exponentials else None
+    exponents = {eqn.outvars[0]: eqn.invars[0] for eqn in self.equations if eqn.primitive.name == "exp"}
+    if under not in self.small or over not in exponents or not self._is_affine(over):
+      return None
+    return Softmax(exponents[over], over, under)
+
+  def _is_affine(self, start: Any) -> bool:
+    """Whether all that is made of a variable, ahead of the result, has a derivative that no values are in."""
+    made = {start}
+    for eqn in self.equations[:-1]:
+      operands = [atom for atom in _variables(eqn.invars) if atom in made]
+      name = eqn.primitive.name
+      scales = name not in SCALINGS or (len(operands) == 1 and (name != "div" or eqn.invars[0] in operands))
+      if operands and not (name in _AFFINE and scales):
+        return False
+      made.update(eqn.outvars if operands else ())
+    return True
 
 
 def _evaluate(eqn: Any, operands: Sequence[Any], instead: Mapping[Any, Any]) -> list[Any]:

@@ -43,6 +43,18 @@ def softmax_by_hand(x, scale):
   return powers / powers.sum(-1, keepdims=True)
 
 
+def softmax_with_a_spare_row(x, scale):
+  """Attention that may look at nothing: the denominator is one more than the sum."""
+  powers = jnp.exp(x * scale)
+  return powers / (1.0 + 0.5 * powers.sum(-1, keepdims=True))
+
+
+def exponential_over_its_norm(x, scale):
+  """No softmax: the derivative of the denominator has values in it."""
+  powers = jnp.exp(x * scale)
+  return powers / jnp.sqrt(jnp.square(powers).sum(-1, keepdims=True))
+
+
 def exponential_used_twice(x, scale):
   powers = jnp.exp(-jnp.abs(x * scale))
   return powers / powers.sum(-1, keepdims=True) + 0.1 * powers
@@ -70,8 +82,8 @@ def gate(x, scale):
 FUNCTIONS = {
   fn.__name__: fn
   for fn in (
-    layer_norm, fast_layer_norm, rms_norm, masked_softmax, softmax_by_hand, exponential_used_twice, dead_end,
-    statistics_used_outside, along_tokens, gate,
+    layer_norm, fast_layer_norm, rms_norm, masked_softmax, softmax_by_hand, softmax_with_a_spare_row,
+    exponential_over_its_norm, exponential_used_twice, dead_end, statistics_used_outside, along_tokens, gate,
   )
 }  # fmt: skip
 
@@ -143,8 +155,8 @@ def test_what_is_found():
     found[name] = [(len(region.members) > 3, region.softmax() is not None) for region in found_here.values()]
   one, softmax = [(True, False)], [(True, True)]
   assert found["layer_norm"] == found["fast_layer_norm"] == found["rms_norm"] == one
-  assert found["masked_softmax"] == found["softmax_by_hand"] == softmax
-  assert found["exponential_used_twice"] == one
+  assert found["masked_softmax"] == found["softmax_by_hand"] == found["softmax_with_a_spare_row"] == softmax
+  assert found["exponential_over_its_norm"] == found["exponential_used_twice"] == one
 
 
 def test_regions_that_differ_are_told_apart():
