@@ -38,7 +38,7 @@ def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
   names, files = names_of(options), weights.files
   flax = files.form != "safetensors" or any(re.search(r"[./](kernel|embedding|scale)$", name) for name in files.tensors)
   if is_peft(options.adapter):
-    adapter = read(options.adapter)
+    adapter = read(options.adapter, adapter_name=options.adapter_name)
     changes, lost = _torch_changes(adapter, weights, options.untie, None if flax else names)
     if lost and flax:
       leaves = from_modules(adapter, _bare(shapes_of_files(files)), names=names)

@@ -14,7 +14,7 @@ from jaxlora.peft._write import write
 def run_check(options: Any) -> Result:
   """Tells which rules of the readers FOLDER breaks; with --write, writes the same adapter so that they hold."""
   readers = readers_of(options.serve or READERS)
-  adapter, keys = read_with_keys(Path(options.folder), adapter_name=options.adapter, mapped=not options.write)
+  adapter, keys = read_with_keys(Path(options.folder), adapter_name=options.adapter_name, mapped=not options.write)
   found = findings(adapter, keys, readers)
   if options.write:
     if Path(options.write).resolve() == Path(options.folder).resolve():

@@ -22,6 +22,10 @@ _METADATA = ("base_model_name_or_path", "task_type")  # what a checkpoint's meta
 def run_convert(options: Any) -> Result:
   """Converts FROM, whose format decides, to TO."""
   formats = ("peft", "jaxlora") if is_peft(options.source) else ("jaxlora", "peft")
+  if options.serve and formats[0] == "peft":
+    raise BadFile(
+      f"--serve: {options.source} is a PEFT folder; jaxlora check FOLDER --serve READER --write OUT does it."
+    )
   (_to_checkpoint if formats[0] == "peft" else _to_peft)(options)
   report = {"from": options.source, "to": options.target, "formats": list(formats)}
   return report, [f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]})"]
@@ -29,7 +33,7 @@ def run_convert(options: Any) -> Result:
 
 def _to_checkpoint(options: Any) -> None:
   """A PEFT folder -> a checkpoint of jaxlora's."""
-  adapter = read(options.source)
+  adapter = read(options.source, adapter_name=options.adapter_name)
   params, axes = (_shapes_of(options.base), None) if options.base else _flax_shapes(adapter, options.source)
   tree = from_modules(adapter, params, names=names_of(options), axes=axes)
   metadata = {"peft": {name: adapter.config.get(name) for name in _METADATA}}
@@ -44,6 +48,7 @@ def _to_peft(options: Any) -> None:
   about |= {
     name: given for name, given in zip(_METADATA, (options.base_model, options.task_type), strict=True) if given
   }
+  about["serve"] = options.serve or "peft"
   save(options.target, shapes_of_base(found) | found.leaves, names=names_of(options), **about)
 
 

@@ -20,7 +20,7 @@ from jaxlora.peft._tied import uses_of, without_head
 
 def run_inspect(options: Any) -> Result:
   """Reports on PATH: where it comes from, a row per leaf, totals."""
-  about, rows, lines = (_peft_report if is_peft(options.path) else _checkpoint_report)(options.path)
+  about, rows, lines = (_peft_report if is_peft(options.path) else _checkpoint_report)(options)
   total = {name: sum(row[name] for row in rows) for name in ("parameters", "bytes", "nan")}
   broken = [row["path"] for row in rows if row["nan"]]
   lines += [_table(rows), f"{total['parameters']:,} parameters, {size(total['bytes'])}"]
@@ -31,9 +31,9 @@ def run_inspect(options: Any) -> Result:
 Row = dict[str, Any]
 
 
-def _peft_report(path: str) -> tuple[dict[str, Any], list[Row], list[str]]:
+def _peft_report(options: Any) -> tuple[dict[str, Any], list[Row], list[str]]:
   """The fields of a PEFT folder's report, its rows, and the lines above the table."""
-  adapter = read(path, mapped=True)
+  adapter = read(options.path, adapter_name=options.adapter_name, mapped=True)
   uses = uses_of(adapter)
   tied = uses.head if uses is not None and uses.alike else None
   adapter = adapter if tied is None else without_head(adapter, tied)  # its factors are those of the embedding
@@ -48,9 +48,9 @@ def _peft_report(path: str) -> tuple[dict[str, Any], list[Row], list[str]]:
   return about, rows, lines + [f"not supported here: {reason}" for reason in adapter.unsupported]
 
 
-def _checkpoint_report(path: str) -> tuple[dict[str, Any], list[Row], list[str]]:
+def _checkpoint_report(options: Any) -> tuple[dict[str, Any], list[Row], list[str]]:
   """The fields, rows and lines of a checkpoint's report."""
-  found = contents(existing(path))
+  found = contents(existing(options.path))
   rows = [_node_row(leaf, node) for leaf, node in found.leaves.items()]
   about = {"format": "jaxlora", "step": found.step, "training": found.training, "metadata": found.metadata}
   about |= {"versions": found.versions, "base": found.base}

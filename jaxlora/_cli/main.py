@@ -83,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     choices=READERS,
     help=f"whose rules, all of them without: {', '.join(READERS)}",
   )
-  check.add_argument("--adapter", metavar="NAME", help="of several adapters in FOLDER, the one to check")
   check.add_argument("--write", metavar="OUT", help="write the adapter there so that the rules hold")
 
   convert = command(
@@ -106,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument("--names", metavar="FILE", help="JSON: the `names` of jaxlora.peft, regex -> torch module")
   convert.add_argument("--base-model", metavar="NAME", help="base_model_name_or_path in adapter_config.json")
   convert.add_argument("--task-type", metavar="TYPE", help="task_type in adapter_config.json, such as CAUSAL_LM")
+  convert.add_argument(
+    "--serve",
+    metavar="READER",
+    action="append",
+    choices=READERS,
+    help="who is to read the PEFT folder, beside PEFT: vllm, sglang, llama.cpp; may be given several times",
+  )
 
   merge = command(
     "merge",
@@ -138,4 +144,8 @@ def _parser() -> argparse.ArgumentParser:
   merge.add_argument(
     "--any-base", action="store_true", help="merge though the base's fingerprint is not the recorded one"
   )
+  for reading in (inspect, check, convert, merge):
+    reading.add_argument(
+      "--adapter-name", metavar="NAME", help="of several adapters in a PEFT folder, or in its keys, the one to read"
+    )
   return parser

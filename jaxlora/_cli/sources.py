@@ -16,8 +16,9 @@ from jaxlora.peft._parts import names_from_json
 
 
 def is_peft(path: str) -> bool:
-  """Whether a path is a PEFT folder, and no checkpoint of jaxlora's."""
-  return any((Path(path) / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors"))
+  """Whether a path is a PEFT folder, or one of several adapters, and no checkpoint of jaxlora's."""
+  names = ("adapter_config.json", "adapter_model.safetensors")
+  return any((Path(path) / name).exists() for name in names) or any(Path(path).glob("*/adapter_config.json"))
 
 
 def is_checkpoint(path: str) -> bool:

@@ -5,10 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxlora import _cli, peft
 from jaxlora.peft._read import read
-from tests.cli.files import PARAMS
+from tests.cli.files import PARAMS, as_torch
 from tests.helpers import adapted
 from tests.peft.readers import READERS
 
@@ -76,4 +77,40 @@ def test_other_methods_and_folders_of_several(run, folder, tmp_path):
   assert "layer_replication: layers that share their base: not supported" in report["error"]
   report = run("check", tmp_path, code=1)
   assert "Say which one: adapter_name='adapter'" in report["error"]
-  assert run("check", tmp_path, "--adapter", "adapter", "--serve", "vllm", code=1)["problems"]
+  assert run("check", tmp_path, "--adapter-name", "adapter", "--serve", "vllm", code=1)["problems"]
+
+
+def test_every_command_reads_one_of_several_adapters(run, folder, tmp_path, capsys):
+  tensors = load_file(folder / "adapter_model.safetensors")
+  named = tmp_path / "named"
+  named.mkdir()
+  (named / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+  save_file(
+    {
+      key.replace(".weight", f".{name}.weight"): value * scale
+      for key, value in tensors.items()
+      for name, scale in (("default", 1), ("other", 2))
+    },
+    named / "adapter_model.safetensors",
+  )
+  save_file(as_torch(PARAMS), tmp_path / "torch.safetensors")
+  for place, name in ((tmp_path, "adapter"), (named, "other")):
+    for command in (["inspect", place], ["check", place], ["convert", place, tmp_path / "c"],
+                    ["merge", tmp_path / "torch.safetensors", place, tmp_path / "merged.safetensors"]):  # fmt: skip
+      said = run(*command, code=1)["error"]
+      assert "Say which" in said
+      assert "adapter_name=" in said
+    norm = run("inspect", place, "--adapter-name", name)["leaves"][0]["norm"]
+    np.testing.assert_allclose(
+      norm, run("inspect", folder)["leaves"][0]["norm"] * (4 if name == "other" else 1), rtol=1e-6
+    )
+    run("convert", place, tmp_path / f"c {name}", "--adapter-name", name)
+    run("merge", tmp_path / "torch.safetensors", place, tmp_path / "merged.safetensors", "--adapter-name", name)
+
+
+def test_convert_for_a_server(run, folder, tmp_path):
+  run("convert", folder, tmp_path / "checkpoint")
+  run("convert", tmp_path / "checkpoint", tmp_path / "again", "--serve", "vllm", "--serve", "llama.cpp")
+  assert run("check", tmp_path / "again", "--serve", "vllm", "--serve", "llama.cpp")["problems"] == []
+  said = run("convert", folder, tmp_path / "no", "--serve", "vllm", code=1)["error"]
+  assert "jaxlora check FOLDER --serve READER --write OUT does it" in said

@@ -92,6 +92,8 @@ def test_two_names_of_one_tensor(tmp_path):
     peft.PeftError, match=re.escape("head.lora_A.weight is the same tensor's name, without its wrappers. Keep one")
   ):
     peft.load(tmp_path, params())
+  edit(tmp_path, {f"_orig_mod.{key}": None})
+  assert peft.load(tmp_path, params())
 
 
 def test_a_beginning_that_only_some_have(tmp_path):

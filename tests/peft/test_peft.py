@@ -521,6 +521,47 @@ def test_what_check_says_of_peft_is_what_peft_does(tmp_path):
       from_pretrained(pair, tmp_path)
 
 
+def test_remedies_of_what_is_refused(tmp_path):
+  """What messages advise to do in PEFT, done in PEFT."""
+  pair = llama()
+  model = trained(pair, target_modules=["q_proj"], r=4)
+  model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+  with pytest.raises(
+    jaxlora.peft.PeftError, match=r"adapter_model.bin, a pickle.*Save it again with PEFT's save_pretr"
+  ):
+    pair.load(tmp_path / "pickle")
+  again = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch_model), tmp_path / "pickle")
+  again.save_pretrained(tmp_path / "safe")
+  assert_same(pair.apply(pair.load(tmp_path / "safe")), pair.logits(model))
+
+  model = peft.get_peft_model(
+    copy.deepcopy(pair.torch_model), peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="pissa")
+  )
+  model.peft_config["default"].init_lora_weights = True
+  model.save_pretrained(tmp_path / "start")
+  model.peft_config["default"].init_lora_weights = "pissa"
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if "lora_" in name:
+        parameter.add_(0.1 * torch.randn_like(parameter))
+  expected = pair.logits(model)
+  model.save_pretrained(tmp_path / "pissa")
+  with pytest.raises(
+    jaxlora.peft.PeftError, match=r"save_pretrained\(folder, path_initial_model_for_weight_conversion"
+  ):
+    pair.load(tmp_path / "pissa")
+  model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+  assert_same(pair.apply(pair.load(tmp_path / "plain")), expected)
+
+  model = trained(biased_llama(), target_modules=["q_proj"], lora_bias=True)
+  model.save_pretrained(tmp_path / "bias")
+  with pytest.raises(jaxlora.peft.PeftError, match=r"lora_bias: .*merge it in PEFT \(merge_and_unload\)"):
+    biased_llama().load(tmp_path / "bias")
+  expected = biased_llama().logits(model)
+  merged = dataclasses.replace(biased_llama(), torch_model=model.merge_and_unload())
+  assert_same(merged.apply(merged.params), expected)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("indices", [[1, 5], {"embed_tokens": [3, 0]}], ids=str)
 def test_trainable_tokens(indices, tied, tmp_path):

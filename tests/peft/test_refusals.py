@@ -162,6 +162,8 @@ def test_a_base_in_the_file_must_be_the_base(tmp_path):
     peft.PeftError, match=r"embed/embedding .*holds the base weight, and it is not this one: other values"
   ):
     peft.load(tmp_path, base)
+  base["embed"]["embedding"] = base["embed"]["embedding"] + 1  # the remedy: the file's tensor in params
+  assert isinstance(peft.load(tmp_path, base)["embed"]["embedding"], jaxlora.LoraWeight)
 
 
 def test_embeddings_that_peft_saved_of_its_own_accord(tmp_path):
