@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlora._adapt.evidence import INPUT, NONE, Evidence, Seen, joined, unknown
+from jaxlora._adapt.evidence import INPUT, NONE, Evidence, Label, Seen, joined, unknown
 from jaxlora._adapt.observer import Observer
 from jaxlora._jax.control_flow import Branches, Scan, Structure, Unreadable, While
 from jaxlora._transform.interpreter import Handler, interpret
@@ -105,7 +105,8 @@ class Probe(Handler):
     slices = []
     for x in values[last:]:
       if x.leaf is not None and not x.picked:
-        self.observer.evidence[x.leaf].stacked |= {axis for _, axis in x.axes[0]}
+        chunked = frozenset[Label]().union(*x.axes[1:])  # an axis of which the slices have a part is none of a stack's
+        self.observer.evidence[x.leaf].stacked |= {axis for _, axis in x.axes[0] - chunked}
       slices.append(dataclasses.replace(x, axes=x.axes[1:]))
     out, carry = self._loop(scan.jaxpr, values[:first], values[first:last], slices)
     return [*carry, *(dataclasses.replace(y, leaf=None, axes=(NONE, *y.axes)) for y in out[scan.carries :])]

@@ -217,39 +217,23 @@ def _scan(handler: Any, eqn: Any, scan: Scan, values: Sequence[Any]) -> list[Any
   first, last = scan.constants, scan.constants + scan.carries
   consts = values[:first]
   carry = Carry(handler, eqn, scan.jaxpr, scan.constants, values[first:last])
-  keys: dict[int, Any] = {}
-  xs = [_run_over(handler, eqn, k, x, keys) for k, x in enumerate(values[last:])]
+  runs = [x.along_first() if isinstance(x, TracedWeight) else (x, lambda here: here) for x in values[last:]]
   steps = jnp.arange(scan.length) if drops(values) else None
   inner, results = handler.inner(scan.jaxpr), len(eqn.outvars) - scan.carries
 
-  def sliced(k: int, x: Any) -> Any:
-    return x.replace(roles=x.roles[1:], key=keys[k]) if isinstance(x, TracedWeight) else x
-
   def body(free: Any, step_and_xs: Any) -> Any:
     step, here = step_and_xs
-    here = [at_step(sliced(k, x), step) for k, x in enumerate(here)]
+    here = [at_step(whole(x), step) for (_, whole), x in zip(runs, here, strict=True)]
     with handler.record.in_a_loop():
       out = inner(*(at_step(const, step) for const in consts), *carry.unpack(free, step), *here)
     new = as_arrays(handler, carry.pack(out[: scan.carries]), eqn, "a scan")
     return new, [y.replace(key=None) if isinstance(y, TracedWeight) else y for y in out[scan.carries :]]
 
   loop = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
-  free, ys = lax.scan(body, carry.free, (steps, xs), **loop, **scan.options)
+  free, ys = lax.scan(body, carry.free, (steps, [sliced for sliced, _ in runs]), **loop, **scan.options)
   by_path = {w.path: w.key for w in weights_in(values)}
   stacked = [y.replace(roles="s" + y.roles, key=by_path[y.path]) if isinstance(y, TracedWeight) else y for y in ys]
   return [*carry.unpack(free), *stacked[:results], *(jnp.sum(total, 0) for total in stacked[results:])]
-
-
-def _run_over(handler: Any, eqn: Any, k: int, x: Any, keys: dict[int, Any]) -> Any:
-  """What a scan runs over: a weight along its first axis, which must be stacked. Its key goes to `keys`."""
-  if not isinstance(x, TracedWeight):
-    return x
-  if x.shape[0] == 1:
-    x = x.with_roles("s" + x.roles[1:])
-  if x.roles[0] != "s":
-    return handler.materialized(x, eqn, f"a scan runs over its first axis, which has role {x.roles[0]!r}, not 's'")
-  keys[k] = x.key
-  return x.replace(key=None)
 
 
 def _while(handler: Any, eqn: Any, loop: While, values: Sequence[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from jaxlora._base.dtypes import beside, inexact
 from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._jax.jaxpr import varying_axes
 from jaxlora._platform.recipes import Recipe
-from jaxlora._weight.roles import factor_shape, low_rank_delta, times_gain
+from jaxlora._weight.roles import factor_axes, factor_shape, low_rank_delta, times_gain
 from jaxlora._weight.weight import LoraWeight
 
 
@@ -74,6 +74,10 @@ class TracedWeight:
     apart = [part for part in jax.tree.leaves(self.replace(key=None)) if space_of(part) != space]
     return self.mapped(lambda factor, own: moved(factor, space)) if apart else self
 
+  def along_first(self) -> Any:
+    """What a scan over the first axis takes slices of, and a function from the slices to the weight in one step."""
+    raise NotImplementedError
+
   def into(self, structure: Any, operand: int) -> "TracedWeight":
     """The same weight as it enters control flow as the given operand."""
     del structure, operand
@@ -119,6 +123,18 @@ class Factored(TracedWeight):
       return lax.reshape(factor, factor_shape(shape, roles, own, rank_of(self, factor)))
 
     return self.mapped(sized, base=base, roles=roles)
+
+  def along_first(self) -> tuple[dict[str, Any], Callable[[dict[str, Any]], "Factored"]]:
+    """What a loop over the first axis takes slices of, and the weight in one step, of the slices.
+
+    A factor that lacks the axis is the same in every step: so is A where a head is cut into chunks of its outputs.
+    """
+    held = {"base": self.base}
+    for name, own in (("a", "i"), ("b", "o"), ("gain", self.gained)):
+      axes, part = factor_axes(self.roles, own), getattr(self, name)
+      if part is not None and 0 in axes:
+        held[name] = jnp.moveaxis(part, axes.index(0), 0)
+    return held, lambda here: self.replace(**here, roles=self.roles[1:])
 
   def array(self) -> jax.Array:
     base, a, b, gain = (on_device(part) for part in (self.base, self.a, self.b, self.gain))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.dtypes import beside
 from jaxlora._base.labelled import explicitly_sharded
+from jaxlora._base.memory import moved, space_of
 from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, While
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable
 from jaxlora._transform.product import product_of
@@ -52,6 +53,10 @@ class RoutedWeight(TracedWeight):
       return lax.reshape(factors, (self.adapters, *factor_shape(shape, roles, own, rank)))
 
     return self.replace(a=sized(self.a, "i"), b=sized(self.b, "o"), base=base, roles=roles)
+
+  def together(self) -> "RoutedWeight":
+    a, b = (moved(factors, space_of(self.base)) for factors in (self.a, self.b))
+    return self.replace(a=a, b=b)
 
   def flipped(self) -> "RoutedWeight":
     return self.replace(a=self.b, b=self.a, roles=self.roles.translate(str.maketrans("io", "oi")))

@@ -86,7 +86,7 @@ def test_custom_derivative_rules_hold(fn):
     (lambda p, x: x @ p["w"].reshape(7, 5).T, "merges axes of different roles"),
     (lambda p, x: x @ p["w"].astype(jnp.int32).astype(jnp.float32), "a cast to int32"),
     (lambda p, x: p, "the function returns it"),
-    (lambda p, x: lax.scan(lambda c, row: (c + row, row * 2), jnp.zeros(7), p["w"]), "has role 'i', not 's'"),
+    (lambda p, x: lax.scan(lambda c, row: (c + row, row * 2), jnp.zeros(7), p["w"]), "factored through `add`"),
     (lambda p, x: lax.fori_loop(0, 3, lambda _, w: w * 2, p["w"]), "a loop carries it and changes it"),
     (lambda p, x: lax.cond(x[0, 0] > 0, lambda w: w, lambda w: -w, p["w"]), "it leaves a branch as a result"),
     (lambda p, x: lax.scan(lambda c, _: (c, p["w"].T), 0.0, length=2)[1], "the function returns it"),

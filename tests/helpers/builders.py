@@ -140,6 +140,36 @@ def rows_sliced(dtype):
   return plain(lambda p, x: x @ p["w"][1:6, ::2] + x @ lax.rev(p["w"][-5:, :4], (0,)), (9, 7), (3, 5), "io", dtype)
 
 
+@builder("matrices")
+def outputs_in_chunks(dtype):
+  """A large head, scanned over in chunks of its outputs: no result of all of them at once."""
+
+  def fn(p, x):
+    chunks = p["w"].reshape(5, 3, 7).transpose(1, 0, 2)
+    return lax.map(lambda kernel: jax.nn.softmax(x @ kernel), chunks).sum(0)
+
+  return plain(fn, (5, 21), (4, 5), "io", dtype)
+
+
+@builder("matrices")
+def inputs_in_chunks(dtype):
+  def fn(p, x):
+    step = lambda total, pair: (total + pair[0] @ pair[1], None)
+    chunks = x.reshape(-1, 3, 5).transpose(1, 0, 2), p["w"].reshape(3, 5, 7)
+    return lax.scan(step, jnp.tile(0 * x[:, :1], (1, 7)), chunks)[0]
+
+  return plain(fn, (15, 7), (4, 15), "io", dtype)
+
+
+@builder("matrices")
+def outputs_in_dynamic_chunks(dtype):
+  def fn(p, x):
+    part = lambda k: jnp.tanh(x @ lax.dynamic_slice_in_dim(p["w"], 7 * k, 7, axis=1))
+    return lax.fori_loop(0, 3, lambda k, total: total + part(k), jnp.tile(0 * x[:, :1], (1, 7)))
+
+  return plain(fn, (5, 21), (4, 5), "io", dtype)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # More axes: attention, stacks, experts.
 

@@ -15,6 +15,7 @@ from jaxlora._transform import control, interpreter, products, transform, wrap
 from jaxlora._transform.factored import Factored
 from jaxlora._transform.rule import RULES
 from jaxlora._transform.rules import conv, gather, layout, linear
+from jaxlora._transform.rules import placement as placed
 from jaxlora._weight import placement
 from jaxlora._weight.weight import UNIT_SCALE
 from jaxlora.checkpoint import _rebuild
@@ -33,6 +34,7 @@ from tests._transform import (
   test_products,
   test_rules,
 )
+from tests._transform import test_placement as transform_placement
 from tests._weight import test_placement, test_weight
 from tests.checkpoint import test_round_trips
 from tests.init import test_from_data
@@ -241,9 +243,15 @@ def halves_that_trade_parts(patch):
   patch.setattr(halves, "_joined", edited(halves._joined, old, new))
 
 
+def factors_that_stay_behind(patch):
+  """A weight goes from device to device, and its factors do not."""
+  moved = edited(placed._ppermute, "lax.ppermute(factor, name, pairs)", "factor")
+  patch.setitem(RULES[Factored], "ppermute", moved)
+
+
 def layers_that_are_not_stacked(patch):
   """The probe sees neither what a scan runs over nor what is gone before a product."""
-  old = "self.observer.evidence[x.leaf].stacked |= {axis for _, axis in x.axes[0]}"
+  old = "self.observer.evidence[x.leaf].stacked |= {axis for _, axis in x.axes[0] - chunked}"
   patch.setattr(Probe, "_scan", edited(Probe._scan, old, "pass"))
   patch.setattr(Observer, "product", edited(Observer.product, "|= stacked | absent", "|= stacked"))
 
@@ -343,6 +351,11 @@ BUGS = [
   Bug(specs_that_trade_places, test_placement.test_parts_of_a_weight_on_a_mesh),
   Bug(scale_of_one_by_alpha, test_weight.test_from_factors_reads_the_rank_and_has_scale_one),
   Bug(halves_that_trade_parts, test_adapt.test_the_halves_of_square_weights_are_joined_part_by_part),
+  Bug(
+    factors_that_stay_behind,
+    transform_placement.test_shards_come_together_by_factors,
+    {"body": transform_placement.handed_on, "variant": "lora"},
+  ),
   Bug(layers_that_are_not_stacked, test_oracle.test_the_probe_finds_the_roles, {"build": "scanned_layers"}),
   Bug(one_round_of_a_loop, test_config.test_what_a_loop_carries_into_its_next_step_is_seen),
   Bug(sums_of_branches_dropped, test_from_data.test_sketches_in_control_flow,
