@@ -11,7 +11,6 @@ from jaxlora._base.text import listed
 from jaxlora.peft._records import Adapter, Module, raise_problems
 from jaxlora.peft._serve import READERS, RULES, Rule
 from jaxlora.peft._serve_checks import Folder
-from jaxlora.peft._state import state_of
 
 Serve = str | Sequence[str]  # readers, as `save` takes them
 
@@ -73,7 +72,7 @@ def served(
 
   Args:
     adapter: with the configuration that belongs to its tensors.
-    keys: of its tensors in a file; `None` for those that `write` writes.
+    keys: of its tensors in a file; `None` for those that `write` writes, which are as they should be.
     readers: whose rules must hold.
     subject: what errors begin with.
     known: the names of all modules of the model; `None` if they are not known.
@@ -81,13 +80,13 @@ def served(
   Raises:
     PeftError: listing the rules that cannot be made to hold.
   """
-  found = findings(adapter, state_of(adapter) if keys is None else keys, readers, known)
+  found = findings(adapter, () if keys is None else keys, readers, known)
   made = {finding.reader for finding in found if finding.rule.made}
   if made:
     patterns = {field: adapter.config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")}
     adapter = dataclasses.replace(adapter, config=adapter.config | patterns)
     adapter = uniform(adapter) if made != {"peft"} and not adapter.packed else adapter
-    found = findings(adapter, state_of(adapter), readers, known)
+    found = findings(adapter, (), readers, known)
   problems = [str(finding) for finding in found if not finding.rule.note]
   raise_problems(subject, [*adapter.unsupported, *problems])
   return adapter

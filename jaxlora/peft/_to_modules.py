@@ -253,7 +253,7 @@ def _torch_tensor(
   if value is None or isinstance(value, (LoraWeight, jax.ShapeDtypeStruct)):
     problems.append(
       f"{path}: its value is needed, as PEFT saves whole modules, and {name} is one of those. Pass the whole tree, with"
-      " the base's values"
+      " the base's values; or, where it is the head of the task_type, leave that out"
     )
     return None
   value = _torch_array(value)[index]

@@ -160,7 +160,7 @@ def corrupt_json(random, text):
   if random.random() < 0.5:
     config = json.loads(text)
     for _ in range(random.randint(1, 3)):
-      field = random.choice([*config, "lora_bias", "exclude_modules", "trainable_token_indices"])
+      field = random.choice([*config, "lora_bias", "exclude_modules", "trainable_token_indices", "target_parameters"])
       config[field] = junk(random)
       if random.random() < 0.2:
         del config[field]
@@ -236,6 +236,7 @@ def test_corrupted_folders_give_one_kind_of_error(tmp_path):
       try:
         peft.load(tmp_path, base)
         outcomes["loaded"] += 1
+        assert all(map(str, peft.check(tmp_path)))
       except peft.PeftError as error:
         outcomes["refused"] += 1
         longest = max(longest, len(str(error)))

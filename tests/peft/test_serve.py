@@ -272,6 +272,7 @@ def test_heads_that_peft_takes_from_the_file(tmp_path):
     peft.PeftError, match=r"classifier/kernel: its value is needed.*Pass the whole tree, with the base's"
   ):
     peft.save(tmp_path, shapes, task_type="SEQ_CLS")
+  peft.save(tmp_path, shapes)
 
   with pytest.raises(
     peft.PeftError, match=r"peft, adapted-head: .* classifier: adapted.*task_type=None; or train the head"
@@ -282,6 +283,16 @@ def test_heads_that_peft_takes_from_the_file(tmp_path):
   peft.save(tmp_path, whole, task_type="TOKEN_CLS")
   with pytest.raises(peft.PeftError, match="peft, task: expected that task_type is one of SEQ_CLS"):
     peft.save(tmp_path, tree, task_type="CLASSIFICATION")
+
+
+def test_a_model_whose_names_begin_like_pefts(tmp_path):
+  """A reward model that holds its language model as `base_model`."""
+  base = {"base_model": {"model": {"layers": {"0": {"up_proj": {"kernel": normal(8, 8)}}}}}}
+  tree = helpers.adapted(base, targets=".*kernel")
+  peft.save(tmp_path, tree)
+  assert list(read(tmp_path).modules) != list(peft.to_modules(tree).modules)  # taken for a PeftModel in a PeftModel
+  again = peft.load(tmp_path, base)
+  jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
 def test_check_of_folders_that_peft_cannot_load(tmp_path):
