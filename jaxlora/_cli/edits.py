@@ -10,14 +10,19 @@ import numpy as np
 
 from jaxlora._base.files import code_of
 from jaxlora._base.rounding import lost_share
+from jaxlora._cli.carried import quantisation_of
 from jaxlora._cli.result import BadFile
 from jaxlora._cli.rewrite import Edit
 from jaxlora._cli.tensors import Tensor, TensorFiles
 from jaxlora._files.format import Quantised
-from jaxlora._files.named import format_by_names
+from jaxlora._files.named import Neighbours
+from jaxlora._files.scaled import CODES
 
 # The value of a weight -> what it becomes, in the second argument's dtype.
 Change = Callable[[np.ndarray, np.dtype], np.ndarray]
+
+
+_UNQUANTISED = "Merge into the model's files before quantisation (the unquantised original), and quantise the result."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,10 @@ class Weights:
     parts = {part for weight in self.quantised.values() for part in weight.parts.values()}
     return {name: tensor for name, tensor in self.files.tensors.items() if name not in parts} | dict(self.quantised)
 
+  @functools.cached_property
+  def neighbours(self) -> Neighbours:
+    return Neighbours(self.files.tensors)
+
   def held(self, name: str) -> Tensor | Quantised:
     """What holds a weight, or the value that a new one begins with."""
     return self.by_name[self.added.get(name, name)]
@@ -63,8 +72,16 @@ class Weights:
         raise BadFile(f"{name}: --dtype: stored as {self.quantised[name].format.name}. Pass --dequantize with it.")
     if self.dequantize and not self.quantised:
       raise BadFile(f"{self.files.files[0].parent}: --dequantize: its weights are not quantised. Leave it out.")
+    if self.dequantize:
+      self._check_all_decoded()
     decoded = [name for name in self.quantised if name not in changes] if self.dequantize else []
     return [self._edit(name, change) for name, change in changes.items()] + [self._edit(n, None) for n in decoded]
+
+  def _check_all_decoded(self) -> None:
+    """Raises where a quantised weight is in a format that is not read."""
+    claimed = {part for weight in self.quantised.values() for part in weight.parts.values()}
+    for name, known in self.neighbours.unread(claimed):
+      raise BadFile(f"{name}: --dequantize: quantised, in {known}, which is not read here. {_UNQUANTISED}")
 
   def value(self, name: str) -> np.ndarray:
     """The value of a weight."""
@@ -85,11 +102,10 @@ class Weights:
           " writes all weights as plain floats, or merge into the model's files before quantisation."
         )
       return
-    if found := format_by_names(name, self.files.tensors):
-      raise BadFile(
-        f"{name}: quantised, in {found}, which is not read here. Merge into the model's files before quantisation (the"
-        " unquantised original), and quantise the result."
-      )
+    if found := self.neighbours.format_of(name):
+      raise BadFile(f"{name}: quantised, in {found}, which is not read here. {_UNQUANTISED}")
+    if weight is not None and weight.code in CODES and quantisation_of(self.files.config):
+      raise BadFile(f"{name}: {weight.code}, quantised by config.json, and no scales are beside it. {_UNQUANTISED}")
     if weight is not None and (weight.dtype is None or not jnp.issubdtype(weight.dtype, jnp.inexact)):
       raise BadFile(f"{name}: dtype {weight.dtype or weight.code} cannot be merged into; expected a floating one.")
 

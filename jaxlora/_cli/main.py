@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     help="dtype of the merged tensors, where rounding to the base's would lose small updates",
   )
   merge.add_argument(
-    "--dequantize", action="store_true", help="store quantised weights as plain floats, without their scales"
+    "--dequantize", action="store_true", help="store all quantised weights as plain floats, without their scales"
   )
   merge.add_argument(
     "--untie",

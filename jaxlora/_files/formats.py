@@ -1,9 +1,12 @@
 """All formats of quantised weights that are read."""
 
-from jaxlora._files.float8 import FLOAT8
+from jaxlora._files.bitsandbytes import BNB4, BNB8
+from jaxlora._files.float4 import MXFP4, NVFP4
 from jaxlora._files.format import Config, Format, Headers, Quantised, Read
+from jaxlora._files.packed import AWQ, COMPRESSED, GPTQ
+from jaxlora._files.scaled import FLOAT8, INT8
 
-FORMATS: tuple[Format, ...] = (FLOAT8,)
+FORMATS: tuple[Format, ...] = (FLOAT8, INT8, BNB4, BNB8, GPTQ, AWQ, COMPRESSED, MXFP4, NVFP4)
 
 
 def quantised_weights(tensors: Headers, config: Config, read: Read) -> dict[str, Quantised]:

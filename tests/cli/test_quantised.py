@@ -153,6 +153,116 @@ def test_other_formats_are_refused_by_name(run, tmp_path, kind, option):
   assert not (tmp_path / "out").exists()
 
 
+def words(codes, bits, axis):
+  """Codes of some bits in 32-bit words along an axis, the lowest bits first, one by one."""
+  codes = np.moveaxis(codes, axis, -1).astype(np.uint64)
+  each = 32 // bits
+  packed = np.zeros((*codes.shape[:-1], codes.shape[-1] // each), np.uint64)
+  for k in range(codes.shape[-1]):
+    packed[..., k // each] |= codes[..., k] << np.uint64(bits * (k % each))
+  return np.ascontiguousarray(np.moveaxis(packed.astype(np.uint32).view(np.int32), -1, axis))
+
+
+GROUP, ROWS, COLUMNS = 32, 64, 128  # inputs that share a scale; outputs and inputs
+
+
+def gptq(bits=4, version="gptq", act_order=False):
+  """Tensors, configuration and value of a weight, as AutoGPTQ packs them."""
+  random = np.random.default_rng(0)
+  codes, zeros = random.integers(0, 2**bits, (COLUMNS, ROWS)), random.integers(1, 2**bits, (COLUMNS // GROUP, ROWS))
+  scales = random.uniform(0.01, 0.02, zeros.shape).astype(np.float16)
+  group = np.arange(COLUMNS) // GROUP
+  group = random.permutation(group) if act_order else group
+  value = (codes - zeros[group]) * scales.astype(np.float32)[group]
+  tensors = {
+    "qweight": words(codes, bits, 0), "qzeros": words(zeros - (version == "gptq"), bits, 1), "scales": scales,
+    "g_idx": group.astype(np.int32),
+  }  # fmt: skip
+  return tensors, {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}, value.T
+
+
+def awq():
+  """As AutoAWQ packs them: eight columns of a word in its order."""
+  random = np.random.default_rng(0)
+  codes, zeros = random.integers(0, 16, (COLUMNS, ROWS)), random.integers(0, 16, (COLUMNS // GROUP, ROWS))
+  scales = random.uniform(0.01, 0.02, zeros.shape).astype(np.float16)
+  order = [8 * (k // 8) + (0, 2, 4, 6, 1, 3, 5, 7)[k % 8] for k in range(ROWS)]
+  value = (codes - np.repeat(zeros, GROUP, 0)) * np.repeat(scales.astype(np.float32), GROUP, 0)
+  tensors = {"qweight": words(codes[:, order], 4, 1), "qzeros": words(zeros[:, order], 4, 1), "scales": scales}
+  return tensors, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, value.T
+
+
+DECODED = {
+  "GPTQ": gptq,
+  "GPTQ, 8 bits": lambda: gptq(8),
+  "GPTQ, version 2": lambda: gptq(version="gptq_v2"),
+  "GPTQ, in order of activations": lambda: gptq(act_order=True),
+  "AWQ": awq,
+}
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_packed_integers_are_refused_and_decoded_by_dequantize(run, tmp_path, kind):
+  tensors, quantisation, value = DECODED[kind]()
+  folder = tmp_path / "base"
+  folder.mkdir()
+  modules = [NAME.removesuffix("weight"), "model.layers.1.self_attn.q_proj."]
+  save_file({module + name: part for module in modules for name, part in tensors.items()}, folder / "model.safetensors")
+  (folder / "config.json").write_text(json.dumps({"quantization_config": quantisation, "hidden_size": 1}))
+  (folder / "quantize_config.json").write_text("{}")
+  params = {"layers_0": {"self_attn": {"q_proj": {"kernel": jnp.zeros((COLUMNS, ROWS))}}}}
+  tree = adapted(params, rank=4, targets=["q_proj"])
+  peft.save(tmp_path / "p", tree)
+  error = run("merge", folder, tmp_path / "p", tmp_path / "out", code=1)["error"]
+  assert f"stored as {kind.split(',')[0]}" in error
+  assert "Pass --dequantize" in error
+  run("merge", folder, tmp_path / "p", tmp_path / "out", "--dequantize", "--dtype", "float32")
+  got = load_file(tmp_path / "out" / "model.safetensors")
+  assert list(got) == [f"{module}weight" for module in modules]
+  delta = np.asarray(tree["layers_0"]["self_attn"]["q_proj"]["kernel"].delta()).T
+  np.testing.assert_allclose(got[f"{modules[0]}weight"], value + delta, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(got[f"{modules[1]}weight"], value, rtol=1e-5, atol=1e-6)
+  assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"hidden_size": 1}
+  assert not (tmp_path / "out" / "quantize_config.json").exists()
+
+
+def test_dequantize_is_refused_where_another_weight_cannot_be_read(run, tmp_path, base):
+  base(*SCALES["one"])
+  tensors = load_file(tmp_path / "base" / "model.safetensors")
+  tensors["model.layers.1.q_proj.W_q"] = np.zeros((3, 4), np.uint8)
+  save_file(tensors, tmp_path / "base" / "model.safetensors")
+  error = run("merge", tmp_path / "base", tmp_path / "p", tmp_path / "out", "--dequantize", code=1)["error"]
+  assert "model.layers.1.q_proj: --dequantize: quantised, in HQQ" in error
+  run("merge", tmp_path / "base", tmp_path / "p", tmp_path / "out")  # the adapted ones are read
+
+
+def test_codes_whose_scales_are_missing_are_refused(run, tmp_path, base):
+  base(*SCALES["one"])
+  tensors = load_file(tmp_path / "base" / "model.safetensors")
+  save_file({NAME: tensors[NAME]}, tmp_path / "base" / "model.safetensors")
+  error = run("merge", tmp_path / "base", tmp_path / "p", tmp_path / "out", code=1)["error"]
+  assert "quantised by config.json, and no scales are beside it" in error
+
+
+def test_int8_with_scales_is_stored_again(run, tmp_path, base):
+  base("weight_scale", np.full((OUT, 1), 0.03, np.float32), jnp.float8_e4m3fn)
+  value = np.asarray(array(3, (OUT, IN), jnp.float32))
+  scale = np.abs(value).max(1, keepdims=True) / 127
+  codes = np.rint(value / scale).astype(np.int8)
+  save_file({NAME: codes, f"{NAME}_scale": scale}, tmp_path / "base" / "model.safetensors")
+  lost = run("merge", tmp_path / "base", tmp_path / "p", tmp_path / "out")["lost"][NAME]
+  got = load_file(tmp_path / "out" / "model.safetensors")
+  assert got[NAME].dtype == np.int8
+  plain = run("merge", tmp_path / "base", tmp_path / "p", tmp_path / "o2", "--dequantize", "--dtype", "float32")
+  want = load_file(tmp_path / "o2" / "model.safetensors")[NAME]
+  assert not plain["lost"]
+  stored = got[NAME].astype(np.float32) * got[f"{NAME}_scale"]
+  assert (
+    np.abs(stored - want).max() <= 2 * got[f"{NAME}_scale"].max()
+  )  # the largest may be cut off, where that is closer
+  np.testing.assert_allclose(lost, np.linalg.norm(stored - want) / np.linalg.norm(want - codes * scale), rtol=1e-3)
+
+
 def test_dequantize_without_anything_to_decode_is_refused(run, tmp_path, folders):
   out = tmp_path / "out.safetensors"
   error = run("merge", folders / "torch.safetensors", folders / "peft", out, "--dequantize", code=1)["error"]

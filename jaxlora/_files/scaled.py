@@ -1,13 +1,15 @@
-"""Weights of 8-bit floats with scales beside them: one for all, one for each output, or one for each block.
+"""Weights of 8 bits with scales beside them: one for all, one for each output, or one for each block.
 
     W = codes * scale
 
 DeepSeek-V3 and Qwen3-FP8 (`weight_scale_inv`, blocks of 128 x 128; the name says inverse, the product is meant), vLLM's
 compressor, modelopt and FBGEMM (`weight_scale`), DeepSeek's own files (`scale`), Mistral's (`qscale_weight`) and
-ComfyUI's (`scale_weight`) differ in names alone.
+ComfyUI's (`scale_weight`) differ in names alone. Scales in bytes are powers of two, as MXFP8 has them. Signed bytes
+with scales are compressed-tensors' `int-quantized` and `naive-quantized`; with zero points they are only decoded.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -18,17 +20,37 @@ from jaxlora._files.format import Arrays, Config, Format, FormatError, Headers, 
 
 CODES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
-_SCALES = ("F32", "F16", "BF16", "F64", "F8_E8M0")  # dtypes that scales have
+_SCALES = ("F32", "F16", "BF16", "F64", "F8_E8M0", "U8")  # dtypes that scales have; bytes are exponents
 
 _USUAL_BLOCK = 128
 
 
-def _find(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
+def _find_float(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
   del read
+  return _find(tensors, config, tuple(CODES), FLOAT8)
+
+
+def _find_int(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
+  del read
+  found = _find(tensors, config, ("I8",), INT8)
+  zeros = [f"{weight.name}_zero_point" for weight in found]
+  return [_with_zeros(weight, z, tensors) if z in tensors else weight for weight, z in zip(found, zeros, strict=True)]
+
+
+def _with_zeros(weight: Quantised, zeros: str, tensors: Headers) -> Quantised:
+  """A weight with zero points beside it, which lie as its scales do."""
+  if tensors[zeros].code != "I8" or tensors[zeros].shape != tensors[weight.parts["scale"]].shape:
+    raise FormatError(
+      f"{zeros}: found {tensors[zeros].code}{tensors[zeros].shape}; expected bytes in the scales' shape."
+    )
+  return dataclasses.replace(weight, format=INT8_ZEROS, parts={**weight.parts, "zeros": zeros})
+
+
+def _find(tensors: Headers, config: Config, codes: Sequence[str], form: Format) -> list[Quantised]:
   given = config.get("weight_block_size")
   found = []
   for name, tensor in tensors.items():
-    scale = _scale_of(name, tensors) if tensor.code in CODES else None
+    scale = _scale_of(name, tensors) if tensor.code in codes else None
     if scale is None:
       continue
     blocks = block_sizes(tensor.shape, tensors[scale].shape, given if isinstance(given, (list, tuple)) else None)
@@ -38,7 +60,7 @@ def _find(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
         " expected one scale, one for each output, or one for each block of the weight."
       )
     parts = {"codes": name, "scale": scale}
-    found.append(Quantised(name, FLOAT8, tensor.shape, parts, {"blocks": blocks}))
+    found.append(Quantised(name, form, tensor.shape, parts, {"blocks": blocks}))
   return found
 
 
@@ -81,16 +103,25 @@ def _block_size(size: int, count: int, wanted: int) -> int:
 
 def _spread(scale: np.ndarray, shape: Sequence[int], blocks: Sequence[int]) -> np.ndarray:
   """Scales as an array that broadcasts to the weight's shape, float32."""
-  scale = scale.astype(np.float32).reshape([-(-size // block) for size, block in zip(shape, blocks, strict=True)])
+  scale = (
+    _numbers(scale).astype(np.float32).reshape([-(-size // block) for size, block in zip(shape, blocks, strict=True)])
+  )
   for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
     if block < size:
       scale = np.repeat(scale, block, axis).take(range(size), axis) if block > 1 else scale
   return scale
 
 
+def _numbers(scale: np.ndarray) -> np.ndarray:
+  """Scales as floats: bytes are exponents of two."""
+  return scale.view(jnp.float8_e8m0fnu) if scale.dtype == np.uint8 else scale
+
+
 def _dequantise(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
-  codes = parts["codes"]
-  return codes.astype(np.float32) * _spread(parts["scale"], codes.shape, about["blocks"])
+  codes = parts["codes"].astype(np.float32)
+  if "zeros" in parts:
+    codes = codes - _spread(parts["zeros"], codes.shape, about["blocks"])
+  return codes * _spread(parts["scale"], codes.shape, about["blocks"])
 
 
 def _requantise(value: np.ndarray, parts: Arrays, about: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -99,20 +130,26 @@ def _requantise(value: np.ndarray, parts: Arrays, about: Mapping[str, Any]) -> d
   With the old scale every weight that has not changed keeps its code; with a new one the largest is not cut off.
   """
   blocks, dtype = about["blocks"], parts["codes"].dtype
-  old = parts["scale"]
-  new = _scales_for(value, old, blocks, float(jnp.finfo(dtype).max))
+  old = _numbers(parts["scale"])
+  new = _scales_for(value, old, blocks, _largest(dtype))
   trials = [(scale, _codes(value, scale, blocks, dtype)) for scale in (old, new)]
   errors = [_block_errors(value, codes, scale, blocks) for scale, codes in trials]
   keep = (errors[0] <= errors[1]).reshape(old.shape)
   scale = np.where(keep, old.astype(np.float32), new.astype(np.float32)).astype(old.dtype)
-  return {"codes": _codes(value, scale, blocks, dtype), "scale": scale}
+  return {"codes": _codes(value, scale, blocks, dtype), "scale": scale.view(parts["scale"].dtype)}
+
+
+def _largest(dtype: Any) -> float:
+  return float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
 
 
 def _codes(value: np.ndarray, scale: np.ndarray, blocks: Sequence[int], dtype: Any) -> np.ndarray:
-  largest = float(jnp.finfo(dtype).max)
+  largest = _largest(dtype)
   spread = _spread(scale, value.shape, blocks)
   exact = np.divide(value, spread, out=np.zeros_like(value, np.float32), where=spread != 0)
-  return np.clip(exact, -largest, largest).astype(dtype)
+  exact = np.rint(exact) if jnp.issubdtype(dtype, jnp.integer) else exact
+  lowest = -largest - 1 if jnp.issubdtype(dtype, jnp.integer) else -largest
+  return np.clip(exact, lowest, largest).astype(dtype)
 
 
 def _block_errors(value: np.ndarray, codes: np.ndarray, scale: np.ndarray, blocks: Sequence[int]) -> np.ndarray:
@@ -137,4 +174,6 @@ def _scales_for(value: np.ndarray, old: np.ndarray, blocks: Sequence[int], large
   return np.where(scale > 0, scale, wide).astype(old.dtype)
 
 
-FLOAT8 = Format("FP8", _find, _dequantise, _requantise)
+FLOAT8 = Format("FP8", _find_float, _dequantise, _requantise)
+INT8 = Format("INT8", _find_int, _dequantise, _requantise)
+INT8_ZEROS = Format("INT8 with zero points", lambda *_: [], _dequantise)
