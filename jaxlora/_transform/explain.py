@@ -10,6 +10,7 @@ import jax
 
 from jaxlora._base.text import table
 from jaxlora._platform.policy import choose_policy
+from jaxlora._transform.held import opened
 from jaxlora._transform.record import Record, Use
 from jaxlora._transform.wrap import argument_leaves, call
 from jaxlora._weight.weight import LoraWeight
@@ -72,8 +73,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   """Says which path each adapted weight takes through `fn`, and why, without running it.
 
   Args:
-    fn: the function that `wrap` would wrap, unwrapped; or what `route` returned: the report then says how the rows of
-      the mixed batch are computed.
+    fn: the function or module that `wrap` would wrap, unwrapped; or what `route` returned: the report then says how
+      the rows of the mixed batch are computed.
     *args, **kwargs: what it would be called with; arrays may be `jax.ShapeDtypeStruct`s.
 
   Returns:
@@ -82,6 +83,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   Raises:
     ValueError: if no argument holds an adapted weight.
   """
+  fn, held = opened(fn)
+  args = (*held, *args)
   routed = _OBSERVED.get(fn) if isinstance(fn, types.FunctionType) else None
   nodes, treedef = argument_leaves(args, kwargs)
   if routed is not None:

@@ -1,7 +1,6 @@
 """`wrap`: any function, unmodified, on trees that hold adapted weights."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
@@ -9,9 +8,11 @@ import numpy as np
 
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.paths import flatten
+from jaxlora._base.text import short
 from jaxlora._platform.policy import check_tuning, choose_policy
 from jaxlora._transform.control import named
 from jaxlora._transform.factored import TracedWeight, factored, weights_in
+from jaxlora._transform.held import described, opened
 from jaxlora._transform.interpreter import interpret
 from jaxlora._transform.record import ON_MATERIALIZE, Record
 from jaxlora._transform.transform import Transform
@@ -38,7 +39,10 @@ def wrap(
   call traces `fn` anew: put it under `jit`.
 
   Args:
-    fn: a pure function of pytrees, such as `model.apply`. Any argument may hold `LoraWeight`s.
+    fn: a pure function of pytrees, such as `model.apply`. Any argument may hold `LoraWeight`s. Or an adapted module of
+      Equinox or NNX, or a method of one: `wrap(model)(x)` is `wrap(lambda model, x: model(x))(model, x)`, and the
+      weights are found in it. Under `jax.jit` pass the module as an argument, as in the second form: what a jitted
+      function closes over is a constant of it.
     dropout_key: a random key, typed or raw uint32, for the dropout of adapters that have one; `None` means evaluation,
       without dropout. Pass a new key every step: `wrap(fn, dropout_key=key)` is cheap. Every use of a weight has a mask
       of its own, a gradient that `fn` takes inside itself included: differentiate the wrapped function, from outside.
@@ -60,7 +64,7 @@ def wrap(
   Raises:
     ValueError: on another `on_materialize`, `tuning` or `platform`; when called, on factors that do not fit their base,
       naming the leaf; `MaterializeError` where materialising is forbidden.
-    TypeError: if `dropout_key` is no random key.
+    TypeError: if `fn` cannot be called, or `dropout_key` is no random key.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -68,7 +72,16 @@ def wrap(
     >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
     >>> jaxlora.wrap(lambda p, x: x @ p["kernel"])(tree, jnp.ones((2, 4))).shape
     (2, 3)
+
+    A module, and a batch of inputs to it:
+
+    >>> from flax import nnx
+    >>> model = jaxlora.adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> jaxlora.wrap(model)(jnp.ones((2, 4))).shape
+    (2, 3)
   """
+  if not callable(fn):
+    raise TypeError(f"wrap: fn is {short(fn)}, expected a function of trees, such as model.apply, or a module to call.")
   if on_materialize not in ON_MATERIALIZE:
     raise ValueError(
       f"wrap: on_materialize is {on_materialize!r}, expected one of {', '.join(map(repr, ON_MATERIALIZE))}."
@@ -78,10 +91,13 @@ def wrap(
     dropout_key = typed_key(dropout_key, "wrap: dropout_key")
   seen: set[tuple[str, str, str]] = set()
 
-  @functools.wraps(fn)
+  function, held = opened(fn)
+
+  @described(fn)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
+    args = (*held, *args)
     policy = choose_policy(tuning, platform, recompute, jax.tree.leaves((args, kwargs)))
-    return call(fn, Record(on_materialize, seen, policy), dropout_key, args, kwargs)
+    return call(function, Record(on_materialize, seen, policy), dropout_key, args, kwargs)
 
   return wrapped
 

@@ -41,10 +41,13 @@ class _Node(metaclass=KnownToFlax):
   def __array__(self, *_: Any, **__: Any) -> NoReturn:  # NumPy would make an array of one object
     self.__jax_array__()
 
+  def __getitem__(self, _: Any) -> NoReturn:  # as a Variable of flax.nnx does
+    self.__jax_array__()
+
   def __jax_array__(self) -> NoReturn:
     raise TypeError(
-      f"a {type(self).__name__} was used as an array. Call the function through jaxlora.wrap(fn), or turn the tree"
-      " into plain parameters first with jaxlora.merge(tree)."
+      f"a {type(self).__name__} was used as an array. Call the function through jaxlora.wrap(fn), the tree an argument"
+      " of fn or fn itself, not closed over; or turn the tree into plain parameters first with jaxlora.merge(tree)."
     )
 
 
