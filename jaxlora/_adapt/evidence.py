@@ -40,6 +40,7 @@ class Evidence:
     feeds: whether a product of it reaches a product of another parameter.
     final: whether some result of the probe was last multiplied by this parameter alone.
     used: names of the primitives that took it otherwise.
+    single: its axes of size 1, which a reshape drops and adds.
   """
 
   ndim: int
@@ -50,6 +51,7 @@ class Evidence:
   feeds: bool = False
   final: bool = False
   used: list[str] = dataclasses.field(default_factory=list)
+  single: frozenset[int] = NONE
 
   @property
   def is_kernel(self) -> bool:

@@ -73,8 +73,9 @@ class Observer:
     if 0 not in shape:
       for left, right in reshape_groups([shape[d] for d in order], new):
         labels = frozenset().union(*(value.axes[order[d]] for d in left))
+        alone = frozenset().union(*(value.axes[order[d]] for d in left if shape[order[d]] == 1))
         for d in right:
-          axes[d] = labels
+          axes[d] = labels if new[d] != 1 else alone  # a new axis of size 1 runs over nothing
     return [dataclasses.replace(value, axes=tuple(axes))]
 
   def squeeze(self, eqn: Any, values: list[Seen]) -> list[Seen]:
@@ -199,7 +200,10 @@ class Observer:
     if self.evidence[weight.leaf].contracted is None:
       self.evidence[weight.leaf].convolved = True
     contracted = {label for d, labels in enumerate(weight.axes) if d != out_axis for label in labels}
+    evidence = self.evidence[weight.leaf]
+    before = set(evidence.stacked)
     last = self.product(weight, contracted, set(), data.last)
+    evidence.stacked -= evidence.single - before  # a kernel for each channel, (h, w, channels, 1), loses its last axis
     return [unknown(eqn.outvars[0].aval, last)]
 
   def gather(self, eqn: Any, values: list[Seen]) -> list[Seen]:

@@ -43,7 +43,8 @@ def study(probe: Callable[[Any], Any], params: Any) -> list[Evidence]:
     if type(error) is not TypeError:  # JAX's own, which say what is wrong with the program
       raise
     raise TypeError(f"adapt: probe raised TypeError on the parameters: {error}; {_EXPECTED}") from error
-  observer = Observer([Evidence(ndim=np.ndim(leaf)) for leaf in leaves])
+  single = [frozenset(d for d, size in enumerate(np.shape(leaf)) if size == 1) for leaf in leaves]
+  observer = Observer([Evidence(ndim=np.ndim(leaf), single=axes) for leaf, axes in zip(leaves, single, strict=True)])
   inputs = [
     Seen(leaf, tuple(frozenset({(leaf, d)}) for d in range(np.ndim(array))), NONE) for leaf, array in arrays.items()
   ]

@@ -13,7 +13,8 @@ from tests.helpers import profiles
 
 CROSS = profiles.product(helpers.WRAPPERS, helpers.legal)
 # The gradient of a grouped convolution inside the function reshapes groups out of one axis into another.
-MATERIALISES = {(build, "grad") for build in ("conv_grouped", "conv_depthwise", "vmapped_convs")}
+GROUPED = ("conv_grouped", "conv_depthwise", "conv_for_each_channel", "conv_for_each_channel_twice", "vmapped_convs")
+MATERIALISES = {(build, "grad") for build in GROUPED}
 
 
 @pytest.mark.parametrize(("build", "wrap"), CROSS)

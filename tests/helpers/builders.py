@@ -314,6 +314,27 @@ def conv_depthwise(dtype):
   return conv_case(dtype, (3, 1, 4), (2, 7, 4), ("NHC", "HIO", "NHC"), feature_group_count=4)
 
 
+def depthwise(dtype, channels, multiplier):
+  """As Keras keeps kernels for each channel, (width, channels, multiplier)."""
+
+  def fn(p, x):
+    kernel = p["w"].reshape(3, 1, channels * multiplier)
+    dims = {"dimension_numbers": ("NHC", "HIO", "NHC"), "feature_group_count": channels}
+    return lax.conv_general_dilated(x, kernel, (1,), "SAME", **dims)
+
+  return plain(fn, (3, channels, multiplier), (2, 7, channels), "ioo", dtype)
+
+
+@builder("convolutions")
+def conv_for_each_channel(dtype):
+  return depthwise(dtype, 4, 1)
+
+
+@builder("convolutions")
+def conv_for_each_channel_twice(dtype):
+  return depthwise(dtype, 3, 2)
+
+
 @builder("convolutions")
 def conv_transpose(dtype):
   roles = {"kernel": "iio"}
