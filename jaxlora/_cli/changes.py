@@ -95,7 +95,10 @@ def _merged_module(
   """
   base = adapter.bases.get(name)
   if base is not None and not same_but_for_rounding(base, value):
-    raise BadFile(f"{name}: the adapter holds the weight that it was trained on, and the base's is another.")
+    raise BadFile(
+      f"{name}: the adapter holds the weight that it was trained on, and the base's is another. Pass the model that the"
+      " adapter was trained on as BASE."
+    )
   whole = adapter.whole.get(name)
   if whole is not None and not adapter.is_asked(name) and same_but_for_rounding(whole, value):
     return value.astype(dtype)  # a copy of the base, which PEFT writes of its own accord

@@ -14,7 +14,7 @@ from jaxlora.peft._folder import save
 from jaxlora.peft._from_modules import from_modules
 from jaxlora.peft._read import read
 from jaxlora.peft._records import Adapter
-from jaxlora.peft._tied import uses_of
+from jaxlora.peft._tied import HEADLESS, uses_of
 
 _METADATA = ("base_model_name_or_path", "task_type")  # what a checkpoint's metadata keeps of adapter_config.json
 
@@ -68,6 +68,12 @@ def _flax_shapes(adapter: Adapter, source: str) -> tuple[dict[str, jax.ShapeDtyp
     )
   params, axes = {}, {}
   uses = uses_of(adapter)
+  headless = adapter.config.get("task_type") in HEADLESS
+  if uses is not None and uses.head is None and not uses.alike and not headless:
+    raise BadFile(
+      f"{source}: adapts the look-ups of {uses.embedding} alone; only the base tells whether the model's head is a"
+      " weight of its own. Pass --base FILE."
+    )
   for name, module in adapter.modules.items():
     if uses is not None and uses.alike and name == uses.head:
       continue  # the embedding's own weight

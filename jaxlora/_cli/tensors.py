@@ -46,7 +46,7 @@ class TensorFiles:
     tensors: by name, in the order of the files.
     files: the files; with `index`, those that it names.
     index: the index file, where there is one.
-    folder: the folder of the model, where it was given as one.
+    folder: the folder of the model, where it was given as one, or by an index in it.
     form: `"safetensors"`, `"msgpack"` or `"orbax"`.
   """
 
@@ -96,7 +96,7 @@ def open_files(path: str | os.PathLike[str]) -> TensorFiles:
   tensors = _tensors_of_files(files)
   if lost := sorted(set(indexed) - set(tensors)):
     raise TensorFileError(f"{index}: names {lost[0]!r}, which none of its files holds ({len(lost)} such).")
-  return TensorFiles(tensors, files, index, folder)
+  return TensorFiles(tensors, files, index, folder if index is None else index.parent)
 
 
 def _files_of_folder(folder: Path) -> Path | tuple[Path, ...]:

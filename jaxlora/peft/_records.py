@@ -230,7 +230,8 @@ class Adapter:
     if name in self.packed:
       return self._merged_experts(name, tensor, inputs_first)
     if name in self.tokens:
-      return self.tokens[name].put_into(name, tensor)
+      rows = self.tokens[name]
+      return rows.put_into(name, tensor.astype(wider_dtype(tensor.dtype, rows.rows.dtype)))
     module = self.modules.get(name.removesuffix(".weight"))
     if module is None or not name.endswith(".weight"):
       return tensor

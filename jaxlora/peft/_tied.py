@@ -40,13 +40,19 @@ class Uses:
 def uses_of(adapter: Adapter) -> Uses | None:
   """What an adapter makes of a token embedding and of the head; `None` where it changes neither."""
   saved = [name.removesuffix(".weight") for name in adapter.whole if name.endswith(".weight")]
-  changed = {*adapter.modules, *(name for name in saved if _is_asked(name, adapter.config))}
-  held = [*adapter.modules, *saved]
+  rows = {name.removesuffix(".weight"): rows for name, rows in adapter.tokens.items()}
+  changed = {*adapter.modules, *rows, *(name for name in saved if _is_asked(name, adapter.config))}
+  held = [*adapter.modules, *saved, *rows]
   embedding, head = (next((name for name in held if check(name)), None) for check in (is_embedding, is_head))
   if changed.isdisjoint((embedding, head)):
     return None
   if embedding is None or head is None:
-    return Uses(embedding, head, alike=head is None and bool(adapter.config.get("ensure_weight_tying")))
+    # PEFT ties rows of tokens to the head of a tied model without being asked.
+    said = bool(adapter.config.get("ensure_weight_tying")) or (embedding in rows and embedding not in adapter.modules)
+    return Uses(embedding, head, alike=head is None and said)
+  if embedding in rows and head in rows:
+    first, second = rows[embedding], rows[head]
+    return Uses(embedding, head, first.indices == second.indices and np.array_equal(first.rows, second.rows))
   modules = [adapter.modules.get(name) for name in (embedding, head)]
   values = [adapter.whole.get(f"{name}.weight") for name in (embedding, head)]
   if modules[0] is not None and modules[1] is not None:
@@ -87,11 +93,11 @@ def _is_transposed(head: Module, embedding: Module) -> bool:
 def without_head(adapter: Adapter, head: str) -> Adapter:
   """The adapter without what it makes of a head that is the embedding's own weight."""
   modules = {name: module for name, module in adapter.modules.items() if name != head}
-  whole, bases = (
-    {name: tensor for name, tensor in tensors.items() if name != f"{head}.weight"}
-    for tensors in (adapter.whole, adapter.bases)
-  )
-  return dataclasses.replace(adapter, modules=modules, whole=whole, bases=bases)
+  parts: dict[str, Any] = {
+    field: {name: value for name, value in getattr(adapter, field).items() if name != f"{head}.weight"}
+    for field in ("whole", "bases", "tokens")
+  }
+  return dataclasses.replace(adapter, modules=modules, **parts)
 
 
 def tied_head(module: Module, name: str) -> Module:

@@ -17,7 +17,7 @@ from jaxlora.peft._layout import factors_to_torch, magnitude_to_torch, torch_kin
 from jaxlora.peft._model import TorchModel
 from jaxlora.peft._names import Names, check_names
 from jaxlora.peft._packed import packed_problems
-from jaxlora.peft._records import Adapter, Module, fail, raise_problems
+from jaxlora.peft._records import Adapter, Module, PeftError, fail, raise_problems
 from jaxlora.peft._roles import Axes, KnownRoles, known_roles, roles_of_layer, shape_of_leaf
 from jaxlora.peft._serve_checks import HEADS
 from jaxlora.peft._state import not_finite, state_of
@@ -90,7 +90,7 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   problems += packed_problems(packed, by_name, whole)
   raise_problems(subject, problems)
   dropouts = [leaf.dropout for leaf in leaves.values() if isinstance(leaf, LoraWeight)]
-  tied = None if task_type in HEADLESS else _tied_table(model)
+  tied = None if task_type in HEADLESS else _tied_table(model, subject)
   if tied is not None:
     _add_tied_head(by_name, whole, tied)
   config = config_of(
@@ -109,10 +109,13 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   return adapter
 
 
-def _tied_table(model: TorchModel) -> str | None:
+def _tied_table(model: TorchModel, subject: str) -> str | None:
   """The torch module of an adapted embedding that is the head, too: of a tree without another head.
 
   DoRA's gain over the features of a look-up is none over the outputs of a head: such an embedding is left alone.
+
+  Raises:
+    PeftError: for the trainable half of a tree, which does not show whether the frozen half has a head.
   """
   shapes = {path: shape_of_leaf(leaf) for path, leaf in model.leaves.items()}
   for path, target in model.targets.items():
@@ -120,8 +123,14 @@ def _tied_table(model: TorchModel) -> str | None:
     if not is_adapted(leaf) or target.parameter != "weight" or not is_embedding(target.module):
       continue
     gain = isinstance(leaf, LoraWeight) and leaf.kind.gain is not None
-    if not gain and not target.stacked and own_head(shapes, path) is None:
-      return target.module
+    if gain or target.stacked or own_head(shapes, path) is not None:
+      continue
+    if leaf.base is None:
+      raise PeftError(
+        f"{subject}: {path}: is adapted, and this half of a tree does not show whether it is the head, too. Save the"
+        " whole tree: jaxlora.join(frozen, trainable)."
+      )
+    return target.module
   return None
 
 

@@ -8,8 +8,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlora
 from jaxlora import checkpoint, peft
+from tests.cli.files import flat
 from tests.helpers import adapted
-from tests.peft.test_tied import ALIKE, DIFFERENT, TABLE, TIED, WHOLE, A, B, write
+from tests.peft.test_tied import ALIKE, DIFFERENT, OWN, ROWS, TABLE, TIED, TOKENS, WHOLE, A, B, write
 
 TABLE_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 LM = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
@@ -140,8 +141,6 @@ def test_the_head_of_an_index_of_several_files_goes_beside_its_embedding(run, tm
 
 
 def test_a_tied_flax_base_takes_what_both_uses_share(run, tmp_path):
-  from tests.cli.files import flat
-
   save_file(flat(TIED), tmp_path / "flax.safetensors")
   tensors, about = ALIKE["factors"]
   write(tmp_path / "p", tensors, **about)
@@ -162,3 +161,30 @@ def test_merged_models_with_adapters_of_peft_saved_here(run, tmp_path, base):
   run("merge", base(LM), tmp_path / "p", tmp_path / "out")
   got = load_file(tmp_path / "out" / "model.safetensors")
   np.testing.assert_allclose(got[TABLE_NAME], jaxlora.merge(tree)["model"]["embed_tokens"]["embedding"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", [None, TABLE], ids=["one tensor", "two tensors"])
+def test_rows_of_tokens_change_both_uses(run, tmp_path, base, head):
+  write(tmp_path / "p", ROWS, **TOKENS)
+  run("merge", base(LM, head=head), tmp_path / "p", tmp_path / "out")
+  got = load_file(tmp_path / "out" / "model.safetensors")
+  for name in {TABLE_NAME} if head is None else {TABLE_NAME, HEAD_NAME}:
+    np.testing.assert_array_equal(got[name][[1, 3]], next(iter(ROWS.values())))
+    np.testing.assert_array_equal(got[name][[0, 2]], TABLE[np.array([0, 2])])
+
+
+def test_convert_without_a_base_takes_no_look_ups_alone(run, tmp_path):
+  tensors, about = DIFFERENT["look-ups adapted"]
+  write(tmp_path / "p", tensors, **about)
+  assert "Pass --base FILE" in run("convert", tmp_path / "p", tmp_path / "c", code=1)["error"]
+  save_file(flat(OWN), tmp_path / "flax.safetensors")
+  run("convert", tmp_path / "p", tmp_path / "c", "--base", tmp_path / "flax.safetensors")  # the remedy
+  assert set(checkpoint.contents(tmp_path / "c").leaves) == {
+    "model/embed_tokens/embedding", "model/layers_0/q_proj/kernel"
+  }  # fmt: skip
+  tensors, about = ALIKE["factors"]
+  write(tmp_path / "q", tensors, **about)
+  run("convert", tmp_path / "q", tmp_path / "d")
+  assert set(checkpoint.contents(tmp_path / "d").leaves) == {
+    "model/embed_tokens/embedding", "model/layers/0/q_proj/kernel"
+  }  # fmt: skip

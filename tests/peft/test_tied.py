@@ -157,3 +157,26 @@ def test_a_name_does_not_make_the_head_of_an_embedding(tmp_path):
   names = {"model/embed_tokens/embedding": "lm_head.weight"}
   with pytest.raises(peft.PeftError, match="Give the tree a head of its own"):
     peft.load(tmp_path / "p", TIED, names=names)
+
+
+def test_a_half_that_does_not_show_the_head_is_refused_and_the_whole_tree_is_saved(tmp_path):
+  tree = adapted(OWN, targets=["embed_tokens", "q_proj"])
+  frozen, trainable = jaxlora.split(tree)
+  with pytest.raises(peft.PeftError, match=r"Save the whole tree: jaxlora.join\(frozen, trainable\)"):
+    peft.save(tmp_path / "p", trainable)
+  peft.save(tmp_path / "p", jaxlora.join(frozen, trainable))  # the remedy
+  assert not any("lm_head" in name for name in load_file(tmp_path / "p" / "adapter_model.safetensors"))
+  peft.save(tmp_path / "q", trainable, task_type="FEATURE_EXTRACTION")
+  _, trainable = jaxlora.split(adapted(OWN, targets=["embed_tokens", "lm_head"]))
+  peft.save(tmp_path / "r", trainable)  # the head is in this half
+
+
+ROWS = {"model.embed_tokens.token_adapter.trainable_tokens_delta": random(6, 2, 6)}
+TOKENS = {"trainable_token_indices": {"embed_tokens": [1, 3]}}
+
+
+@pytest.mark.parametrize("probe", [None, tied])
+def test_rows_of_tokens_belong_to_both_uses_as_in_peft(tmp_path, probe):
+  write(tmp_path / "p", ROWS, **TOKENS)
+  table = jaxlora.merge(peft.load(tmp_path / "p", TIED, probe=probe))["model"]["embed_tokens"]["embedding"]
+  np.testing.assert_array_equal(table[np.array([1, 3])], next(iter(ROWS.values())))
