@@ -76,6 +76,30 @@ def ranks_above(limit: int) -> Callable[[Folder], list[str]]:
   return lambda folder: [f"{name}: rank {m.rank}" for name, m in folder.modules.items() if m.rank > limit]
 
 
+def tied_head(folder: Folder) -> list[str]:
+  """The adapted embedding and head of a tied model."""
+  if not folder.config.get("ensure_weight_tying"):
+    return []
+  return [name for name, module in folder.modules.items() if module.kind == "embedding" or _is_head(name)]
+
+
+def head_that_may_be_tied(folder: Folder) -> list[str]:
+  return [] if tied_head(folder) else [name for name in folder.modules if _is_head(name)]
+
+
+def _is_head(name: str) -> bool:
+  return name.rpartition(".")[2] == "lm_head"
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
+
+
+def ranks_above_vllms_default(folder: Folder) -> list[str]:
+  rank = max((module.rank for module in folder.modules.values()), default=0)
+  limit = next((limit for limit in VLLM_RANKS if limit >= rank), None)
+  return [f"rank {rank}, so that --max-lora-rank {limit} is needed"] if limit and rank > 16 else []
+
+
 def whole(folder: Folder) -> list[str]:
   saved = folder.config.get("modules_to_save") or []
   return sorted({**folder.adapter.whole, **folder.adapter.tokens}) or [f"modules_to_save: {name}" for name in saved]

@@ -46,7 +46,7 @@ def findings(
   """The rules that an adapter with tensors of these keys breaks; `known` are the names of all modules of its model."""
   folder = Folder(adapter, tuple(keys), known)
   return [
-    Finding(reader, rule, tuple(found))
+    Finding(reader, rule, tuple(sorted(found)))
     for reader in readers
     for rule in RULES
     if reader in rule.readers and (found := rule.broken(folder))

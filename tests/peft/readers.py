@@ -90,6 +90,8 @@ def sglang(folder):
 def llama_cpp(folder):
   """convert_lora_to_gguf.py (its keys, its one alpha) and get_scale of llama-adapter.h (the rank of each tensor)."""
   config, tensors = opened(folder)
+  if config.get("ensure_weight_tying") and any("lm_head" in key for key in tensors):
+    raise Refused("lm_head is present in the adapter, and no tensor of the base")
   alpha, halves = float(config["lora_alpha"]), {}
   for key, tensor in tensors.items():
     name = key.replace("base_model.model.", "")

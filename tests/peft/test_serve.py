@@ -65,6 +65,8 @@ TREES = {
   "norm whole": {"train": ["model/norm"]},
   "a layer's norm whole": {"train": [".*input_layernorm.*"]},
   "one layer": {"targets": ".*/1/.*_proj/kernel"},
+  "tied": {"targets": [*LINEAR, "embed_tokens"]},
+  "tied, another scale": {"targets": [*LINEAR, "embed_tokens"], "overrides": {".*embed.*": {"alpha": 3.0}}},
   "queries": {"targets": ["q_proj"]},
   "keys": {"targets": ["k_proj"]},
   "queries and values": {"targets": ["q_proj", "v_proj"]},
@@ -77,7 +79,11 @@ def tree_of(case):
   fields = {"rank": 4, "alpha": 8, "targets": list(LINEAR), **TREES[case]}
   if "train" in fields and fields["train"][0].startswith(".*"):
     fields["train"] = fields["train"][0]
-  return helpers.adapted(BASE, **fields)
+  return helpers.adapted(base_of(case), **fields)
+
+
+def base_of(case):
+  return {"model": BASE["model"]} if case.startswith("tied") else BASE
 
 
 def is_right(reader, folder, tree):
@@ -100,7 +106,8 @@ def is_right(reader, folder, tree):
 def test_a_rule_is_broken_exactly_where_the_reader_is_wrong(case, reader, tmp_path):
   tree = tree_of(case)
   peft.save(tmp_path, tree, base_model_name_or_path="org/base")
-  assert (not peft.check(tmp_path, reader)) == is_right(reader, tmp_path, tree)
+  broken = [finding for finding in peft.check(tmp_path, reader) if not finding.rule.note]
+  assert (not broken) == is_right(reader, tmp_path, tree)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -118,9 +125,9 @@ def test_what_is_saved_for_a_reader_is_right_or_refused(case, reader, tmp_path):
     assert not is_right(reader, tmp_path, tree)
   else:
     assert is_right(reader, tmp_path, tree)
-    assert not peft.check(tmp_path, reader)
+    assert not [finding for finding in peft.check(tmp_path, reader) if not finding.rule.note]
     assert not peft.check(tmp_path, "peft")
-    merged = jaxlora.merge(peft.load(tmp_path, BASE))
+    merged = jaxlora.merge(peft.load(tmp_path, base_of(case)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), merged, jaxlora.merge(tree))
 
 
@@ -150,6 +157,18 @@ def test_one_rank_and_one_scale_are_those_of_pad(case, tmp_path):
   if case == "bfloat16":
     kinds = {name.split(".")[-1]: str(module.b.dtype) for name, module in found.modules.items()}
     assert (kinds["q_proj"], kinds["v_proj"], kinds["o_proj"]) == ("float32", "bfloat16", "bfloat16")
+
+
+def test_notes(tmp_path):
+  """What may be met outside of the folder is told, and refuses nothing."""
+  base = {"layers_0": {"up": {"kernel": normal(24, 24)}}, "lm_head": {"kernel": normal(24, 30)}}
+  tree = helpers.adapted(base, rank=20, targets=".*kernel")
+  peft.save(tmp_path, tree, serve=["vllm", "sglang", "llama.cpp"])
+  said = {(finding.reader, finding.rule.name): str(finding) for finding in peft.check(tmp_path)}
+  assert set(said) == {("vllm", "max-lora-rank"), ("llama.cpp", "head-of-its-own"), ("llama.cpp", "base")}
+  assert "found rank 20, so that --max-lora-rank 32 is needed" in said["vllm", "max-lora-rank"]
+  peft.save(tmp_path, tree, base_model_name_or_path="org/model")  # the remedy of the last
+  assert "base" not in [finding.rule.name for finding in peft.check(tmp_path)]
 
 
 def test_an_adapter_that_is_off_is_off_for_llama_cpp(tmp_path):

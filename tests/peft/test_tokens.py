@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxlora
-from jaxlora import peft
+from jaxlora import _cli, peft
 from jaxlora.peft._read import read
 from jaxlora.peft._write import write
 from tests.peft.folders import PREFIX, adapted, assert_equal, edit, normal, tensors_of
@@ -169,3 +170,21 @@ def test_another_models_adapter_is_not_taken_for_a_larger_vocabulary(tmp_path):
   with pytest.raises(peft.PeftError) as caught:
     peft.load(tmp_path, model(11, 8))
   assert "resized" not in str(caught.value)
+
+
+def test_the_command_line_of_rows(tokens, capsys):
+  folder, base, rows = tokens
+  table = np.asarray(base["model"]["embed_tokens"]["embedding"])
+  others = {"model.up.weight": np.asarray(base["model"]["up"]["kernel"]).T.copy()}
+  save_file({"model.embed_tokens.weight": table, **others}, folder / "base.safetensors")
+  assert _cli.main(["merge", *(str(folder / name) for name in ("base.safetensors", ".", "out.safetensors"))]) == 0
+  expected = np.array(table)
+  expected[[9, 2]] = rows
+  np.testing.assert_array_equal(load_file(folder / "out.safetensors")["model.embed_tokens.weight"], expected)
+  save_file({"model.embed_tokens.weight": table[:5], **others}, folder / "base.safetensors")
+  assert _cli.main(["merge", *(str(folder / name) for name in ("base.safetensors", ".", "out2.safetensors"))]) == 1
+  assert "5 tokens, and the adapter has rows for token 9. Tokens were added: resize the base" in capsys.readouterr().err
+  assert _cli.main(["inspect", str(folder)]) == 0
+  assert re.search(r"model.embed_tokens.weight +2 x 8 +tokens", capsys.readouterr().out)
+  assert _cli.main(["convert", str(folder), str(folder / "checkpoint")]) == 1
+  assert "model.embed_tokens.weight), whose layout in Flax only the base tells" in capsys.readouterr().err
