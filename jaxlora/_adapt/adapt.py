@@ -27,7 +27,9 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   An init that gives both factors keeps it to rounding: the weight is then `W + scale (A B - A0 B0)`.
 
   Every leaf has a random key of its own, made from its path: other targets change nothing in it. The roles of a
-  weight's axes come from `config.axes`, then from the probe, and are `"io"` for a matrix that neither tells of.
+  weight's axes come from `config.axes`, then from the probe, then from what the tree tells: the types of Equinox's
+  modules, biases, names (`kernel` is (in, out), `weight` is taken for (out, in), `w` for (in, out)), other matrices.
+  A matrix of which nothing tells is taken for (in, out). What is not certain is checked by `wrap` at the first trace.
 
   Args:
     params: any pytree of arrays: a Flax parameter dict, `flax.nnx` state, lists, dataclasses. Leaves may be
@@ -62,7 +64,7 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   def one(path: str, leaf: Any) -> Any:
     if path in plan.adapted:
       make = _abstract if is_abstract(leaf) else _factored
-      return make(leaf, *plan.adapted[path], key, drawn)
+      return make(leaf, *plan.adapted[path], path not in plan.unsure, key, drawn)
     if path in plan.whole:
       return FullWeight(base=leaf, value=leaf if is_abstract(leaf) else jnp.array(leaf, copy=True))
     return leaf
@@ -70,7 +72,7 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   return jax.tree_util.tree_unflatten(plan.treedef, [one(*pair) for pair in plan.leaves.items()])
 
 
-def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
+def _factored(base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
   """The weight with factors as its plan says. A is drawn only where no initialiser makes both factors."""
   start = Start(
     base=base,
@@ -95,12 +97,13 @@ def _factored(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
     scaling=plan.scaling,
     dropout=plan.dropout,
     variant=plan.variant,
+    sure=sure,
     **held,
   )
   return weight if both is None else start_subtracted(weight, both.cancels)
 
 
-def _abstract(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
+def _abstract(base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
   """The weight of a base that is only a shape and a dtype, as before the weights are loaded.
 
   Factors that need nothing more are made. Where some part is made of the weight's values, every part is a shape and a
@@ -108,11 +111,11 @@ def _abstract(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict
   """
   if from_weight(plan.init) is None:
     try:
-      return _factored(base, roles, plan, key, drawn)
+      return _factored(base, roles, plan, sure, key, drawn)
     except (TypeError, AttributeError):  # what a shape gives where an array is computed with
       pass
   try:
-    return jax.eval_shape(lambda base: _factored(base, roles, plan, key, {}), base)
+    return jax.eval_shape(lambda base: _factored(base, roles, plan, sure, key, {}), base)
   except jax.errors.JAXTypeError as error:
     raise ValueError(
       f"{plan.path}: found a shape and a dtype, expected an array: the variant {plan.variant!r} or its init looks at"

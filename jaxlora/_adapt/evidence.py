@@ -63,6 +63,11 @@ class Evidence:
     """Whether every way to some result ends with this matrix, and nothing is multiplied after it."""
     return self.is_kernel and self.final and not self.feeds and not self.convolved
 
+  @property
+  def is_something_else(self) -> bool:
+    """Whether the trace uses it, and not as a matrix: it is scanned, or taken by what is no product."""
+    return bool(self.stacked or (self.used and self.contracted is None))
+
   def roles(self) -> str | None:
     """The role string; `None` where the trace does not tell."""
     if self.looked_up is not None:

@@ -73,12 +73,19 @@ def _keyed_by_strings(value: Any, field: str) -> Mapping[str, Any]:
   return value
 
 
-def checked_roles(value: Any, field: str) -> str:
+def checked_letters(value: Any, field: str) -> str:
+  """Roles of any axes, such as `"os"` for a vector of each layer of a stack."""
   if not isinstance(value, str) or not value or set(value) - set(ROLES):
     raise ValueError(
       f"LoraConfig.{field}: found {value!r}, expected one letter per axis out of 'i' (contracted),"
       " 'o' (free), 's' (stacked), such as 'io'."
     )
+  return value
+
+
+def checked_roles(value: Any, field: str) -> str:
+  """The roles of a weight that a low-rank update fits."""
+  checked_letters(value, field)
   if "i" not in value or "o" not in value:
     raise ValueError(
       f"LoraConfig.{field}: {value!r} needs at least one 'i' and one 'o' axis: a low-rank update"

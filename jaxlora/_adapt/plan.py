@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxlora._adapt.config import LeafPlan, LoraConfig, leaf_plan
 from jaxlora._adapt.initializers import INITIALIZERS, from_weight
+from jaxlora._adapt.layouts import Layouts
 from jaxlora._adapt.probe import study
-from jaxlora._adapt.targets import EvidenceByPath, select
+from jaxlora._adapt.targets import select
 from jaxlora._base.dtypes import holds_factors
 from jaxlora._base.paths import flatten
 from jaxlora._base.patterns import first_match
@@ -28,12 +29,14 @@ class Plan:
     treedef: their nesting.
     adapted: path -> roles and fields of those that get factors.
     whole: paths of those that train whole.
+    unsure: paths of adapted leaves whose roles no certain evidence tells.
   """
 
   leaves: dict[str, Any]
   treedef: Any
   adapted: dict[str, tuple[str, LeafPlan]]
   whole: set[str]
+  unsure: set[str]
 
 
 def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | None = None) -> Plan:
@@ -47,20 +50,22 @@ def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | Non
   for path, leaf in leaves.items():
     if is_adapted(leaf):
       raise ValueError(f"adapt: {path} is adapted already. Merge first (jaxlora.merge), or adapt the original tree.")
-  evidence = None
-  if probe is not None:
-    evidence = dict(zip(leaves, study(probe, params), strict=True))
-  targets, whole = select(config, leaves, evidence)
-  adapted = {}
+  given = {path: roles for path in leaves if (roles := first_match(config.axes, path)) is not None}
+  seen = None if probe is None else dict(zip(leaves, study(probe, params), strict=True))
+  layouts = Layouts.of_tree(params, leaves, given, seen)
+  targets, whole = select(config, leaves, layouts)
+  adapted, unsure = {}, set()
   for path, leaf in leaves.items():
     if path in targets:
-      adapted[path] = _roles(path, leaf, config, evidence), leaf_plan(config, path)
+      roles, sure = _roles(path, leaf, layouts)
+      adapted[path] = roles, leaf_plan(config, path)
+      unsure |= set() if sure else {path}
   for path, leaf in leaves.items():
     if path in adapted:
       _check_plan(path, leaf, *adapted[path])
     elif path in whole:
       _check_trainable(path, leaf)
-  return Plan(leaves, treedef, adapted, whole)
+  return Plan(leaves, treedef, adapted, whole, unsure)
 
 
 def _check_trainable(path: str, leaf: Any) -> None:
@@ -72,7 +77,8 @@ def _check_trainable(path: str, leaf: Any) -> None:
     )
 
 
-def _roles(path: str, leaf: Any, config: LoraConfig, evidence: EvidenceByPath) -> str:
+def _roles(path: str, leaf: Any, layouts: Layouts) -> tuple[str, bool]:
+  """The roles of a leaf, and whether they are certain."""
   _check_trainable(path, leaf)
   shape = tuple(leaf.shape)
   if len(shape) < 2:
@@ -82,20 +88,17 @@ def _roles(path: str, leaf: Any, config: LoraConfig, evidence: EvidenceByPath) -
     )
   if 0 in shape:
     raise ValueError(f"{path}: shape {shape} holds nothing to adapt; exclude the leaf.")
-  given = first_match(config.axes, path)
-  if given is not None:
-    if len(given) != len(shape):
-      raise ValueError(
-        f"LoraConfig.axes: {given!r} has {len(given)} letters for {path}, whose shape {shape} has {len(shape)} axes;"
-        " expected one letter per axis."
-      )
-    return given
-  seen = evidence[path] if evidence is not None else None
-  found = seen.roles() if seen is not None else None
-  if found is not None:
-    return found
-  if len(shape) == 2 and (seen is None or not (seen.stacked or (seen.used and seen.contracted is None))):
-    return "io"
+  given = layouts.given.get(path, "")
+  if given and len(given) != len(shape):
+    raise ValueError(
+      f"LoraConfig.axes: {given!r} has {len(given)} letters for {path}, whose shape {shape} has {len(shape)} axes;"
+      " expected one letter per axis."
+    )
+  if (clue := layouts.clue(path, len(shape))) is not None:
+    return clue.roles, clue.sure
+  seen = None if layouts.seen is None else layouts.seen[path]
+  if len(shape) == 2 and (seen is None or not seen.is_something_else):
+    return "io", False
   remedy = f"Say them: LoraConfig(axes={{{re.escape(path)!r}: 'one of i, o, s per axis'}})"
   if seen is None:
     raise ValueError(

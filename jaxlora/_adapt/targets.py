@@ -1,4 +1,4 @@
-"""Which leaves a config picks: patterns, presets, and the evidence of a probe where there is one."""
+"""Which leaves a config picks: patterns, presets, and the evidence on the tree."""
 
 import re
 from typing import Any
@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora._adapt.config import LoraConfig
-from jaxlora._adapt.evidence import Evidence
 from jaxlora._adapt.fields import ALL_LINEAR, ATTENTION
+from jaxlora._adapt.layouts import Layouts
 from jaxlora._base.paths import components
 from jaxlora._base.patterns import Pattern, name_matches, no_match_error
 from jaxlora._base.text import listed
 
 LeavesByPath = dict[str, Any]
-
-EvidenceByPath = dict[str, Evidence] | None
 
 # Without a probe the presets go by names: components of paths, matched whole.
 _NOT_KERNELS = {"bias", "scale", "mean", "var", "gamma", "beta", "b"}
@@ -30,16 +28,16 @@ _PROJECTION = re.compile(r"(?:to_|w)?(?:query|key|value|out|q|k|v|o|kv|qkv)(?:_?
 _ATTENTION_MODULE = re.compile(r".*(?:attn|attention).*", re.IGNORECASE)
 
 
-def select(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath) -> tuple[set[str], set[str]]:
+def select(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts) -> tuple[set[str], set[str]]:
   """The paths to adapt and the paths to train whole.
 
   Raises:
     ValueError: if nothing is left to do, or if a pattern of the config picks nothing.
   """
-  whole = _pick(config.train, "train", leaves, evidence, kernels_only=False) if config.train is not None else set()
-  targets = _targets(config, leaves, evidence) - whole
+  whole = _pick(config.train, "train", leaves, layouts, kernels_only=False) if config.train is not None else set()
+  targets = _targets(config, leaves, layouts) - whole
   if config.exclude is not None:
-    targets -= _pick(config.exclude, "exclude", leaves, evidence, kernels_only=False)
+    targets -= _pick(config.exclude, "exclude", leaves, layouts, kernels_only=False)
   if not targets:
     raise ValueError(
       f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r} and"
@@ -62,12 +60,12 @@ def _left_out(pattern: str, leaves: LeavesByPath) -> str:
   return f" It matches {listed(others)}, which targets do not pick: widen targets, or drop this entry."
 
 
-def _targets(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath) -> set[str]:
+def _targets(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts) -> set[str]:
   if not (isinstance(config.targets, str) and config.targets in (ALL_LINEAR, ATTENTION)):
-    return _pick(config.targets, "targets", leaves, evidence, kernels_only=True)
-  kernels = {path for path, leaf in leaves.items() if _is_kernel(path, leaf, evidence)}
+    return _pick(config.targets, "targets", leaves, layouts, kernels_only=True)
+  kernels = {path for path, leaf in leaves.items() if _is_kernel(path, leaf, layouts)}
   preset = _all_linear if config.targets == ALL_LINEAR else _attention
-  picked = preset(kernels, evidence)
+  picked = preset(kernels, layouts)
   if not picked:
     raise ValueError(
       f"LoraConfig.targets: the preset {config.targets!r} finds nothing among {listed(list(leaves))}. Name the leaves"
@@ -76,17 +74,17 @@ def _targets(config: LoraConfig, leaves: LeavesByPath, evidence: EvidenceByPath)
   return picked
 
 
-def _all_linear(kernels: set[str], evidence: EvidenceByPath) -> set[str]:
+def _all_linear(kernels: set[str], layouts: Layouts) -> set[str]:
   """Every contracted kernel but the last classifier, which the probe finds, or without one its name."""
-  if evidence is None:
+  if layouts.seen is None:
     heads = {path for path in kernels if _HEADS & set(components(path))}
   else:
-    heads = {path for path in kernels if evidence[path].is_classifier}
+    heads = {path for path in kernels if layouts.seen[path].is_classifier}
   return kernels - heads or kernels
 
 
-def _attention(kernels: set[str], evidence: EvidenceByPath) -> set[str]:
-  del evidence
+def _attention(kernels: set[str], layouts: Layouts) -> set[str]:
+  del layouts
 
   parts = {path: components(path) for path in kernels}
   layers = {tuple(names[:k]) for names in parts.values() for k, name in enumerate(names) if _QUERY.fullmatch(name)}
@@ -100,21 +98,20 @@ def _attention(kernels: set[str], evidence: EvidenceByPath) -> set[str]:
   return {path for path in kernels if in_attention(path)}
 
 
-def _is_kernel(path: str, leaf: Any, evidence: EvidenceByPath) -> bool:
+def _is_kernel(path: str, leaf: Any, layouts: Layouts) -> bool:
   """Whether a leaf can be a kernel for the presets and for names of modules."""
   if np.ndim(leaf) < 2 or not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
     return False
-  if evidence is not None and (evidence[path].contracted is not None or evidence[path].looked_up is not None):
-    return evidence[path].is_kernel
+  seen = None if layouts.seen is None else layouts.seen[path]
+  if seen is not None and (seen.contracted is not None or seen.looked_up is not None):
+    return seen.is_kernel
   *modules, name = components(path)
-  if evidence is not None and evidence[path].used:
+  if layouts.is_no_kernel(path) or (seen is not None and seen.used):
     return False
   return name not in _NOT_KERNELS and not any("embed" in part.lower() for part in (*modules[-1:], name))
 
 
-def _pick(
-  pattern: Pattern, field: str, leaves: LeavesByPath, evidence: EvidenceByPath, *, kernels_only: bool
-) -> set[str]:
+def _pick(pattern: Pattern, field: str, leaves: LeavesByPath, layouts: Layouts, *, kernels_only: bool) -> set[str]:
   """The paths that a pattern picks; every pattern, and every name in a list, must pick at least one."""
   if callable(pattern):
     picked = {path for path, leaf in leaves.items() if pattern(path, leaf)}
@@ -127,7 +124,7 @@ def _pick(
   else:
     picked = set()
     for name in pattern:
-      found = {path for path in leaves if _named(name, path, leaves[path], evidence, kernels_only)}
+      found = {path for path in leaves if _named(name, path, leaves[path], layouts, kernels_only)}
       if not found:
         raise _no_kernel_error(field, name, leaves)
       picked |= found
@@ -147,14 +144,14 @@ def _no_kernel_error(field: str, name: str, leaves: LeavesByPath) -> ValueError:
   )
 
 
-def _named(name: str, path: str, leaf: Any, evidence: EvidenceByPath, kernels_only: bool) -> bool:
+def _named(name: str, path: str, leaf: Any, layouts: Layouts, kernels_only: bool) -> bool:
   """A name picks the leaf it names, and the kernels (for `train`, all leaves) under a module it names."""
   matches, is_leaf = name_matches(name, path)
   if not matches:
     return False
-  looked_up = evidence is not None and evidence[path].looked_up is not None
+  looked_up = layouts.seen is not None and layouts.seen[path].looked_up is not None
   named_table = name.split("/")[-1] in components(path)[-2:] and _is_table(path, leaf)
-  return not kernels_only or is_leaf or looked_up or named_table or _is_kernel(path, leaf, evidence)
+  return not kernels_only or is_leaf or looked_up or named_table or _is_kernel(path, leaf, layouts)
 
 
 def _is_table(path: str, leaf: Any) -> bool:

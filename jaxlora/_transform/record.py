@@ -35,6 +35,7 @@ class Use:
     source: the user's source line.
     reason: why it was materialised; empty where it was not.
     way: by which of several ways, where its kind of weight has more than one; empty else.
+    met: the role of the axes that met the input, `"i"` or `"o"`; empty where it was materialised, or met by both.
   """
 
   path: str
@@ -43,6 +44,7 @@ class Use:
   source: str
   reason: str = ""
   way: str = ""
+  met: str = ""
 
 
 # Another way to evaluate a primitive that no weight reaches: `(bind, operands) -> results`.
@@ -116,10 +118,10 @@ class Record:
     self.report(Use(w.path, primitive, False, source, reason), w.key is not None)
     return w.array()
 
-  def used(self, w: TracedWeight, primitive: str, source: str, way: str) -> None:
+  def used(self, w: TracedWeight, primitive: str, source: str, way: str, met: str) -> None:
     """Notes a product of a weight that stayed factored."""
     self.products[w.path] += 1
-    self.uses.append(Use(w.path, primitive, True, source, way=way))
+    self.uses.append(Use(w.path, primitive, True, source, way=way, met=met))
 
   def report(self, use: Use, drops: bool) -> None:
     """Notes a materialised weight, and warns or raises as the user chose."""

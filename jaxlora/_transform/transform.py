@@ -18,6 +18,7 @@ from jaxlora._platform.region_derivative import Comparable, evaluate_region, is_
 from jaxlora._transform.control import CONTROL, Rebuild
 from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
 from jaxlora._transform.interpreter import Handler, RegionEquation, Step, interpret, plan
+from jaxlora._transform.meetings import side_met
 from jaxlora._transform.products import Products, evaluate_products
 from jaxlora._transform.record import Record
 from jaxlora._transform.rule import AHEAD, PRODUCTS, Ahead, Op, ShrinkBy, find_rule
@@ -109,7 +110,8 @@ class Transform(Handler):
     w = weights_in(known)[0]
     out = rule(self.op(eqn, w, ways.append, shrink_by), known)
     if eqn.primitive.name in PRODUCTS and not weights_in(out):
-      self.record.used(w, eqn.primitive.name, self.record.source(eqn), next(iter(ways), ""))
+      met = side_met(eqn, known, w)
+      self.record.used(w, eqn.primitive.name, self.record.source(eqn), next(iter(ways), ""), met)
     return out
 
   def op(self, eqn: Any, w: TracedWeight, note: Callable[[str], None], shrink: ShrinkBy) -> Op:

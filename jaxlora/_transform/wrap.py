@@ -14,6 +14,7 @@ from jaxlora._transform.control import named
 from jaxlora._transform.factored import TracedWeight, factored, weights_in
 from jaxlora._transform.held import described, opened
 from jaxlora._transform.interpreter import interpret
+from jaxlora._transform.meetings import check_roles
 from jaxlora._transform.record import ON_MATERIALIZE, Record
 from jaxlora._transform.transform import Transform
 from jaxlora._weight.checks import check_values, check_weight
@@ -63,7 +64,8 @@ def wrap(
 
   Raises:
     ValueError: on another `on_materialize`, `tuning` or `platform`; when called, on factors that do not fit their base,
-      naming the leaf; `MaterializeError` where materialising is forbidden.
+      naming the leaf, and on roles that were taken without certain evidence where the function contradicts them;
+      `MaterializeError` where materialising is forbidden.
     TypeError: if `fn` cannot be called, or `dropout_key` is no random key.
 
   Example:
@@ -130,6 +132,7 @@ def call(
   values = [leaves[k] for k in dynamic]
   traced = jax.make_jaxpr(flat)(*(value.base if isinstance(value, TracedWeight) else value for value in values))
   out = [_returned(record, value) for value in interpret(traced, values, Transform(record))]
+  check_roles(nodes, record.uses)
   assert out_tree is not None
   arrays_out = iter(out)
   full_out = [static_out[k] if k in static_out else next(arrays_out) for k in range(out_tree.num_leaves)]

@@ -87,6 +87,8 @@ class LoraWeight(_Node):
     dropout: probability that an element of the adapter's input is dropped, in training.
     variant: which member of the family this is; `"lora"` has no further parts.
     extra: further parts, by name.
+    sure: whether something tells the roles for certain: `axes`, a probe, the weight's own name or shapes. Where nothing
+      does, `wrap` checks them at the first trace, and `jaxlora.peft.save` wants evidence.
   """
 
   base: Any
@@ -99,6 +101,7 @@ class LoraWeight(_Node):
   dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
   variant: str = dataclasses.field(default="lora", metadata={"static": True})
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+  sure: bool = dataclasses.field(default=True, metadata={"static": True})
 
   @classmethod
   def from_factors(
@@ -112,6 +115,7 @@ class LoraWeight(_Node):
     scaling: str = "standard",
     dropout: float = 0.0,
     variant: str = "lora",
+    sure: bool = True,
     **extra: Any,
   ) -> "LoraWeight":
     """A weight of given factors; the rank is theirs.
@@ -125,6 +129,7 @@ class LoraWeight(_Node):
       roles: one letter per axis of the base.
       alpha: numerator of the scale; `None` for a scale of 1.
       scaling, dropout, variant: as for `LoraConfig`.
+      sure: whether something tells the roles for certain.
       **extra: what the variant adds, by name.
 
     Raises:
@@ -143,7 +148,7 @@ class LoraWeight(_Node):
       )
     (rank,) = ranks
     alpha = UNIT_SCALE[scaling](rank) if alpha is None else alpha
-    return cls(base, a, b, roles, rank, alpha, scaling, dropout, variant, extra)
+    return cls(base, a, b, roles, rank, alpha, scaling, dropout, variant, extra, sure)
 
   @property
   def kind(self) -> Variant:

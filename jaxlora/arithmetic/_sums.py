@@ -53,7 +53,7 @@ def exact(path: str, terms: Sequence[Term]) -> Any:
   b = jnp.concatenate(
     [b.astype(dtype) * jnp.asarray(t.weight, dtype) for (_, b), t in zip(factors, moved, strict=True)], axis=stack
   )
-  return LoraWeight.from_factors(first.base, a, b, first.roles, dropout=common_dropout(moved))
+  return LoraWeight.from_factors(first.base, a, b, first.roles, dropout=common_dropout(moved), sure=first.sure)
 
 
 def common_dropout(terms: Sequence[Term]) -> float:

@@ -49,7 +49,8 @@ def save(
     task_type: written to the configuration, such as `"CAUSAL_LM"`. For some PEFT takes the head from the file, and it
       is written, trained or not: `classifier` or `score` for `"SEQ_CLS"` and `"TOKEN_CLS"`, `qa_outputs` for
       `"QUESTION_ANS"`. Such tasks have no language model's head to tie.
-    axes: regex -> roles, for kernels trained whole whose axes nothing tells.
+    axes: regex -> roles, where nothing in the tree tells those of a leaf, adapted or trained whole: `"s"` for the axis
+      of stacked layers, as in `"os"` for a norm's (features, layers).
     serve: who is to read the folder, beside PEFT: `"vllm"`, `"sglang"`, `"llama.cpp"`, or several. What they would not
       read is an error that says what to do; `check` and `jaxlora check` tell the same of any folder.
 
@@ -95,8 +96,8 @@ def load(
     folder: with `adapter_config.json` and `adapter_model.safetensors`.
     params: the base, as `adapt` takes it; arrays or `jax.ShapeDtypeStruct`s.
     names: as in `save`.
-    axes: regex -> roles, one letter per axis, for leaves where shapes do not tell: a square matrix is taken for (in,
-      out), as Flax stores it, unless this or the probe says otherwise.
+    axes: regex -> roles, one letter per axis, where the tree does not tell: `"s"` for the axis of stacked layers, as in
+      `"os"` for a norm's (features, layers).
     probe: a function of `params` alone, as in `adapt`: traced, never run, to learn the roles.
     adapter_name: of several adapters in a folder, or in the keys of its tensors, the one to read.
     strict: whether weights that `target_modules` names and the file has no factors for are an error where other layers

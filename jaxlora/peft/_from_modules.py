@@ -12,6 +12,7 @@ from jaxlora._base.paths import flatten
 from jaxlora._base.rounding import RoundingWarning, lost_share, notable, same_but_for_rounding
 from jaxlora._weight.weight import FullWeight, is_adapted
 from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
+from jaxlora.peft._layers import with_layers
 from jaxlora.peft._left_out import left_out, problems_of, warn_of
 from jaxlora.peft._names import Key, Names, check_names, key_of
 from jaxlora.peft._nodes import Index, lora_weight, whole_value
@@ -43,8 +44,8 @@ def from_modules(
     adapter: what `to_modules` returned, or an `Adapter` of one's own making. Its arrays are copied.
     params: the base, as `adapt` takes it; arrays or `jax.ShapeDtypeStruct`s.
     names: regex over paths -> torch module's name, as for `save`.
-    axes: regex -> roles, one letter per axis, for leaves where shapes do not tell: a square matrix is taken for (in,
-      out), as Flax stores it, unless this or the probe says otherwise.
+    axes: regex -> roles, one letter per axis, where the tree does not tell: `"s"` for the axis of stacked layers, as in
+      `"os"` for a norm's (features, layers).
     probe: a function of `params` alone, as in `adapt`: traced, never run, to learn the roles.
     strict: whether layers without factors are an error where others of their kind have them; else a warning.
 
@@ -112,13 +113,20 @@ def tree_of_adapter(
   for name, module in adapter.modules.items():
     if place := places.get((name, "weight")):
       modules.setdefault(place.path, {})[place.index] = module
-  new = _adapted_leaves(adapter, leaves, places, modules, known, problems)
-  new |= leaves_with_rows(adapter, leaves, places, new, known, problems)
+  whole: dict[str, dict[Index, tuple[str, np.ndarray]]] = {}
+  for name, tensor in [*adapter.bases.items(), *adapter.whole.items()]:
+    if place := places.get(key_of(name)):
+      whole.setdefault(place.path, {})[place.index] = (name, tensor)
+  known, untold = with_layers(known, leaves, modules, whole, names)
+  problems += untold.values()
+  known_places = {key: place for key, place in places.items() if place.path not in untold}
+  new = _adapted_leaves(adapter, leaves, known_places, modules, known, problems)
+  new |= leaves_with_rows(adapter, leaves, known_places, new, known, problems)
   # With names the tree is not called as torch's model is, and ends of names tell nothing.
   without_factors = left_out(adapter, leaves, new, modules) if names is None else []
   problems += problems_of(without_factors, strict=strict)
   for name, tensor in adapter.bases.items():
-    if place := places.get(key_of(name)):
+    if place := known_places.get(key_of(name)):
       problems += _differing_base(place, leaves[place.path], name, tensor, known)
   if problems or adapter.unsupported:
     raise fail(subject, [*adapter.unsupported, *problems], _PARTS if missing else "")
@@ -142,6 +150,8 @@ def _adapted_leaves(
   new: dict[str, Any] = {}
   lost: dict[str, float] = {}
   for path, layers in modules.items():
+    if (next(iter(layers.values())).name, "weight") not in places:
+      continue
     try:
       if path in whole:
         raise ValueError("adapted, and saved whole, too")

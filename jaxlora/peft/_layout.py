@@ -14,9 +14,9 @@ from jaxlora._weight.roles import axes_of, factor_shape
 from jaxlora.peft._records import CONV1D, Module
 
 
-def torch_kind(path: str, module: str, roles: str) -> str:
-  """The kind of torch module for a leaf: `"embedding"`, `"conv"` or `"linear"`."""
-  if roles == "io" and components(path)[-1] == "embedding":
+def torch_kind(path: str, module: str, roles: str, table: bool) -> str:
+  """The kind of torch module for a leaf, which may be a table: `"embedding"`, `"conv"` or `"linear"`."""
+  if roles == "io" and table:
     return "embedding"
   convolution = roles in ("i" * (len(roles) - 1) + "o", "o" + "i" * (len(roles) - 1)) and 3 <= len(roles) <= 5
   named = names_a_convolution(*components(path)[-3:], *module.split(".")[-2:])
@@ -79,7 +79,7 @@ def weight_to_torch(value: np.ndarray, roles: str, kind: str, module: str) -> np
   if kind == "conv":
     return weight
   matrix = weight.reshape(math.prod(weight.shape[: roles.count("o")]), -1)
-  return matrix.T if _is_conv1d(module) else matrix
+  return matrix.T if is_conv1d(module) else matrix
 
 
 def weight_from_torch(
@@ -90,7 +90,7 @@ def weight_from_torch(
     return tensor if tensor.shape == tuple(shape) else None
   order = _torch_order(roles, kind)
   expected = weight_to_torch(np.empty(shape, np.int8), roles, kind, "").shape
-  transposed = kind == "linear" and tensor.ndim == 2 and _is_conv1d(module)
+  transposed = kind == "linear" and tensor.ndim == 2 and is_conv1d(module)
   for candidate in (tensor.T, tensor) if transposed else (tensor,):
     if candidate.shape == expected:
       return candidate.reshape([shape[d] for d in order]).transpose(np.argsort(order))
@@ -103,7 +103,7 @@ def _torch_order(roles: str, kind: str) -> list[int]:
   return outs + ([ins[-1], *ins[:-1]] if kind == "conv" and channels_last(roles) else ins)
 
 
-def _is_conv1d(module: str) -> bool:
+def is_conv1d(module: str) -> bool:
   return module.rpartition(".")[2] in CONV1D
 
 

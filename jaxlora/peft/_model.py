@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from jaxlora._base.paths import components
-from jaxlora._weight.weight import LoraWeight, is_adapted
+from jaxlora._weight.shapes import shape_of_leaf
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.peft._names import Names, Target, default_target, given_target, scanned_lists
 from jaxlora.peft._packed import packed_by_habit
 from jaxlora.peft._records import Packed, PeftError
-from jaxlora.peft._roles import shape_of_leaf
+from jaxlora.peft._roles import KnownRoles
+from jaxlora.peft._stacks import Stack, Stacked, any_axes, axes_by_names, axes_by_roles, lists_of, settle, untold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +23,17 @@ class TorchModel:
   Attributes:
     leaves: of the tree, by path; adapted nodes are leaves.
     targets: the torch parameter of each leaf that has one, by path.
+    stacks: the stacked axes of each leaf with a target.
   """
 
   leaves: Mapping[str, Any]
   targets: dict[str, Target]
+  stacks: dict[str, Stack]
 
   @classmethod
-  def of_leaves(cls, leaves: Mapping[str, Any], names: Names, problems: list[str]) -> "TorchModel":
+  def of_leaves(cls, leaves: Mapping[str, Any], names: Names, known: KnownRoles, problems: list[str]) -> "TorchModel":
     """Names the leaves. Adapted leaves that cannot be named are added to `problems`; others are left out."""
-    stacked_axes = _stacked_axes(leaves)
+    stacked_axes = _stacked_axes(leaves, known)
     targets = {}
     for path, leaf in leaves.items():
       stacked = leaf.roles.count("s") if isinstance(leaf, LoraWeight) else stacked_axes(path)
@@ -52,15 +56,17 @@ class TorchModel:
           )
       else:
         targets[path] = target
-    return cls(leaves, targets)
+    stacks = _settled(leaves, targets, known)
+    for path in [path for path in targets if path not in stacks]:
+      if isinstance(leaves[path], FullWeight):
+        problems.append(untold(path, _stacked(path, leaves, targets[path], known)))
+      del targets[path]
+    return cls(leaves, targets, stacks)
 
   def layers(self, path: str) -> list[tuple[tuple[int, ...], str]]:
     """The layers of a leaf: the index of each along the stacked axes, and the name of its torch module."""
-    target, leaf = self.targets[path], self.leaves[path]
-    sizes = shape_of_leaf(leaf)
-    if isinstance(leaf, LoraWeight):
-      sizes = tuple(size for size, role in zip(sizes, leaf.roles, strict=True) if role == "s")
-    return [(index, target.name(index)) for index in np.ndindex(*sizes[: target.stacked])]
+    target, sizes = self.targets[path], shape_of_leaf(self.leaves[path])
+    return [(index, target.name(index)) for index in np.ndindex(*(sizes[d] for d in self.stacks[path]))]
 
   def module_names(self) -> list[str] | None:
     """The names of all modules of the model; `None` for the trainable half of a tree, which has but some of them."""
@@ -103,12 +109,34 @@ class TorchModel:
     return found
 
 
-def _stacked_axes(leaves: Mapping[str, Any]) -> Callable[[str], int]:
-  """How many stacked axes a leaf has, by its path: as many as the adapted leaves of the same scanned module."""
+def _settled(leaves: Mapping[str, Any], targets: Mapping[str, Target], known: KnownRoles) -> dict[str, Stack]:
+  """The stacked axes of every leaf with a target, as far as they are told."""
+  stacked = {path: _stacked(path, leaves, target, known) for path, target in targets.items() if target.stacked}
+  return {path: () for path in targets if path not in stacked} | settle(stacked)
+
+
+def _stacked(path: str, leaves: Mapping[str, Any], target: Target, known: KnownRoles) -> Stacked:
+  """A leaf with the axes that may be those of its layers."""
+  leaf, lists = leaves[path], lists_of(target.module)
+  shape, roles = shape_of_leaf(leaf), leaf.roles if isinstance(leaf, LoraWeight) else known.given.get(path)
+  if roles is not None and roles.count("s") == target.stacked:
+    return Stacked(shape, lists, [axes_by_roles(roles)])
+  named = axes_by_names(known.axis_names.get(path))
+  return Stacked(shape, lists, [named] if len(named) == target.stacked else any_axes(len(shape), target.stacked))
+
+
+def _stacked_axes(leaves: Mapping[str, Any], known: KnownRoles) -> Callable[[str], int]:
+  """How many stacked axes a leaf has, by its path: as given, or as the adapted leaves of the same scanned module."""
   scanned: dict[str, int] = {}
   for path, leaf in leaves.items():
     parts = components(path)
     lists = scanned_lists(parts)
     if isinstance(leaf, LoraWeight) and leaf.roles.count("s") == len(lists):
       scanned |= {"/".join(parts[: k + 1]): count for count, k in enumerate(lists, 1)}
-  return lambda path: max((count for stem, count in scanned.items() if path.startswith(f"{stem}/")), default=0)
+
+  def count_of(path: str) -> int:
+    if path in known.given:
+      return known.given[path].count("s")
+    return max((count for stem, count in scanned.items() if path.startswith(f"{stem}/")), default=0)
+
+  return count_of

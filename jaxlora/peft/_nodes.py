@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._adapt.layouts import Clue
 from jaxlora._weight.dora import squared_norms
+from jaxlora._weight.shapes import shape_of_leaf
 from jaxlora._weight.weight import UNIT_SCALE, LoraWeight
-from jaxlora.peft._layout import factors_from_torch, torch_kind, torch_shapes, weight_from_torch
+from jaxlora.peft._layout import factors_from_torch, is_conv1d, torch_shapes, weight_from_torch
 from jaxlora.peft._records import RESIZE, Module, is_resized
-from jaxlora.peft._roles import KnownRoles, roles_by_sizes, roles_of_layer, shape_of_leaf
+from jaxlora.peft._roles import KnownRoles, roles_for_module, roles_of_layer
 
 Index = tuple[int, ...]  # along the stacked axes of a leaf; () where it has none
 
@@ -26,7 +28,8 @@ def lora_weight(path: str, leaf: Any, modules: Mapping[Index, Module], known: Kn
   shape, (first, *_) = shape_of_leaf(leaf), modules.values()
   if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
     raise ValueError(f"dtype {leaf.dtype} cannot be adapted; expected a real floating dtype")
-  roles = _roles_of(path, shape, first, len(next(iter(modules))), known)
+  told = _roles_of(path, shape, first, len(next(iter(modules))), known)
+  roles = told.roles
   factors = {index: _factors(index, module, first.kind, shape, roles) for index, module in modules.items()}
   stack = tuple(size for size, role in zip(shape, roles, strict=True) if role == "s")
   a, b, alpha = _stacked(modules, factors, stack)
@@ -44,31 +47,25 @@ def lora_weight(path: str, leaf: Any, modules: Mapping[Index, Module], known: Kn
     alpha=alpha,
     scaling=first.scaling,
     dropout=dropout,
+    sure=told.sure,
   )
 
 
-def _roles_of(path: str, shape: Sequence[int], module: Module, stacked: int, known: KnownRoles) -> str:
+def _roles_of(path: str, shape: Sequence[int], module: Module, stacked: int, known: KnownRoles) -> Clue:
   """The roles of a leaf with `stacked` stacked axes, one layer of which `module` adapts."""
-  given = known.given.get(path)
-  if given is not None:
-    if given.count("s") != stacked:
-      raise ValueError(f"roles {given!r}, but its name in the file has {stacked} indices of stacked layers")
-    return given
-  layer = shape[stacked:]
+  axes = known.stacked_axes(path, stacked)
+  layer = [size for d, size in enumerate(shape) if d not in axes]
   if len(layer) < 2:
     raise ValueError(f"shape {tuple(shape)} has fewer than two axes beside {stacked} stacked ones")
-  if module.kind == "embedding":
-    roles = "io"
-  elif module.kind == "conv":
-    last, first = "i" * (len(layer) - 1) + "o", "o" + "i" * (len(layer) - 1)
-    expected = {roles: torch_shapes(layer, roles, "conv", module.rank)[0] for roles in (last, first)}
-    channels_first = len(layer) == module.a.ndim and expected[last] != module.a.shape == expected[first]
-    roles = first if channels_first else last
-  else:
-    roles = roles_by_sizes(path, layer, module.a.shape[1], module.b.shape[0], known)
-  if len(roles) != len(layer):
+  if path in known.given:
+    if not {"i", "o"} <= set(known.given[path]):
+      raise ValueError(f"roles {known.given[path]!r} have no input or no output axis, and a low-rank update needs both")
+    return Clue(known.given[path], "it is given")
+  told = roles_for_module(path, layer, module, known)
+  if len(told.roles) != len(layer):
     raise ValueError(f"shape {tuple(shape)}, but the adapter is one of {module.kind}: {module.a.shape}")
-  return "s" * stacked + roles
+  rest = iter(told.roles)
+  return told._replace(roles="".join("s" if d in axes else next(rest) for d in range(len(shape))))
 
 
 def _factors(
@@ -143,20 +140,21 @@ def whole_value(path: str, leaf: Any, tensors: Mapping[Index, tuple[str, np.ndar
   shape, stacked = shape_of_leaf(leaf), len(next(iter(tensors)))
   abstract = isinstance(leaf, jax.ShapeDtypeStruct)
   value = np.zeros(shape, leaf.dtype) if abstract or not stacked else np.array(leaf)
+  layers = np.moveaxis(value, known.stacked_axes(path, stacked), range(stacked))  # a view
+  stack, layer = layers.shape[:stacked], layers.shape[stacked:]
   for index, (name, tensor) in tensors.items():
-    layer = shape[stacked:]
-    if any(k >= size for k, size in zip(index, shape[:stacked], strict=True)):
-      raise ValueError(f"{name} is layer {index}, but the leaf's shape {shape} has {shape[:stacked]} of them")
+    if any(k >= size for k, size in zip(index, stack, strict=True)):
+      raise ValueError(f"{name} is layer {index}, but the leaf's shape {shape} has {stack} of them")
     module, _, parameter = name.rpartition(".")
     if parameter == "bias":
       found = tensor.reshape(layer) if tensor.ndim == 1 and tensor.size == math.prod(layer) else None
     else:
-      roles = roles_of_layer(path, layer, stacked, known)
-      found = weight_from_torch(tensor, layer, roles, torch_kind(path, module, roles), module)
+      roles = roles_of_layer(path, layer, known, None if is_conv1d(module) else tensor.shape)
+      found = weight_from_torch(tensor, layer, roles, known.kind(path, module, roles), module)
     if found is None:
       hint = f". {RESIZE}" if is_resized(name, layer, tensor.shape) else ""
       raise ValueError(f"{name} has shape {tensor.shape}, which does not fit a leaf of shape {shape}{hint}")
-    value[index] = found.astype(leaf.dtype)
+    layers[index] = found.astype(leaf.dtype)
   return device_array(value)
 
 

@@ -1,20 +1,22 @@
-"""The roles of weights that are plain arrays: told by the user, by the probe, or by shapes, biases and names."""
+"""The roles of weights that are plain arrays: told by the user, by the probe, by the tree itself, or by an adapter."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+import re
 from typing import Any
 
-import numpy as np
-
-from jaxlora._adapt.config import LoraConfig
+from jaxlora._adapt.fields import checked_letters, checked_mapping
+from jaxlora._adapt.layouts import Clue, Layouts
 from jaxlora._adapt.probe import study
 from jaxlora._base.paths import components
 from jaxlora._base.patterns import first_match, nearest
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
-from jaxlora.peft._layout import names_a_convolution
+from jaxlora._weight.boxes import axis_names
+from jaxlora._weight.shapes import shape_of_leaf
+from jaxlora._weight.weight import LoraWeight
+from jaxlora.peft._layout import names_a_convolution, torch_kind, torch_shapes
 from jaxlora.peft._names import split_path
-from jaxlora.peft._records import PeftError
+from jaxlora.peft._records import Module, PeftError
 
 Axes = Mapping[str, str] | None  # regex over paths -> roles, as `LoraConfig.axes`
 
@@ -24,19 +26,46 @@ _OUTPUT_PROJECTIONS = ("out", "o", "out_proj", "o_proj", "c_proj", "wo", "to_out
 
 @dataclasses.dataclass(frozen=True)
 class KnownRoles:
-  """What a tree tells of its roles before any adapter is looked at.
+  """What a tree tells of its roles.
 
   Attributes:
     given: roles by path, from `axes` or the probe.
-    outputs_first: whether a matrix that is not square is stored as (out, in), by its bias.
+    layouts: what the tree tells by itself.
     bias_shapes: the shape of the bias beside each weight that has one, by path.
     tied: leaves that the probe shows both looked up and multiplied by: an embedding that is also the head.
+    axis_names: the names of the axes of leaves in Flax's boxes, by path.
+    stacks: the stacked axes of leaves that have some, as far as they are known, by path.
   """
 
   given: dict[str, str]
-  outputs_first: bool
+  layouts: Layouts
   bias_shapes: dict[str, tuple[int, ...]]
   tied: frozenset[str]
+  axis_names: Mapping[str, tuple[Any, ...]]
+  stacks: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+  def clue(self, path: str, ndim: int) -> Clue | None:
+    """The evidence on one layer's weight of `ndim` axes."""
+    if path in self.given:
+      return Clue(self.given[path].replace("s", ""), "it is given")
+    return self.layouts.clue(path, ndim)
+
+  def kind(self, path: str, module: str, roles: str) -> str:
+    """The kind of torch module for a leaf."""
+    return torch_kind(path, module, roles, table=self.layouts.is_table(path))
+
+  def stacked_axes(self, path: str, count: int) -> tuple[int, ...]:
+    """The axes of a leaf along which its layers lie, in the order of the indices in torch's name.
+
+    Raises:
+      ValueError: if the roles that are given have another number of them.
+    """
+    given = self.given.get(path)
+    if given is None:
+      return self.stacks.get(path, tuple(range(count)))
+    if given.count("s") != count:
+      raise ValueError(f"roles {given!r}, but its name in torch has {count} indices of stacked layers")
+    return tuple(d for d, role in enumerate(given) if role == "s")
 
 
 def known_roles(leaves: Mapping[str, Any], params: Any, axes: Axes, probe: Any) -> KnownRoles:
@@ -44,7 +73,7 @@ def known_roles(leaves: Mapping[str, Any], params: Any, axes: Axes, probe: Any) 
 
   Args:
     leaves: of the tree, by path.
-    params: the tree, for the probe.
+    params: the tree; `None` where there are only its leaves, as in a file.
     axes: as for `load`.
     probe: as for `load`; `None` for none.
 
@@ -60,15 +89,13 @@ def known_roles(leaves: Mapping[str, Any], params: Any, axes: Axes, probe: Any) 
       if evidence.looked_up is not None and evidence.contracted is not None:
         tied.add(path)
   given |= _roles_by_axes(leaves, axes)
-  biases = _bias_shapes(leaves)
-  shapes = [(shape_of_leaf(leaves[path]), bias) for path, bias in biases.items()]
-  outputs_first = any(len(shape) == 2 and shape[0] != shape[1] and bias == (shape[0],) for shape, bias in shapes)
-  return KnownRoles(given, outputs_first, biases, frozenset(tied))
+  layouts = Layouts.of_tree(params, leaves, {})
+  return KnownRoles(given, layouts, _bias_shapes(leaves), frozenset(tied), axis_names(params, leaves))
 
 
 def _roles_by_axes(leaves: Mapping[str, Any], axes: Axes) -> dict[str, str]:
   """The roles that the user's `axes` gives, by path."""
-  checked = LoraConfig(axes=axes).axes
+  checked = checked_mapping(axes, "axes", checked_letters)
   for pattern in checked or {}:
     if not any(first_match({pattern: True}, path) for path in leaves):
       raise PeftError(
@@ -95,72 +122,149 @@ def _bias_shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
   }
 
 
-def shape_of_leaf(leaf: Any) -> tuple[int, ...]:
-  """The shape of a leaf's weight; of an adapted leaf without its base, by its factors or its value."""
-  if isinstance(leaf, LoraWeight) and leaf.base is None:
-    return _shape_by_factors(leaf)
-  if isinstance(leaf, FullWeight) and leaf.base is None:
-    return tuple(np.shape(leaf.value))
-  return tuple(leaf.base.shape if is_adapted(leaf) else np.shape(leaf))
+def confirmed(path: str, node: LoraWeight, known: KnownRoles) -> LoraWeight:
+  """An adapted leaf whose roles are certain, or are what the tree tells.
+
+  Where `axes` says that the two sides of a plain update are the other way round, A and B trade places.
+
+  Raises:
+    ValueError: if nothing tells the roles, or if something else is told.
+  """
+  given = known.given.get(path)
+  if given is not None and given != node.roles:
+    turned = node.roles.translate(str.maketrans("io", "oi"))
+    if node.sure or given != turned or not node.kind.plain or node.extra:
+      raise ValueError(
+        f"axes says {given!r}, and the leaf is adapted with roles {node.roles!r} (variant {node.variant!r}). Adapt it"
+        " with those roles (LoraConfig.axes)"
+      )
+    return dataclasses.replace(node, a=node.b, b=node.a, roles=given)
+  if node.sure or given is not None:
+    return node
+  told = known.clue(path, len(node.roles.replace("s", "")))
+  if told is not None and told.roles == node.roles.replace("s", ""):
+    return node
+  why = f"{told.why}, which is {told.roles!r}" if told is not None else known.layouts.weighed(path)
+  raise ValueError(
+    f"roles {node.roles!r} were taken without evidence: {why}. Say them here or in LoraConfig:"
+    f" axes={{{re.escape(path)!r}: 'io' or 'oi'}}, or adapt with probe=, which learns them"
+  )
 
 
-def _shape_by_factors(node: LoraWeight) -> tuple[int, ...]:
-  a, b, stack = list(node.a.shape), list(node.b.shape), node.roles.count("s")
-  sizes = {"s": iter(a[:stack]), "i": iter(a[stack + 1 :]), "o": iter(b[stack + 1 :])}
-  return tuple(next(sizes[role]) for role in node.roles)
+def roles_for_module(path: str, layer: Sequence[int], module: Module, known: KnownRoles) -> Clue:
+  """The roles of one layer's weight that a module adapts.
+
+  Raises:
+    ValueError: if none fit, or if nothing tells.
+  """
+  if module.kind == "embedding":
+    return Clue("io", "it is a table of embeddings")
+  if module.kind == "linear":
+    return _roles_by_sizes(path, layer, module.a.shape[1], module.b.shape[0], known)
+  last, first = "i" * (len(layer) - 1) + "o", "o" + "i" * (len(layer) - 1)
+  found = (module.a.shape, module.b.shape)
+  fits = [roles for roles in (last, first) if torch_shapes(layer, roles, "conv", module.rank) == found]
+  told = known.clue(path, len(layer))
+  if len(fits) < 2 or components(path)[-1] == "kernel":
+    return Clue(fits[0] if fits else last, "its adapter fits that way alone")
+  if told is None:
+    raise ValueError(f"shape {tuple(layer)} fits as {last!r} and as {first!r}; say axes= or probe=")
+  return told
 
 
-def roles_by_sizes(path: str, shape: Sequence[int], ins: int, outs: int, known: KnownRoles) -> str:
+def _roles_by_sizes(path: str, shape: Sequence[int], ins: int, outs: int, known: KnownRoles) -> Clue:
   """The roles of a matrix, split into heads or not, whose numbers of inputs and outputs are known.
 
   Raises:
-    ValueError: if none fit, or if the matrix is square and others of the tree are stored as (out, in).
+    ValueError: if none fit, if they contradict what the tree tells for certain, or if several fit and nothing tells.
   """
-  fits = [
-    "i" * k + "o" * (len(shape) - k)
-    for k in range(1, len(shape))
-    if math.prod(shape[:k]) == ins and math.prod(shape[k:]) == outs
-  ]
-  if len(shape) == 2 and known.outputs_first and ins == outs:
-    raise ValueError("the tree stores other matrices as (out, in), and a square one does not tell; say axes= or probe=")
-  if not fits:
-    transposed = len(shape) == 2 and tuple(shape) == (outs, ins)
+  told = known.clue(path, len(shape))
+  fits = _fits(shape, ins, outs)
+  if len(shape) != 2:
+    return Clue(_with_heads(path, shape, fits, ins, outs), "its adapter fits that way alone")
+  if len(fits) == 2 and told is None:
+    raise ValueError(f"{known.layouts.weighed(path)}, and a square one does not tell; say axes= or probe=")
+  if len(fits) == 2 and told is not None:
+    return told
+  if not fits or (told is not None and told.sure and told.roles not in fits):
+    transposed = fits == ["oi"]
     raise ValueError(
       f"shape {tuple(shape)}, but the adapter has {ins} inputs and {outs} outputs"
+      + (f", and {told.why}" if fits and told is not None else "")
       + ("; if it is stored as (out, in), say axes={pattern: 'oi'} or probe=" if transposed else "")
+    )
+  return Clue(fits[0], "its adapter fits that way alone")
+
+
+def _fits(shape: Sequence[int], ins: int, outs: int) -> list[str]:
+  """The roles that fit so many inputs and outputs, those with the inputs first before the others."""
+  found = []
+  for first, second, sizes in (("i", "o", (ins, outs)), ("o", "i", (outs, ins))):
+    for k in range(1, len(shape)):
+      if (math.prod(shape[:k]), math.prod(shape[k:])) == sizes:
+        found.append(first * k + second * (len(shape) - k))
+  return found
+
+
+def _with_heads(path: str, shape: Sequence[int], fits: Sequence[str], ins: int, outs: int) -> str:
+  """The roles of a matrix split into heads: inputs first, as Flax has them, unless another name leaves it open."""
+  inputs_first = [roles for roles in fits if roles[0] == "i"]
+  if not inputs_first:
+    raise ValueError(f"shape {tuple(shape)}, but the adapter has {ins} inputs and {outs} outputs")
+  if len(fits) > len(inputs_first) and components(path)[-1] != "kernel":
+    raise ValueError(
+      f"shape {tuple(shape)}: {ins} inputs and {outs} outputs fit it as {' and as '.join(map(repr, fits))}; say axes="
+      " or probe="
     )
   # Several fit only where an axis has size 1: the product is the same, and the name tells which is meant.
   projects_heads = split_path(path)[0].split("/")[-1] in _OUTPUT_PROJECTIONS
-  return fits[-1 if projects_heads else 0]
+  return inputs_first[-1 if projects_heads else 0]
 
 
-def roles_of_layer(path: str, shape: Sequence[int], stacked: int, known: KnownRoles) -> str:
-  """The roles of one layer's weight that is trained whole, without its `stacked` stacked axes.
+def roles_of_layer(path: str, shape: Sequence[int], known: KnownRoles, torch_shape: Sequence[int] | None = None) -> str:
+  """The roles of one layer's weight that is trained whole, without its stacked axes.
+
+  Args:
+    path: of the leaf.
+    shape: of the layer.
+    known: roles of the tree.
+    torch_shape: of the tensor that it is made of, (out, in, *kernel); `None` where there is none yet.
 
   Raises:
-    ValueError: if nothing tells, or if the roles that are given have other stacked axes.
+    ValueError: if nothing tells.
   """
   if len(shape) < 2:
     return "o" * len(shape)
-  given = known.given.get(path)
-  if given is None:
-    return _roles_by_bias_or_name(path, shape, known)
-  if given[:stacked] != "s" * stacked or given.count("s") != stacked:
-    raise ValueError(f"axes: {given!r} does not begin with {stacked} 's' for the stacked axes")
-  return given[stacked:]
+  told = known.clue(path, len(shape))
+  if told is not None and told.sure:
+    return told.roles
+  if names_a_convolution(*components(path)[-3:]) or len(shape) >= 4:
+    fits = _convolutions(path, shape, torch_shape)
+  elif torch_shape is not None and len(torch_shape) == 2:
+    fits = _fits(shape, torch_shape[1], torch_shape[0])
+    fits = fits if len(shape) == 2 or components(path)[-1] == "kernel" else []
+  else:
+    fits = []
+  if len(fits) != 1 and len(shape) == 3:
+    bias = known.bias_shapes.get(path)
+    fits = ["i" * k + "o" * (len(shape) - k) for k in range(1, len(shape)) if bias == tuple(shape[k:])]
+  if len(fits) == 1:
+    return fits[0]
+  if told is not None:
+    return told.roles
+  why = f": {known.layouts.weighed(path)}" if len(shape) == 2 else ""
+  raise ValueError(
+    f"shape {tuple(shape)}: nothing tells which axes are inputs{why}; say axes={{{re.escape(path)!r}: roles}}"
+  )
 
 
-def _roles_by_bias_or_name(path: str, shape: Sequence[int], known: KnownRoles) -> str:
-  """The roles of a weight by the bias beside it, or by its name."""
-  ndim, bias = len(shape), known.bias_shapes.get(path)
-  conv = names_a_convolution(*components(path)[-3:])
-  if ndim >= 4 or (ndim == 3 and conv):
-    return "i" * (ndim - 1) + "o"
-  if ndim == 2:
-    if shape[0] == shape[1] and known.outputs_first and components(path)[-1] != "embedding":
-      raise ValueError("the tree stores other matrices as (out, in), and a square one does not tell; say axes=")
-    return "oi" if bias == (shape[0],) and shape[0] != shape[1] else "io"
-  fits = ["i" * k + "o" * (ndim - k) for k in range(1, ndim) if bias == tuple(shape[k:])]
-  if len(fits) != 1:
-    raise ValueError(f"shape {tuple(shape)}: nothing tells which axes are inputs; say axes={{pattern: roles}}")
-  return fits[0]
+def _convolutions(path: str, shape: Sequence[int], torch_shape: Sequence[int] | None) -> list[str]:
+  """The roles that a convolution's kernel may have: (*kernel, in, out) as in Flax, (out, in, *kernel) as in torch."""
+  last, first = "i" * (len(shape) - 1) + "o", "o" + "i" * (len(shape) - 1)
+  name = components(path)[-1]
+  if name == "kernel":
+    return [last]
+  if torch_shape is None:
+    return [first] if name == "weight" else []
+  shapes = {last: (shape[-1], shape[-2], *shape[:-2]), first: tuple(shape)}
+  return [roles for roles, found in shapes.items() if found == tuple(torch_shape)]

@@ -1,7 +1,7 @@
 """From a tree to torch's modules. No files here."""
 
 import collections
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ from jaxlora._weight.checks import check_parts
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.peft._config import config_of
 from jaxlora.peft._for_torch import joined_names, named_for_torch
-from jaxlora.peft._layout import factors_to_torch, magnitude_to_torch, torch_kind, weight_to_torch
+from jaxlora.peft._layout import factors_to_torch, magnitude_to_torch, weight_to_torch
 from jaxlora.peft._model import TorchModel
 from jaxlora.peft._names import Names, check_names
 from jaxlora.peft._packed import packed_problems
 from jaxlora.peft._records import Adapter, Module, PeftError, fail, raise_problems
-from jaxlora.peft._roles import Axes, KnownRoles, known_roles, roles_of_layer, shape_of_leaf
+from jaxlora.peft._roles import Axes, KnownRoles, confirmed, known_roles, roles_of_layer, shape_of_leaf
 from jaxlora.peft._serve_checks import HEADS
 from jaxlora.peft._state import not_finite, state_of
 from jaxlora.peft._tied import HEADLESS, head_name, is_embedding, tied_head
@@ -36,7 +36,8 @@ def to_modules(tree: Any, *, names: Names = None, axes: Axes = None) -> Adapter:
   Args:
     tree: what `adapt` returned, or its trainable half. Bases may be `jax.ShapeDtypeStruct`s.
     names: regex over paths -> torch module's name, as for `save`.
-    axes: regex -> roles, for kernels trained whole whose axes nothing tells.
+    axes: regex -> roles, where nothing in the tree tells those of a leaf, adapted or trained whole: `"s"` for the axis
+      of stacked layers, as in `"os"` for a norm's (features, layers).
 
   Returns:
     An `Adapter` with NumPy arrays: factors in their own dtype, or float32 where torch does not compute in it, and the
@@ -65,7 +66,8 @@ def to_modules(tree: Any, *, names: Names = None, axes: Axes = None) -> Adapter:
 
 def module_names(tree: Any, names: Names) -> list[str] | None:
   """The names of all modules of a tree's torch model; `None` for the trainable half, which has but some of them."""
-  return TorchModel.of_leaves(dict(flatten(tree, is_leaf=is_adapted)[0]), names, []).module_names()
+  leaves = dict(flatten(tree, is_leaf=is_adapted)[0])
+  return TorchModel.of_leaves(leaves, names, known_roles(leaves, tree, None, None), []).module_names()
 
 
 def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type: str | None = None) -> Adapter:
@@ -76,11 +78,12 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   leaves = dict(flatten(tree, is_leaf=is_adapted)[0])
   check_names(names, leaves)
   problems: list[str] = []
-  model = TorchModel.of_leaves(leaves, names, problems)
+  known = known_roles(leaves, tree, axes, None)
+  model = TorchModel.of_leaves(leaves, names, known, problems)
   adapted = [path for path in model.targets if isinstance(leaves[path], LoraWeight)]
-  modules = [module for path in adapted for module in _modules_of(path, model, subject, problems)]
+  modules = [module for path in adapted for module in _modules_of(path, model, known, subject, problems)]
   whole, bias = _trained_whole(
-    model, axes, {module.name for module in modules}, HEADS.get(str(task_type), ()), problems
+    model, known, {module.name for module in modules}, HEADS.get(str(task_type), ()), problems
   )
   modules, whole = named_for_torch(modules, whole, leaves, model.layers, model.targets, problems)
   if not modules and not whole and not problems:
@@ -163,7 +166,7 @@ def _check_together(modules: Collection[Module], problems: list[str]) -> None:
 _DORA = ("dora", "dora_exact")  # the one kind of gain that PEFT has
 
 
-def _modules_of(path: str, model: TorchModel, subject: str, problems: list[str]) -> list[Module]:
+def _modules_of(path: str, model: TorchModel, known: KnownRoles, subject: str, problems: list[str]) -> list[Module]:
   """The torch modules of an adapted leaf, one per stacked layer."""
   node, target = model.leaves[path], model.targets[path]
   check_parts(node, f"{subject}: {path}", {"a", "b", *node.extra} | ({"base"} if node.extra else set()))
@@ -173,8 +176,13 @@ def _modules_of(path: str, model: TorchModel, subject: str, problems: list[str])
   if not node.kind.linear and node.variant not in _DORA:
     problems.append(f"{path}: PEFT has no variant {node.variant!r}, and no module of it can hold one. Merge it first")
     return []
+  try:
+    node = confirmed(path, node, known)
+  except ValueError as error:
+    problems.append(f"{path}: {error}")
+    return []
   roles = node.roles.replace("s", "")
-  kind = torch_kind(path, target.module, roles)
+  kind = known.kind(path, target.module, roles)
   a, b, alpha, scaling = _plain_factors(node)
   magnitude = node.extra["magnitude"] if node.variant in _DORA else None
   modules = []
@@ -204,18 +212,17 @@ def _torch_array(array: Any) -> np.ndarray:
 
 
 def _trained_whole(
-  model: TorchModel, axes: Axes, adapted: Collection[str], heads: Collection[str], problems: list[str]
+  model: TorchModel, known: KnownRoles, adapted: Collection[str], heads: Collection[str], problems: list[str]
 ) -> tuple[dict[str, np.ndarray], str]:
   """The tensors that replace torch's parameters, by name, and the value of PEFT's option `bias` that covers them.
 
   Args:
     model: of the tree.
-    axes: as for `to_modules`.
+    known: roles of the tree.
     adapted: the names of the adapted modules.
     heads: ends of the names of modules that are written whole in any case.
     problems: what is wrong is added to these.
   """
-  known = known_roles(model.leaves, None, axes, None)
   parameters = model.parameters()
   trained = {
     name: {parameter for parameter, (path, _) in held.items() if isinstance(model.leaves[path], FullWeight)}
@@ -240,8 +247,7 @@ def _trained_whole(
   whole = {
     f"{name}.{parameter}": tensor
     for name, parameter in sorted(replaced)
-    if (tensor := _torch_tensor(*parameters[name][parameter], name, parameter, model.leaves, known, problems))
-    is not None
+    if (tensor := _torch_tensor(*parameters[name][parameter], name, parameter, model, known, problems)) is not None
   }
   bias = "all" if bias_alone - saved - set(adapted) else "lora_only" if bias_alone - saved else "none"
   return whole, bias
@@ -252,12 +258,12 @@ def _torch_tensor(
   index: tuple[int, ...],
   name: str,
   parameter: str,
-  leaves: Mapping[str, Any],
+  model: TorchModel,
   known: KnownRoles,
   problems: list[str],
 ) -> np.ndarray | None:
   """The value of one torch parameter: of the leaf at `path`, at an index along its stacked axes."""
-  leaf = leaves[path]
+  leaf = model.leaves[path]
   value = leaf.value if isinstance(leaf, FullWeight) else leaf
   if value is None or isinstance(value, (LoraWeight, jax.ShapeDtypeStruct)):
     problems.append(
@@ -265,12 +271,12 @@ def _torch_tensor(
       " the base's values; or, where it is the head of the task_type, leave that out"
     )
     return None
-  value = _torch_array(value)[index]
+  value = np.moveaxis(_torch_array(value), model.stacks[path], range(len(index)))[index]
   if parameter == "bias":
     return value.reshape(-1)
   try:
-    roles = roles_of_layer(path, value.shape, len(index), known)
+    roles = roles_of_layer(path, value.shape, known)
   except ValueError as error:
     problems.append(f"{path}: {error}")
     return None
-  return weight_to_torch(value, roles, torch_kind(path, name, roles), name)
+  return weight_to_torch(value, roles, known.kind(path, name, roles), name)

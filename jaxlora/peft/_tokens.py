@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora._weight.weight import FullWeight
-from jaxlora.peft._layout import torch_kind, weight_from_torch, weight_to_torch
+from jaxlora.peft._layout import weight_from_torch, weight_to_torch
 from jaxlora.peft._names import Key, key_of
 from jaxlora.peft._places import Place
 from jaxlora.peft._records import Adapter
@@ -46,8 +46,8 @@ def leaves_with_rows(
         raise ValueError("some of its rows are trained, and the base has a shape alone; load onto the base's values")
       if place.index:
         raise ValueError(f"some of its rows are trained, in layer {place.index} of a stack")
-      module, roles = key_of(name)[0], roles_of_layer(path, leaf.shape, 0, known)
-      kind = torch_kind(path, module, roles)
+      module, roles = key_of(name)[0], roles_of_layer(path, leaf.shape, known)
+      kind = known.kind(path, module, roles)
       table = tokens.put_into(name, weight_to_torch(np.asarray(leaf), roles, kind, module))
       value = weight_from_torch(table, leaf.shape, roles, kind, module)
       found[path] = FullWeight(base=leaf, value=jnp.array(value, leaf.dtype))

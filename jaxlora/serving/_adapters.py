@@ -51,7 +51,7 @@ def _as_lora(node: Any, what: str) -> Any:
       " beside the base can do. Merge that adapter (jaxlora.merge), or train one of another variant."
     )
   a, b = node.factors()
-  return LoraWeight.from_factors(node.base, a, b, node.roles)
+  return LoraWeight.from_factors(node.base, a, b, node.roles, sure=node.sure)
 
 
 def check_nesting(found: Any, expected: Any, what: str, of: str) -> None:
@@ -114,7 +114,7 @@ def pad(tree: Any, rank: int | None = None) -> Any:
       return node
     weight = own[path]
     a, b = padded(weight, weight.rank if rank is None else rank)
-    return LoraWeight.from_factors(weight.base, a, b, weight.roles)
+    return LoraWeight.from_factors(weight.base, a, b, weight.roles, sure=weight.sure)
 
   nodes, _ = flatten(tree, is_leaf=is_half_leaf)
   return jax.tree.unflatten(treedef, [one(path, node) for path, node in nodes])

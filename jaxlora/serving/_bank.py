@@ -251,7 +251,7 @@ def _nothing(slots: Slots) -> dict[str, Any]:
 def _taken(slots: Slots, slot: int) -> Any:
   if isinstance(slots, WholeSlots):
     return FullWeight(base=None, value=slots.value[slot])
-  return LoraWeight.from_factors(None, slots.a[slot], slots.b[slot], slots.roles)
+  return LoraWeight.from_factors(None, slots.a[slot], slots.b[slot], slots.roles, sure=slots.sure)
 
 
 def _written(aux: Any) -> bytes:

@@ -24,12 +24,14 @@ class LowRankSlots:
     b: (adapters, *stack, rank, *out), each adapter's scale in it.
     present: (adapters,), above 0 for those that adapt this weight.
     roles: one letter per axis of the weight.
+    sure: whether something tells them for certain.
   """
 
   a: Any
   b: Any
   present: Any
   roles: str = dataclasses.field(metadata={"static": True})
+  sure: bool = dataclasses.field(default=True, metadata={"static": True})
 
   @property
   def rank(self) -> int:

@@ -104,7 +104,7 @@ def _form(path: str, owners: dict[str, Any], capacity: int, rank: int | None) ->
       jax.ShapeDtypeStruct((capacity, *with_rank(factor.shape, place, widest)), dtype_of(part))
       for part, factor in (("a", example.a), ("b", example.b))
     )
-    form = LowRankSlots(a, b, present, example.roles)
+    form = LowRankSlots(a, b, present, example.roles, all(getattr(node, "sure", True) for node in owners.values()))
   for name, node in owners.items():
     check_fits(node, form, f"stack: {name!r}: {path}", f"those of {first!r}")
     check_finite_parts(node, f"stack: {name!r}: {path}")

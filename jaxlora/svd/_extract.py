@@ -134,7 +134,7 @@ def _extracted_tree(
       of_leaf = None if keys is None else leaf_key(keys, path)
       weight, row = _extracted(leaf, after[path], *plan.adapted[path], energy, of_leaf)
       rows.append(row)
-      return weight
+      return dataclasses.replace(weight, sure=path not in plan.unsure)
     whole = path in plan.whole
     if path in changed:
       norm = jnp.linalg.norm((after[path] - leaf).astype(wide(leaf)).ravel())

@@ -39,7 +39,7 @@ def weight_of_svd(like: LoraWeight, found: LowRank, dtype: Any = None) -> LoraWe
   """A plain LoRA weight of scale 1 on the base of another one, whose update is `found`, (stack, in, out)."""
   dtype = dtype or wider_dtype(like.a.dtype, like.b.dtype)
   factors = factors_of_svd(found, like.base.shape, like.roles, dtype)
-  return LoraWeight.from_factors(like.base, *factors, like.roles, dropout=like.dropout)
+  return LoraWeight.from_factors(like.base, *factors, like.roles, dropout=like.dropout, sure=like.sure)
 
 
 def lora_leaves(tree: Any, what: str, linear: bool = True) -> list[tuple[str, LoraWeight]]:

@@ -50,7 +50,7 @@ def test_layouts(name, roles):
   ids=["both ways", "on the left", "scaled", "backwards"],
 )
 def test_products_of_a_square(fn):
-  helpers.check(lambda p, x: fn(p["w"], x), one_weight((N, N)), (MATRIX,), 1e-5)
+  helpers.check(lambda p, x: fn(p["w"], x), one_weight((N, N), axes={"w": "io"}), (MATRIX,), 1e-5)
 
 
 def test_a_square_beside_an_activation_of_its_shape():

@@ -121,9 +121,8 @@ def test_factors_are_sharded_as_their_base(tmp_path):
     "s": put(plain["s"], "x", None, None, "y"),
     "b": put(plain["b"], ("x", "y")),
   }
-  on_mesh = jaxlora.LoraWeight(
-    params["w"], put(saved["w"].a, None, "x"), put(saved["w"].b, None, "y"), rank=2, alpha=2.0
-  )
+  factors = {"a": put(saved["w"].a, None, "x"), "b": put(saved["w"].b, None, "y")}
+  on_mesh = saved["w"].with_parts({"base": params["w"], **factors})
   checkpoint.save(tmp_path / "a", saved | {"w": on_mesh})
   restored = checkpoint.restore(tmp_path / "a", params)
   assert_same(restored, saved)

@@ -97,7 +97,9 @@ def test_what_is_loaded_is_written_as_it_was(names, tmp_path):
 def test_scanned_layers_of_experts_ranks_that_differ_and_names_of_ones_own(tmp_path):
   params = {"blocks": {"w1": normal(2, EXPERTS, WIDTH, 6), "w2": normal(2, EXPERTS, 6, WIDTH)}, "q": normal(4, 4)}
   names = {"blocks/w1": peft.Experts("net.{}.moe.gate_up_proj"), "blocks/w2": peft.Experts("net.{}.moe.down_proj")}
-  tree = helpers.adapted(params, targets=".*", axes={".*w.": "ssio"}, overrides={".*w2": {"rank": 3, "alpha": 1}})
+  tree = helpers.adapted(
+    params, targets=".*", axes={".*w.": "ssio", "q": "io"}, overrides={".*w2": {"rank": 3, "alpha": 1}}
+  )
   peft.save(tmp_path, tree, names=names)
   config = json.loads((tmp_path / "adapter_config.json").read_text())
   assert config["target_parameters"] == ["moe.down_proj", "moe.gate_up_proj"]
@@ -107,7 +109,7 @@ def test_scanned_layers_of_experts_ranks_that_differ_and_names_of_ones_own(tmp_p
   np.testing.assert_array_equal(
     found["base_model.model.net.1.moe.lora_B.weight"], w2[1].transpose(2, 1, 0).reshape(WIDTH, -1)
   )
-  assert_equal(peft.load(tmp_path, params, names=names, axes={".*w.": "ssio"}), tree)
+  assert_equal(peft.load(tmp_path, params, names=names, axes={".*w.": "ssio", "q": "io"}), tree)
 
 
 def test_gate_and_up_of_their_own_are_joined_in_the_parameter(tmp_path):

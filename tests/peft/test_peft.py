@@ -655,10 +655,38 @@ def test_the_public_flax_gpt2_whose_kernels_are_the_other_way_round(tmp_path):
   model = trained(pair, target_modules=["c_attn", "c_proj", "c_fc"], r=4, fan_in_fan_out=True)
   model.save_pretrained(tmp_path / "adapter")
   apply = jax.jit(lambda p: flax(pair.inputs, params=p).logits)
-  with pytest.raises(jaxlora.peft.PeftError, match="a square one does not tell; say axes= or probe="):
-    jaxlora.peft.load(tmp_path / "adapter", params)
+  told = jaxlora.peft.load(tmp_path / "adapter", params)  # by biases; the square c_proj by the other one
   tree = jaxlora.peft.load(tmp_path / "adapter", params, probe=apply)
-  assert tree["transformer"]["h"]["0"]["attn"]["c_proj"]["kernel"].roles == "oi"
+  for loaded in (told, tree):
+    assert loaded["transformer"]["h"]["0"]["attn"]["c_proj"]["kernel"].roles == "oi"
+  assert_same(np.asarray(apply(jaxlora.merge(told))), pair.logits(model))
   assert_same(np.asarray(apply(jaxlora.merge(tree))), pair.logits(model))
   jaxlora.peft.save(tmp_path / "again", tree)
   assert_same(pair.logits(from_pretrained(pair, tmp_path / "again")), pair.logits(model))
+
+
+def test_squares_on_a_tree_that_stores_weights_as_torch_does(tmp_path):
+  """alpaca-lora's q_proj and v_proj, of a Llama without biases: the names alone tell (out, in)."""
+  config = transformers.LlamaConfig(
+    vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, tie_word_embeddings=False,
+  )  # fmt: skip
+  torch_model = transformers.LlamaForCausalLM(config).eval()
+  params: dict = {}
+  for name, tensor in torch_model.state_dict().items():
+    node = params
+    for part in name.split(".")[:-1]:
+      node = node.setdefault(part, {})
+    node[name.split(".")[-1]] = jnp.asarray(tensor.numpy())
+  model = peft.get_peft_model(torch_model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+  with torch.no_grad():
+    for name, tensor in model.named_parameters():
+      if "lora_" in name:
+        tensor.normal_(0, 0.3)
+  model.save_pretrained(tmp_path / "a")
+  tree = jaxlora.peft.load(tmp_path / "a", params)
+  merged = {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}
+  for layer in "01":
+    for projection in ("q_proj", "v_proj"):
+      found = jaxlora.merge(tree)["model"]["layers"][layer]["self_attn"][projection]["weight"]
+      np.testing.assert_allclose(found, merged[f"model.layers.{layer}.self_attn.{projection}.weight"], atol=1e-5)
