@@ -38,7 +38,7 @@ def by_platform(default: Callable[..., Any], forms: Mapping[str, Form], *args: A
   """`default(*args)`, which compilers of the platforms in `forms` are given in their own form.
 
   All forms compute the same. Tangents are those of `default`; batching maps every form. Outside of `jax.jit` it is
-  `default`, or the form that is for `EVERYWHERE`.
+  `default`, or the form that is for `EVERYWHERE` and for any number of devices.
 
   Args:
     default: a function of pytrees of arrays.
@@ -103,7 +103,7 @@ def _by_platform_p(platforms: tuple[str, ...]) -> Any:
 
   def impl(*args, default, forms):
     form = dict(forms).get(EVERYWHERE)
-    return jex_core.jaxpr_as_fun(default)(*args) if form is None else form.fn(*args)
+    return jex_core.jaxpr_as_fun(default)(*args) if form is None or form.single_device else form.fn(*args)
 
   def abstract_eval(*args, default, forms):
     del args, forms

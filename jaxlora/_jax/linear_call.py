@@ -30,13 +30,15 @@ except (
 # From residuals, the cotangents of all results and the types of the flat linear operands to their flat cotangents.
 Transpose = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
 
+Transposes = Mapping[str, Form]  # of `Transpose`s, by platform, as JAX names it, or `EVERYWHERE`
+
 
 def linear_call(
   fn: Callable[[Any, Any], Any],
   before: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
   residuals: Any,
   linear: Any,
-  transposes: Mapping[str, Transpose] | None = None,
+  transposes: Transposes | None = None,
 ) -> Any:
   """`fn(residuals, linear)`, where the transpose in `linear` first puts its residuals through `before`.
 
@@ -45,8 +47,8 @@ def linear_call(
     before: from flat residuals and flat cotangents to the residuals that the transpose uses, of the same types.
     residuals: pytree of arrays.
     linear: pytree of arrays.
-    transposes: platform, as JAX names it, or `EVERYWHERE` -> the transpose that programs for it are given instead.
-      They read what the default one reads. Batching drops them.
+    transposes: those that programs for some platforms are given instead. They read what the default one reads.
+      Batching drops them.
 
   Returns:
     What `fn` returns.
@@ -68,7 +70,9 @@ def linear_call(
   used, all_kept = used[: len(kept)], kept
   kept = [value for value, use in zip(kept, used, strict=True) if use]
   gone = tuple(None if use else jax.typeof(value) for value, use in zip(all_kept, used, strict=True))
-  forms = tuple((name, _Given(fn, kept_def, gone, out_def)) for name, fn in (transposes or {}).items())
+  forms = tuple(
+    (name, form._replace(fn=_Given(form.fn, kept_def, gone, out_def))) for name, form in (transposes or {}).items()
+  )
   out = _linear_call_p().bind(*kept, *moving, jaxpr=jaxpr, before=before, count=len(kept), transposes=forms)
   return jax.tree.unflatten(out_def, out)
 
@@ -97,22 +101,22 @@ class _Transpose:
   before: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
   types: tuple[Any, ...]  # of the linear operands
   zeros: tuple[Any, ...]  # for each cotangent that is zero its type, else `None`
-  given: tuple[tuple[str, _Given], ...]
+  given: tuple[tuple[str, Form], ...]  # of `_Given`s
 
   def __call__(self, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
     if not self.given:
       return self.default(residuals, cotangents)
-    forms = {name: functools.partial(self.by, given) for name, given in self.given}
-    if EVERYWHERE in forms:
-      return forms[EVERYWHERE](residuals, cotangents)
-    return by_platform(self.default, {name: Form(fn) for name, fn in forms.items()}, residuals, cotangents)
+    forms = {name: form._replace(fn=functools.partial(self.by, form.fn)) for name, form in self.given}
+    if EVERYWHERE in forms and not forms[EVERYWHERE].single_device:
+      return forms[EVERYWHERE].fn(residuals, cotangents)
+    return by_platform(self.default, forms, residuals, cotangents)
 
   def default(self, residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
     kept, fn = self.before(residuals, cotangents), jex_core.jaxpr_as_fun(self.jaxpr)
     transpose = jax.linear_transpose(lambda *linear: fn(*kept, *linear), *self.types)
     return list(transpose(self.full(cotangents)))
 
-  def by(self, given: _Given, residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+  def by(self, given: Any, residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
     return list(given(residuals, self.full(cotangents), self.types))
 
   def full(self, cotangents: Sequence[Any]) -> list[Any]:

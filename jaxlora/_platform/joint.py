@@ -13,11 +13,14 @@ Reading order: the matrices -> forward -> transpose.
 from collections.abc import Hashable, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled, Result, contract
+
+Weight = tuple[Any, Any, Any]  # base, A, B
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 
 from jaxlora._base.labelled import Labelled, Result, contract
 from jaxlora._jax.by_platform import EVERYWHERE, Form, by_platform
-from jaxlora._jax.linear_call import Transpose
+from jaxlora._jax.linear_call import Transpose, Transposes
 from jaxlora._platform.expand import expand
 from jaxlora._platform.kept_sum import kept_sum, plain_sum, sum_once
 from jaxlora._platform.regions import Region, find_regions
@@ -31,6 +31,11 @@ class Banks:
 
   spare_terms: int
   loops: bool
+
+
+def _merging(fn: Callable[..., Any]) -> Form:
+  """A form that lays weights side by side: not for several devices, between which they may be split."""
+  return Form(fn, single_device=True)
 
 
 def no_regions(jaxpr: Any) -> Mapping[int, Region]:
@@ -62,6 +67,7 @@ class Policy:
     few_tokens: up to this many tokens the forms for arrays in tiles compute it as two products and a sum.
     tiled: the platforms whose programs are given the forms for arrays in tiles; `EVERYWHERE` where the policy is for
       one of them alone.
+    merges: the platforms whose programs are given the forms that merge the products of one input.
     reason: why it was chosen, for `explain`.
   """
 
@@ -81,6 +87,7 @@ class Policy:
   joins: bool = True
   few_tokens: int = 1024
   tiled: tuple[str, ...] = ()
+  merges: tuple[str, ...] = ()
   reason: str = dataclasses.field(default="", compare=False)
 
   def lowered(
@@ -97,9 +104,14 @@ class Policy:
     forms = {name: Form(in_tiles, shared=tuple(shared)) for name in self.tiled}
     return by_platform(default, forms, *args) if forms else default(*args)
 
-  def transposes(self, in_tiles: Transpose | None) -> Mapping[str, Transpose]:
-    """The `transposes` of a linear call: that for platforms that lay arrays out in tiles, if there is one."""
-    return {} if in_tiles is None else dict.fromkeys(self.tiled, in_tiles)
+  def transposes(self, in_tiles: Transpose | None, merged: Transpose | None = None) -> Transposes:
+    """The `transposes` of a linear call: those for platforms that lay arrays out in tiles, or merge products."""
+    found = {} if in_tiles is None else dict.fromkeys(self.tiled, Form(in_tiles))
+    return found | ({} if merged is None else dict.fromkeys(self.merges, _merging(merged)))
+
+  def lowered_merged(self, default: Callable[..., Any], merged: Callable[..., Any], *args: Any) -> Any:
+    """`default(*args)`; `merged(*args)`, the same, where the platform's compiler merges products of one input."""
+    return by_platform(default, dict.fromkeys(self.merges, _merging(merged)), *args) if self.merges else default(*args)
 
   def sum(self, base: jax.Array, delta: jax.Array, looping: bool) -> jax.Array:
     """The base's product plus the low-rank part, in the base product's dtype."""
@@ -131,6 +143,7 @@ CPU = Policy(
   banks=Banks(spare_terms=8, loops=True),
   banks_in_tiles=_ACCELERATED,
   tiled=("tpu",),
+  merges=("cuda", "rocm"),
 )
 GPU = dataclasses.replace(
   CPU,
@@ -143,8 +156,9 @@ GPU = dataclasses.replace(
   widens_bases=False,
   banks=_ACCELERATED,
   tiled=(),
+  merges=(EVERYWHERE,),
 )
-TPU = dataclasses.replace(GPU, name="tpu", tiled=(EVERYWHERE,))
+TPU = dataclasses.replace(GPU, name="tpu", merges=(), tiled=(EVERYWHERE,))
 # The plain form everywhere: `x W + (x A) B`, and JAX's own differentiation.
 NONE = Policy(
   name="none",

@@ -4,7 +4,7 @@ A compiler would otherwise merge the rematerialised value with the original, or 
 the same.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxlora._jax.by_platform import Form, by_platform
 from jaxlora._jax.jaxpr import without_dead_code
-from jaxlora._jax.linear_call import Transpose, linear_call
+from jaxlora._jax.linear_call import Transposes, linear_call
 
 # From residuals and cotangents, flat, to the residuals: the same values, which depend on the cotangents.
 Wait = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
@@ -25,7 +25,7 @@ def late(
   residuals: Any,
   linear: Any,
   wait: Wait,
-  transposes: Mapping[str, Transpose] | None = None,
+  transposes: Transposes | None = None,
 ) -> Any:
   """`fn(residuals, linear)`, linear in the second argument, whose transpose reads residuals only after its cotangent.
 

@@ -24,14 +24,13 @@ from jaxlora._base.labelled import (
   type_of,
 )
 from jaxlora._platform import joint
+from jaxlora._platform.joint import Weight
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.wait import late, on_cpus
 from jaxlora._transform.factored import Factored
 from jaxlora._transform.pairing import Pairing
 from jaxlora._transform.thin import Shrink
 from jaxlora._weight.roles import RANK, factor_axes
-
-Weight = tuple[Any, Any, Any]  # base, A, B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +66,11 @@ class Product:
   result: Result
   shrink: Shrink
   policy: Policy
+
+  @property
+  def thin_result(self) -> Result:
+    """What `h` is to be."""
+    return self.shrink.result
 
   def in_order(self, x: Any, w: Any) -> tuple[Any, Any]:
     """The two as the equation has them."""

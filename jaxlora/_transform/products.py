@@ -9,7 +9,9 @@
 It is linear in one step, and so is its transpose, which each compiler is given in the form that it likes:
 `dx = dy W^T + (dy B^T) A` as two products, or as one.
 
-Reading order: the products -> their derivative -> the form for TPUs -> one product alone.
+What programs for TPUs and GPUs are given instead is in `_platform/product_forms.py`.
+
+Reading order: the products -> their derivative -> one product alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +26,14 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import inexact
 from jaxlora._base.labelled import Labelled, contract
 from jaxlora._jax.trace_cache import traced_once
-from jaxlora._platform import joint
+from jaxlora._platform import merged
+from jaxlora._platform.joint import Weight
 from jaxlora._platform.kept_sum import plain_sum
 from jaxlora._platform.policy import Policy
+from jaxlora._platform.product_forms import Joined, Moving, SideBySide, TransposeJoined, TransposeSideBySide
 from jaxlora._platform.recipes import Recipe
 from jaxlora._platform.wait import at_once, late
-from jaxlora._platform.widened import NotWidened, widened
-from jaxlora._transform.product import Product, Weight
+from jaxlora._transform.product import Product
 from jaxlora._transform.thin import Shrink, Shrinks
 from jaxlora._transform.thin_derivative import shrink_along_factor
 
@@ -77,10 +80,28 @@ class Products:
     self, x: jax.Array, thin: Sequence[Labelled], weights: Sequence[Weight], sources: Sequence[Any], *how: Any
   ) -> list[jax.Array]:
     """The products."""
-    return [
-      self.one(product, x, h, weight, sources, *how)
-      for product, h, weight in zip(self.each, thin, weights, strict=True)
-    ]
+
+    def apart(x, thin, weights, sources):
+      return [
+        self.one(product, x, h, weight, sources, *how)
+        for product, h, weight in zip(self.each, thin, weights, strict=True)
+      ]
+
+    if not self.merges(x, weights):
+      return apart(x, thin, weights, sources)
+    return self.policy.lowered_merged(apart, SideBySide(self.each), x, thin, weights, sources)
+
+  def joins(self, x: jax.Array, weights: Sequence[Weight]) -> bool:
+    """Whether each of the products can be one."""
+    return all(product.joins(x, weight) for product, weight in zip(self.each, weights, strict=True))
+
+  def merges(self, x: jax.Array, weights: Sequence[Weight]) -> bool:
+    """Whether they can be one product of all the weights side by side, and that is worth a copy of these."""
+    if len(self.each) < 2 or not self.joins(x, weights):
+      return False
+    matrices = [product.as_matrices(weight) for product, weight in zip(self.each, weights, strict=True)]
+    alike = len({(m.labels, m.k, product.result) for m, product in zip(matrices, self.each, strict=True)}) == 1
+    return alike and merged.worth_it(matrices, x)
 
   def one(
     self, product: Product, x: jax.Array, h: Labelled, weight: Weight, sources: Sequence[Any], expand: Any, add: Any
@@ -113,18 +134,12 @@ class Products:
       completed(h, x, weight[1], product.shrink) if moving.x and moves else h
       for product, h, weight, moves in zip(self.each, thin, weights, moving.seconds, strict=True)
     ]
-    joins = all(product.joins(x, weight) for product, weight in zip(self.each, weights, strict=True))
-    transposes = self.policy.transposes(TransposeJoined(self, moving) if joins else None)
+    every = moving.x and all((*moving.thin, *moving.seconds))
+    transposes = self.policy.transposes(
+      TransposeJoined(self.each, moving) if self.joins(x, weights) else None,
+      TransposeSideBySide(self.each) if every and self.merges(x, weights) else None,
+    )
     return late(Along(self, moving), (complete, list(weights)), steps, at_once, transposes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Moving:
-  """What of some products' operands has a tangent."""
-
-  x: bool
-  thin: tuple[bool, ...]
-  seconds: tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,58 +184,6 @@ def completed(h: Labelled, x: jax.Array, a: jax.Array, shrink: Shrink) -> Labell
 
   complete.defjvp(jvp)
   return complete(h, x, a)
-
-
-@dataclasses.dataclass(frozen=True)
-class Joined:
-  """One product in the form that has a single pass."""
-
-  product: Product
-  norm: Any
-
-  def __call__(
-    self, base: jax.Array, x: jax.Array, h: Labelled, weight: Weight, sources: Sequence[jax.Array]
-  ) -> jax.Array:
-    del base  # which is part of the one product
-    product, matrices = self.product, self.product.as_matrices(weight)
-    u = self.beside_norm(h, sources, matrices)
-    if u is None:
-      u = joint.joined(Labelled(x, product.labels).flattened(product.contracted), matrices.k, [h], [matrices.r])
-    y = joint.forward(matrices, u, product.weight_first, product.result)
-    return y.expanded().ordered(product.wanted)
-
-  def beside_norm(self, h: Labelled, sources: Sequence[Any], m: joint.Matrices) -> Labelled | None:
-    """`[x, h]` where `x` is a norm; `None` where it is not, or not one that can be made wider."""
-    labels = self.product.labels
-    if self.norm is None or m.k not in labels:
-      return None
-    try:
-      rank = h.array.shape[h.labels.index(m.r)]
-      wider = widened(self.norm.region, sources, labels.index(m.k), rank)
-    except NotWidened:
-      return None
-    return joint.beside_norm(Labelled(wider, labels), m.k, h, m.r)
-
-
-@dataclasses.dataclass(frozen=True)
-class TransposeJoined:
-  """The transpose of `Along` in the form that has a single pass for each weight."""
-
-  products: Products
-  moving: Moving
-
-  def __call__(self, residuals: Any, cotangents: Sequence[jax.Array], types: Sequence[Any]) -> list[Any]:
-    del types
-    thin, weights = residuals
-    each = self.products.each
-    matrices = [p.as_matrices(weight) for p, weight in zip(each, weights, strict=True)]
-    flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(each, cotangents, strict=True)]
-    gs = [contract(dy, m.b, [m.n], p.shrink.result) for p, m, dy in zip(each, matrices, flat, strict=True)]
-    out = [joint.transpose_input(matrices, flat, gs).expanded().ordered(each[0].labels)] if self.moving.x else []
-    out += [g.ordered(h.labels) for g, h, moves in zip(gs, thin, self.moving.thin, strict=True) if moves]
-    for p, m, h, dy, moves in zip(each, matrices, thin, flat, self.moving.seconds, strict=True):
-      out += [joint.transpose_second(m, h, dy).expanded().ordered(p.second)] if moves else []
-    return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -68,11 +68,52 @@ def test_one_input_of_several_weights(policy, x64):
   helpers.check(fn, tree, (x,), 1e-11, policies=[POLICIES[policy]])
 
 
+def alike(p, x):
+  """A norm whose readers can be one product of all their weights, as queries, keys and values can."""
+  y = norm(x @ p["w3"])
+  heads = jnp.einsum("btd,dhk->bthk", y, p["w1"])
+  return jnp.sum(jnp.sin(y @ p["w0"])) + jnp.sum(jnp.cos(heads)) + jnp.sum(jnp.tanh(y @ p["w2"]))
+
+
+def adapted_alike(x, **options):
+  params = params_of((WIDTH, 7), (WIDTH, 3, 2), (WIDTH, 5), (WIDTH, WIDTH))
+  overrides = {"w0": {"rank": 3}, "w1": {"rank": 1}}
+  return helpers.adapted(params, rank=2, targets=".*", overrides=overrides, probe=lambda p: alike(p, x), **options)
+
+
+MANY_TOKENS = (4, WIDTH, WIDTH)  # so many that GPUs take the weights side by side
+
+
 @pytest.mark.parametrize("policy", ONE_DEVICE)
-def test_second_derivatives(policy, x64):
+@pytest.mark.parametrize("variant", ["lora", "lora_fa", "dora"])
+def test_weights_that_can_lie_side_by_side(policy, variant, x64):
+  x = jax.random.normal(jax.random.key(3), MANY_TOKENS)
+  helpers.check(alike, adapted_alike(x, variant=variant), (x,), 1e-10, policies=[POLICIES[policy]])
+
+
+def test_the_form_for_gpus_has_one_product_of_all_weights():
+  """`x [W_1, W_2, ..]` and `[h_1, h_2, ..] diag(B_1, B_2, ..)`, forwards and back; not where devices may share a W."""
+  x = jnp.ones(MANY_TOKENS)
+  tree = adapted_alike(x)
+  wrapped = jaxlora.wrap(alike, on_materialize="error")
+  step = jax.grad(wrapped, argnums=(0, 1))
+  together = (f"tensor<{WIDTH}x18xf32>", "tensor<6x18xf32>", "tensor<4x12x18xf32>")
+  lower = lambda platform, *args: jax.jit(step).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+  text = {platform: lower(platform, tree, x) for platform in ("cuda", "rocm", "cpu", "tpu")}
+  assert all(shape in text[platform] for shape in together for platform in ("cuda", "rocm"))
+  assert not any(shape in text[platform] for shape in together for platform in ("cpu", "tpu"))
+  assert text["cuda"].count("18xf32>) -> tensor<4x12x12xf32>") == 1  # dx
+  mesh = helpers.mesh_of(data=2)
+  spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+  assert not any(shape in lower("cuda", helpers.place(mesh, tree), spread) for shape in together)
+
+
+@pytest.mark.parametrize("policy", ONE_DEVICE)
+@pytest.mark.parametrize("case", ["few tokens", "many tokens"])
+def test_second_derivatives(policy, case, x64):
   """Along the input and the factors, mixed ones among them."""
-  x = jax.random.normal(jax.random.key(3), (2, 4, WIDTH))
-  tree, fn = adapted_readers(x)
+  x = jax.random.normal(jax.random.key(3), MANY_TOKENS if case == "many tokens" else (2, 4, WIDTH))
+  tree, fn = (adapted_alike(x), alike) if case == "many tokens" else adapted_readers(x)
   frozen, trainable = jaxlora.split(tree)
   leaves, treedef = jax.tree.flatten((trainable, x))
   steps = [jax.random.normal(jax.random.key(k), leaf.shape) for k, leaf in enumerate(leaves)]

@@ -1,0 +1,133 @@
+"""The forms of adapted products, and of the transpose of their derivative, that some compilers are given.
+
+TPUs take each product and its low-rank part as one (`joint.py`); GPUs take all products of one input as two
+(`merged.py`).
+
+Reading order: what is known of a product -> one product -> the products of one input -> transposes.
+"""
+
+from collections.abc import Hashable, Sequence
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+from jaxlora._base.labelled import Labelled, Result, contract
+from jaxlora._platform import joint, merged
+from jaxlora._platform.joint import Weight
+from jaxlora._platform.widened import NotWidened, widened
+
+
+class Product(Protocol):
+  """How an input meets a weight, as far as the forms need to know it."""
+
+  @property
+  def labels(self) -> tuple[Hashable, ...]: ...
+  @property
+  def contracted(self) -> tuple[int, ...]: ...
+  @property
+  def free(self) -> tuple[int, ...]: ...
+  @property
+  def second(self) -> tuple[Hashable, ...]: ...
+  @property
+  def weight_first(self) -> bool: ...
+  @property
+  def wanted(self) -> tuple[Hashable, ...]: ...
+  @property
+  def result(self) -> Result: ...
+  @property
+  def thin_result(self) -> Result: ...
+  def as_matrices(self, weight: Weight) -> joint.Matrices: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Moving:
+  """What of some products' operands has a tangent."""
+
+  x: bool
+  thin: tuple[bool, ...]
+  seconds: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+  """One product in the form that has a single pass."""
+
+  product: Product
+  norm: Any
+
+  def __call__(
+    self, base: jax.Array, x: jax.Array, h: Labelled, weight: Weight, sources: Sequence[jax.Array]
+  ) -> jax.Array:
+    del base  # which is part of the one product
+    product, matrices = self.product, self.product.as_matrices(weight)
+    u = self.beside_norm(h, sources, matrices)
+    if u is None:
+      u = joint.joined(Labelled(x, product.labels).flattened(product.contracted), matrices.k, [h], [matrices.r])
+    y = joint.forward(matrices, u, product.weight_first, product.result)
+    return y.expanded().ordered(product.wanted)
+
+  def beside_norm(self, h: Labelled, sources: Sequence[Any], m: joint.Matrices) -> Labelled | None:
+    """`[x, h]` where `x` is a norm; `None` where it is not, or not one that can be made wider."""
+    labels = self.product.labels
+    if self.norm is None or m.k not in labels:
+      return None
+    try:
+      rank = h.array.shape[h.labels.index(m.r)]
+      wider = widened(self.norm.region, sources, labels.index(m.k), rank)
+    except NotWidened:
+      return None
+    return joint.beside_norm(Labelled(wider, labels), m.k, h, m.r)
+
+
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+  """All products of one input in the form that merges them (`merged.py`)."""
+
+  each: tuple[Product, ...]
+
+  def __call__(
+    self, x: jax.Array, thin: Sequence[Labelled], weights: Sequence[Weight], sources: Sequence[jax.Array]
+  ) -> list[jax.Array]:
+    del sources
+    matrices = [p.as_matrices(weight) for p, weight in zip(self.each, weights, strict=True)]
+    u = Labelled(x, self.each[0].labels).flattened(self.each[0].contracted)
+    ys = merged.forward(merged.SideBySide(matrices), u, thin, self.each[0].result)
+    return [y.expanded().ordered(p.wanted) for p, y in zip(self.each, ys, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposeJoined:
+  """The transpose of `Along` in the form that has a single pass for each weight."""
+
+  each: tuple[Product, ...]
+  moving: Moving
+
+  def __call__(self, residuals: Any, cotangents: Sequence[jax.Array], types: Sequence[Any]) -> list[Any]:
+    del types
+    thin, weights = residuals
+    matrices = [p.as_matrices(weight) for p, weight in zip(self.each, weights, strict=True)]
+    flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
+    gs = [contract(dy, m.b, [m.n], p.thin_result) for p, m, dy in zip(self.each, matrices, flat, strict=True)]
+    out = [joint.transpose_input(matrices, flat, gs).expanded().ordered(self.each[0].labels)] if self.moving.x else []
+    out += [g.ordered(h.labels) for g, h, moves in zip(gs, thin, self.moving.thin, strict=True) if moves]
+    for p, m, h, dy, moves in zip(self.each, matrices, thin, flat, self.moving.seconds, strict=True):
+      out += [joint.transpose_second(m, h, dy).expanded().ordered(p.second)] if moves else []
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposeSideBySide:
+  """The transpose of `Along`, where all operands have tangents, in the form that merges the products."""
+
+  each: tuple[Product, ...]
+
+  def __call__(self, residuals: Any, cotangents: Sequence[jax.Array], types: Sequence[Any]) -> list[Any]:
+    del types
+    thin, weights = residuals
+    matrices = merged.SideBySide([p.as_matrices(weight) for p, weight in zip(self.each, weights, strict=True)])
+    flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
+    dx, gs, seconds = merged.transpose(matrices, thin, flat, self.each[0].thin_result)
+    out = [dx.expanded().ordered(self.each[0].labels)]
+    out += [g.ordered(h.labels) for g, h in zip(gs, thin, strict=True)]
+    return out + [db.expanded().ordered(p.second) for p, db in zip(self.each, seconds, strict=True)]
