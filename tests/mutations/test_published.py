@@ -62,8 +62,8 @@ def merged_twice(patch):
   patch.setattr(
     merge,
     "_merged",
-    lambda node: (
-      dataclasses.replace(node, base=node.materialize()).materialize() if isinstance(node, LoraWeight) else MERGED(node)
+    lambda path, node, *rest: MERGED(
+      path, dataclasses.replace(node, base=node.materialize()) if isinstance(node, LoraWeight) else node, *rest
     ),
   )
 
