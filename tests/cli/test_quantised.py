@@ -289,3 +289,26 @@ def test_the_librarys_merge_and_jaxlora_merge_lose_the_same(run, tmp_path):
     merged = jaxlora.merge(tree)
   files = load_file(tmp_path / "out.safetensors")[NAME]
   assert np.mean(files != jax.tree.leaves(merged)[0].T) < 1e-3  # but for sums that lie between two numbers
+
+
+def test_codes_and_scales_in_several_files(run, tmp_path, base):
+  """As DeepSeek's index has them: the two parts of a weight are computed together, wherever they lie."""
+  value, delta, scale_key = base(*SCALES["deepseek"])
+  folder = tmp_path / "base"
+  tensors = load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  home = {name: f"model-0000{2 if name == scale_key else 1}-of-00002.safetensors" for name in tensors}
+  for file in sorted(set(home.values())):
+    save_file({name: tensor for name, tensor in tensors.items() if home[name] == file}, folder / file)
+  for given in (folder, folder / "model.safetensors.index.json"):  # a set of files without an index, and with one
+    run("merge", given, tmp_path / "p", tmp_path / f"out of {given.name}")
+    got = {name: load_file(tmp_path / f"out of {given.name}" / file)[name] for name, file in home.items()}
+    stored = got[NAME].astype(np.float32) * spread(got[scale_key], value.shape, 128)
+    assert np.linalg.norm(stored - value - delta) < 0.05 * np.linalg.norm(value + delta)
+    assert (tmp_path / f"out of {given.name}" / "config.json").exists()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": home}))
+  run("merge", folder, tmp_path / "p", tmp_path / "plain", "--dequantize")
+  told = json.loads((tmp_path / "plain" / "model.safetensors.index.json").read_text())
+  assert scale_key not in told["weight_map"]
+  for file in set(home.values()):
+    assert set(load_file(tmp_path / "plain" / file)) == {n for n, f in told["weight_map"].items() if f == file}

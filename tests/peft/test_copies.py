@@ -76,3 +76,22 @@ def test_saved_modules_that_a_narrow_base_rounds_away_are_told(tmp_path):
   assert value.dtype == jnp.bfloat16
   wide = {**OWN, "lm_head": {"kernel": jnp.asarray(head, jnp.float32)}}  # the remedy
   np.testing.assert_array_equal(peft.load(tmp_path / "p", wide)["lm_head"]["kernel"].value, trained)
+
+
+def test_merged_tells_what_a_dtype_rounds_away():
+  name = "model.layers.0.q_proj"
+  a, b = (np.asarray(array(k, shape, jnp.float32)) for k, shape in ((1, (2, 16)), (2, (8, 2))))
+  base = np.asarray(array(3, (8, 16), jnp.float32))
+  for alpha, small in ((2e-4, True), (2.0, False)):
+    adapter = peft.Adapter({name: peft.Module(name, "linear", a, b, alpha)}, whole={}, bases={}, config={})
+    narrow = base.astype(jnp.bfloat16)
+    if small:
+      with pytest.warns(jaxlora.RoundingWarning, match=rf"merged: rounding to bfloat16 .* in {name}.weight \(\d+%\)"):
+        got = adapter.merged(f"{name}.weight", narrow)
+    else:
+      got = adapter.merged(f"{name}.weight", narrow)
+    assert got.dtype == jnp.bfloat16
+    kept = adapter.merged(f"{name}.weight", narrow, dtype=np.float32)  # the remedy
+    exact = narrow.astype(np.float64) + alpha / 2 * (b.astype(np.float64) @ a)
+    assert np.linalg.norm(kept - exact) < 1e-2 * np.linalg.norm(exact - narrow.astype(np.float64))
+    assert adapter.merged("model.norm.weight", narrow) is narrow
