@@ -11,7 +11,7 @@ from jaxlora.peft._read import read, read_with_keys
 from jaxlora.peft._roles import Axes
 from jaxlora.peft._serve import READERS
 from jaxlora.peft._served import Finding, Serve, findings, readers_of, served
-from jaxlora.peft._to_modules import adapter_of_tree, module_names
+from jaxlora.peft._to_modules import adapter_of_tree, module_sizes
 from jaxlora.peft._write import write
 
 
@@ -75,7 +75,7 @@ def save(
   adapter = adapter_of_tree(tree, names, axes, "save", task_type)
   about = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
   adapter = dataclasses.replace(adapter, config=adapter.config | about)
-  write(folder, served(adapter, None, readers, "save", module_names(tree, names)))
+  write(folder, served(adapter, None, readers, "save", module_sizes(tree, names, axes)))
 
 
 def load(

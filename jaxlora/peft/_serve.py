@@ -281,7 +281,7 @@ RULES = (
     readers=("sglang",),
     requires="q_proj and v_proj are adapted together, and so are gate_proj and up_proj",
     otherwise="the missing half is a KeyError, or the module stays without a buffer",
-    remedy=f"adapt both; or {_MERGE}",
+    remedy="write zero factors for the other half: jaxlora.peft.save(whole tree, serve='sglang'); or " + _MERGE,
     source="sglang/srt/lora/lora.py: LoRAAdapter.normalize_qkv_proj, normalize_gate_up_proj (sglang#25913)",
     broken=checks.halves_of_fused,
   ),

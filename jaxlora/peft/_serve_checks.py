@@ -123,14 +123,18 @@ def convolutions(folder: Folder) -> list[str]:
 _BESIDE = {"q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",), "gate_proj": ("up_proj",)}
 
 
+def partners(modules: Collection[str]) -> list[tuple[str, str]]:
+  """The modules that have no factors though they are in one matrix with an adapted one, and that one."""
+  found = []
+  for name in modules:
+    stem, _, last = name.rpartition(".")
+    needed = [f"{stem}.{other}" for other in _BESIDE.get(last, ())]
+    found += [(other, name) for other in needed if other not in modules]
+  return found
+
+
 def halves_of_fused(folder: Folder) -> list[str]:
-  """Projections whose partner in a fused matrix has no factors."""
-  return [
-    f"{name}: without {needed} beside it"
-    for name in folder.modules
-    for needed in _BESIDE.get(name.rpartition(".")[2], ())
-    if name.rpartition(".")[0] + f".{needed}" not in folder.modules
-  ]
+  return [f"{name}: without {other.rpartition('.')[2]} beside it" for other, name in partners(folder.modules)]
 
 
 def outside_of_layers(folder: Folder) -> list[str]:

@@ -1,7 +1,7 @@
 """Folders for certain readers: what of their rules is broken, and adapters made so that the rules hold."""
 
 import collections
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxlora._base.text import listed
 from jaxlora.peft._records import Adapter, Module, raise_problems
 from jaxlora.peft._serve import READERS, RULES, Rule
-from jaxlora.peft._serve_checks import Folder
+from jaxlora.peft._serve_checks import Folder, partners
 
 Serve = str | Sequence[str]  # readers, as `save` takes them
 
@@ -66,7 +66,7 @@ def served(
   keys: Iterable[str] | None,
   readers: Sequence[str],
   subject: str,
-  known: Collection[str] | None = None,
+  known: Mapping[str, int] | None = None,
 ) -> Adapter:
   """The adapter itself where no rule is broken; else one of the same function with one rank and one scale.
 
@@ -75,11 +75,13 @@ def served(
     keys: of its tensors in a file; `None` for those that `write` writes, which are as they should be.
     readers: whose rules must hold.
     subject: what errors begin with.
-    known: the names of all modules of the model; `None` if they are not known.
+    known: the sizes of all modules' weights, by name; `None` if they are not known.
 
   Raises:
     PeftError: listing the rules that cannot be made to hold.
   """
+  if "sglang" in readers and known is not None:
+    adapter = with_partners(adapter, known)
   found = findings(adapter, () if keys is None else keys, readers, known)
   made = {finding.reader for finding in found if finding.rule.made}
   if made:
@@ -90,6 +92,23 @@ def served(
   problems = [str(finding) for finding in found if not finding.rule.note]
   raise_problems(subject, [*adapter.unsupported, *problems])
   return adapter
+
+
+def with_partners(adapter: Adapter, sizes: Mapping[str, int]) -> Adapter:
+  """The adapter with zero factors for the modules that SGLang has in one matrix with adapted ones; itself without any.
+
+  Args:
+    adapter: of linear modules.
+    sizes: how many elements the weights of the model's modules have, by name.
+  """
+  added: dict[str, Module] = {}
+  for name, partner in partners(adapter.modules):
+    beside = adapter.modules[partner]
+    out, rest = divmod(sizes.get(name, 0), beside.a.shape[1])
+    if beside.kind == "linear" and out and not rest:
+      b = np.zeros((out, beside.rank), beside.b.dtype)
+      added[name] = dataclasses.replace(beside, name=name, a=np.zeros_like(beside.a), b=b, magnitude=None)
+  return uniform(dataclasses.replace(adapter, modules=adapter.modules | added)) if added else adapter
 
 
 def uniform(adapter: Adapter) -> Adapter:

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Collection
+import math
 from typing import Any
 
 import jax
@@ -64,10 +65,20 @@ def to_modules(tree: Any, *, names: Names = None, axes: Axes = None) -> Adapter:
   return adapter_of_tree(tree, names, axes, "to_modules")
 
 
-def module_names(tree: Any, names: Names) -> list[str] | None:
-  """The names of all modules of a tree's torch model; `None` for the trainable half, which has but some of them."""
+def module_sizes(tree: Any, names: Names, axes: Axes) -> dict[str, int] | None:
+  """How many elements the weight of each module of a tree's torch model has, by the module's name.
+
+  `None` for the trainable half of a tree, which has but some of them.
+  """
   leaves = dict(flatten(tree, is_leaf=is_adapted)[0])
-  return TorchModel.of_leaves(leaves, names, known_roles(leaves, tree, None, None), []).module_names()
+  model = TorchModel.of_leaves(leaves, names, known_roles(leaves, tree, axes, None), [])
+  if model.module_names() is None:
+    return None
+  sizes = {}
+  for name, held in model.parameters().items():
+    path, _ = held.get("weight", next(iter(held.values())))
+    sizes[name] = math.prod(shape_of_leaf(model.leaves[path])) // max(1, len(model.layers(path)))
+  return sizes
 
 
 def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type: str | None = None) -> Adapter:
