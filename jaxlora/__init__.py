@@ -21,6 +21,7 @@ from jaxlora._base.matrix import LowRank
 from jaxlora._base.rounding import RoundingWarning
 from jaxlora._train.adalora import prune, sensitivity
 from jaxlora._train.gradients import grad, value_and_grad
+from jaxlora._train.muon import muon_dimensions
 from jaxlora._train.optimizer import labels, lora_plus, mask, optimizer
 from jaxlora._transform.explain import Explanation, explain
 from jaxlora._transform.record import MaterializeError, MaterializeWarning, Use
@@ -83,6 +84,7 @@ __all__ = [
   "low_rank",
   "mask",
   "merge",
+  "muon_dimensions",
   "norms",
   "optimizer",
   "pad",
