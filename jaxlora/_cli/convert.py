@@ -1,5 +1,6 @@
 """`jaxlora convert`: each file is read once, and what comes of it is written once."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -10,39 +11,65 @@ from jaxlora._cli.bases import open_base
 from jaxlora._cli.result import BadFile, Result
 from jaxlora._cli.sources import existing, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
 from jaxlora.checkpoint._adapter import contents, save_part
-from jaxlora.peft._folder import save
+from jaxlora.peft._folder import save, save_mlx
 from jaxlora.peft._from_modules import from_modules
 from jaxlora.peft._read import read
-from jaxlora.peft._records import Adapter
+from jaxlora.peft._records import Adapter, fail
 from jaxlora.peft._tied import HEADLESS, uses_of
+from jaxlora.peft._write import write, write_mlx
 
 _METADATA = ("base_model_name_or_path", "task_type")  # what a checkpoint's metadata keeps of adapter_config.json
 
 
 def run_convert(options: Any) -> Result:
-  """Converts FROM, whose format decides, to TO."""
-  formats = ("peft", "jaxlora") if is_peft(options.source) else ("jaxlora", "peft")
+  """Converts FROM to TO, whose format is the other one where nothing else is asked for."""
+  files = is_peft(options.source)
+  formats = ("peft", options.to or "jaxlora") if files else ("jaxlora", options.to or "peft")
+  if formats == ("jaxlora", "jaxlora"):
+    raise BadFile(f"--to jaxlora: {options.source} is a checkpoint of jaxlora's.")
+  if options.serve and formats[1] == "mlx-lm":
+    raise BadFile("--serve: READER loads PEFT's folders, and --to mlx-lm writes none.")
   if options.serve and formats[0] == "peft":
     raise BadFile(
       f"--serve: {options.source} is a PEFT folder; jaxlora check FOLDER --serve READER --write OUT does it."
     )
-  (_to_checkpoint if formats[0] == "peft" else _to_peft)(options)
+  if files:
+    _of_files(options, formats[1])
+  else:
+    _of_checkpoint(options, formats[1])
   report = {"from": options.source, "to": options.target, "formats": list(formats)}
   return report, [f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]})"]
 
 
-def _to_checkpoint(options: Any) -> None:
-  """A PEFT folder -> a checkpoint of jaxlora's."""
+def _of_files(options: Any, form: str) -> None:
+  """An adapter in files of PEFT's or of another library -> a checkpoint of jaxlora's, or files of another library."""
   adapter = read(options.source, adapter_name=options.adapter_name)
+  if form != "jaxlora":
+    if adapter.unsupported:
+      raise fail(options.source, adapter.unsupported)
+    if flat := [name for name in adapter.modules if "." not in name and name.count("_") > 3]:
+      raise BadFile(
+        f"{options.source}: {flat[0]} is kohya's name, which does not tell where torch's has its dots. Convert it to a"
+        " checkpoint with --base FILE first."
+      )
+    if options.base_model or options.task_type:
+      about = {_METADATA[0]: options.base_model, _METADATA[1]: options.task_type}
+      config = adapter.config | {name: given for name, given in about.items() if given}
+      adapter = dataclasses.replace(adapter, config=config)
+    write(options.target, adapter) if form == "peft" else write_mlx(options.target, adapter, options.source)
+    return
   params, axes = (_shapes_of(options.base), None) if options.base else _flax_shapes(adapter, options.source)
   tree = from_modules(adapter, params, names=names_of(options), axes=axes)
   metadata = {"peft": {name: adapter.config.get(name) for name in _METADATA}}
   save_part(options.target, tree, metadata=metadata, whole_base=bool(options.base))
 
 
-def _to_peft(options: Any) -> None:
-  """A checkpoint of jaxlora's -> a PEFT folder."""
+def _of_checkpoint(options: Any, form: str) -> None:
+  """A checkpoint of jaxlora's -> a folder of PEFT's or mlx-lm's."""
   found = contents(existing(options.source))
+  if form == "mlx-lm":
+    save_mlx(options.target, shapes_of_base(found) | found.leaves, names=names_of(options))
+    return
   kept = found.metadata.get("peft")
   about: dict[str, Any] = {name: kept.get(name) if isinstance(kept, dict) else None for name in _METADATA}
   about |= {

@@ -16,9 +16,14 @@ from jaxlora.peft._parts import names_from_json
 
 
 def is_peft(path: str) -> bool:
-  """Whether a path is a PEFT folder, or one of several adapters, and no checkpoint of jaxlora's."""
+  """Whether a path holds adapters of PEFT's or of another library in files, and is no checkpoint of jaxlora's."""
   names = ("adapter_config.json", "adapter_model.safetensors")
-  return any((Path(path) / name).exists() for name in names) or any(Path(path).glob("*/adapter_config.json"))
+  held = ("*/adapter_config.json", "*.safetensors")
+  return (
+    path.endswith(".safetensors")
+    or any((Path(path) / name).exists() for name in names)
+    or any(found for pattern in held for found in Path(path).glob(pattern))
+  )
 
 
 def is_checkpoint(path: str) -> bool:

@@ -9,7 +9,7 @@ Both are files around a pair of functions that touch none: `to_modules(tree)` ma
 Nothing is unpickled.
 """
 
-from jaxlora.peft._folder import check, load, save
+from jaxlora.peft._folder import check, load, save, save_mlx
 from jaxlora.peft._from_modules import from_modules
 from jaxlora.peft._parts import Experts, Joined, Split
 from jaxlora.peft._records import Adapter, Module, Packed, PeftError, PeftWarning, TokenRows
@@ -38,5 +38,6 @@ __all__ = [
   "pairs_to_halves",
   "resized",
   "save",
+  "save_mlx",
   "to_modules",
 ]

@@ -12,7 +12,7 @@ from jaxlora.peft._roles import Axes
 from jaxlora.peft._serve import READERS
 from jaxlora.peft._served import Finding, Serve, findings, readers_of, served
 from jaxlora.peft._to_modules import adapter_of_tree, module_sizes
-from jaxlora.peft._write import write
+from jaxlora.peft._write import write, write_mlx
 
 
 def save(
@@ -78,6 +78,40 @@ def save(
   write(folder, served(adapter, None, readers, "save", module_sizes(tree, names, axes)))
 
 
+def save_mlx(folder: Any, tree: Any, *, names: Names = None, axes: Axes = None) -> None:
+  r"""Writes the adapter of a tree as a folder that mlx-lm loads: `mlx_lm.load(model, adapter_path=folder)`.
+
+      lora_a = a as (in, rank),    lora_b = b as (rank, out),    y = W x + scale * (x lora_a) lora_b
+
+  mlx-lm has one rank and one scale for all modules: smaller ranks are filled up with zeros, and what differs of the
+  scales goes into `lora_b`. DoRA is mlx-lm's, too.
+
+  Args:
+    folder: made if it is not there; an adapter that it holds is replaced.
+    tree: what `adapt` returned, or its trainable half.
+    names: regex over paths -> the module's name, as for `save`; mlx-lm's models are called as the Hub's.
+    axes: regex -> roles, as for `save`.
+
+  Raises:
+    PeftError: listing the leaves that mlx-lm's adapters cannot hold, such as parameters trained whole; nothing is
+      written.
+    ValueError: if the tree has no adapted leaf.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora, jaxlora.peft, tempfile
+    >>> params = {"layers_0": {"q_proj": {"kernel": jnp.ones((16, 8))}}}
+    >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   jaxlora.peft.save_mlx(folder, tree)
+    ...   loaded = jaxlora.peft.load(folder, params)
+    >>> bool((loaded["layers_0"]["q_proj"]["kernel"].a == tree["layers_0"]["q_proj"]["kernel"].a).all())
+    True
+
+  Source: `mlx_lm/tuner/lora.py` and `load_adapters` in `mlx_lm/tuner/utils.py`, of mlx-lm 0.32.
+  """
+  write_mlx(folder, adapter_of_tree(tree, names, axes, "save_mlx"), "save_mlx")
+
+
 def load(
   folder: Any,
   params: Any,
@@ -93,13 +127,15 @@ def load(
       a = lora_A.weight as (rank, *in),    b = lora_B.weightᵀ as (rank, *out)
 
   Args:
-    folder: with `adapter_config.json` and `adapter_model.safetensors`.
+    folder: with `adapter_config.json` and `adapter_model.safetensors`; or mlx-lm's, with `adapters.safetensors`; or a
+      LoRA file of diffusers or of kohya's scripts, or a folder with one.
     params: the base, as `adapt` takes it; arrays or `jax.ShapeDtypeStruct`s.
     names: as in `save`.
     axes: regex -> roles, one letter per axis, where the tree does not tell: `"s"` for the axis of stacked layers, as in
       `"os"` for a norm's (features, layers).
     probe: a function of `params` alone, as in `adapt`: traced, never run, to learn the roles.
-    adapter_name: of several adapters in a folder, or in the keys of its tensors, the one to read.
+    adapter_name: of several adapters in a folder, or in the keys of its tensors, the one to read; of a pipeline's LoRAs
+      the component, such as `"unet"`.
     strict: whether weights that `target_modules` names and the file has no factors for are an error where other layers
       have theirs. Such weights stay the base's; a module that the file has nowhere is a warning in any case.
 

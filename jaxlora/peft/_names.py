@@ -34,6 +34,14 @@ _NUMBERED_LIST = re.compile(rf"({'|'.join(_LISTS)})_(\d+)")
 
 _NUMBERED = re.compile(r"(.+)_(\d+)")
 
+# Lists in diffusers' models, whose Flax twins call their members `attentions_0`; and what such a model has of them.
+_IN_DIFFUSERS = re.compile(
+  r"(down_blocks|up_blocks|attentions|resnets|transformer_blocks|single_transformer_blocks|motion_modules|downsamplers"
+  r"|upsamplers|to_out|net|layers|blocks)_(\d+)"
+)
+
+_DIFFUSERS = re.compile(r"(?:down_blocks|up_blocks|transformer_blocks|single_transformer_blocks)(?:_\d+)?|mid_block")
+
 # The first component of the Hugging Face Hub's models, by the component that follows it.
 _BEGINNINGS = {
   **dict.fromkeys(("h", "wte", "wpe", "ln_f"), "transformer"),
@@ -223,7 +231,8 @@ def default_target(path: str, stacked: int) -> Target:
     PeftError: if the path does not show where the name has the index along the stacked axes.
   """
   module, parameter = split_path(path)
-  parts = name_parts(module, numbered=_NUMBERED_LIST)
+  of_diffusers = any(map(_DIFFUSERS.fullmatch, components(module)))
+  parts = name_parts(module, numbered=_IN_DIFFUSERS if of_diffusers else _NUMBERED_LIST)
   if stacked:
     lists = scanned_lists(parts)
     if len(lists) != stacked:

@@ -25,9 +25,9 @@ def find_places(
   """The leaf of each torch parameter, and what is wrong with those that belong to no leaf, or may belong to several.
 
   Leaves that `names` does not match are found by their components, which must be those of the parameter's name: as they
-  are; without the index of a stacked layer; as another version of transformers nests a vision-language model; or after
-  one beginning that the tree or the file lacks (`transformer.h.0`
-  and `h/0`), the same one for all parameters.
+  are; without the index of a stacked layer; as another version of transformers nests a vision-language model; joined by
+  `_`, as kohya's scripts do; or after one beginning that the tree or the file lacks (`transformer.h.0` and `h/0`), the
+  same one for all parameters.
 
   Args:
     keys: the parameters.
@@ -129,6 +129,10 @@ def _places_by_components(keys: Sequence[Key], paths: Collection[str]) -> dict[K
     for key in keys
     if key not in candidates and (found := _leaves_called(unnested(parts[key]), key[1], moved))
   }
+  flat: dict[tuple[str, str], list[Place]] = {}
+  for (leaf_parts, parameter), called in leaves.items():
+    flat.setdefault(("_".join(leaf_parts), parameter), []).extend(map(Place, called))
+  candidates |= {key: flat[key] for key in keys if key not in candidates and "." not in key[0] and key in flat}
   rest = [key for key in keys if key not in candidates]
   # Each change takes a beginning off the file's names, or puts one of the tree's before them.
   file_beginnings = _beginnings(parts[key] for key in rest)

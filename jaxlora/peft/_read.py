@@ -8,6 +8,8 @@ import numpy as np
 
 from jaxlora._base.files import stored_tensors
 from jaxlora._base.text import listed, short
+from jaxlora.peft._diffusers import DIFFUSERS_WEIGHTS, adapter_of_diffusers
+from jaxlora.peft._mlx import MLX_WEIGHTS, adapter_of_mlx, is_mlx
 from jaxlora.peft._patterns import LONGEST_NAME
 from jaxlora.peft._records import CONFIG, PICKLE, WEIGHTS, Adapter, PeftError, fail, raise_problems
 from jaxlora.peft._state import adapter_of, not_finite
@@ -21,8 +23,10 @@ def read(folder: Any, *, adapter_name: str | None = None, mapped: bool = False) 
   """Reads and checks a PEFT LoRA folder. Options that ask for more than LoRA are in the result's `unsupported`.
 
   Args:
-    folder: with `adapter_config.json` and `adapter_model.safetensors`, or with folders that have those.
-    adapter_name: of several adapters: the name of a folder in `folder`, or one in the keys of its tensors.
+    folder: with `adapter_config.json` and `adapter_model.safetensors`, or with folders that have those; with mlx-lm's
+      `adapters.safetensors`; or a LoRA file of diffusers or of kohya's scripts, or a folder with one.
+    adapter_name: of several adapters: the name of a folder in `folder`, or one in the keys of its tensors; of a
+      pipeline the component, such as `unet`.
     mapped: whether the tensors are views of the file, which take no memory until they are used. Their values are not
       checked then; otherwise they are finite.
 
@@ -35,13 +39,41 @@ def read(folder: Any, *, adapter_name: str | None = None, mapped: bool = False) 
 def read_with_keys(folder: Path, *, adapter_name: str | None = None, mapped: bool = False) -> tuple[Adapter, list[str]]:
   """`read`, and the keys of the file's tensors."""
   folder, adapter_name = _folder_of(folder, adapter_name)
-  config = _read_config(folder)
-  tensors = _read_tensors(folder, mapped)
+  other = _file_of_diffusers(folder)
+  config = {} if other is not None else _read_config(folder)
+  mlx = is_mlx(config)
+  file = other or folder / (MLX_WEIGHTS if mlx and (folder / MLX_WEIGHTS).is_file() else WEIGHTS)
+  tensors = _read_tensors(file, mapped)
   problems = [] if mapped else not_finite(tensors)
-  adapter = adapter_of(tensors, config, problems, adapter_name)
+  if mlx:
+    adapter = adapter_of_mlx(tensors, config, problems)
+  elif other is not None:
+    adapter = adapter_of_diffusers(tensors, _metadata_of(file), adapter_name, problems)
+  else:
+    adapter = adapter_of(tensors, config, problems, adapter_name)
   if problems:
     raise fail(f"{folder}", [*adapter.unsupported, *problems])
   return adapter, list(tensors)
+
+
+def _file_of_diffusers(path: Path) -> Path | None:
+  """The file of a diffusion model's LoRA: the path itself, or one in a folder that has no configuration."""
+  if path.is_file() and path.suffix == ".safetensors":
+    return path
+  if not path.is_dir() or (path / CONFIG).is_file():
+    return None
+  files = sorted(path.glob("*.safetensors"))
+  named = [file for file in files if file.name == DIFFUSERS_WEIGHTS]
+  only = named or files
+  return only[0] if len(only) == 1 and only[0].name not in (WEIGHTS, MLX_WEIGHTS) else None
+
+
+def _metadata_of(file: Path) -> dict[str, str]:
+  """The metadata in the header of a safetensors file that could be read."""
+  import safetensors
+
+  with safetensors.safe_open(file, framework="np") as opened:
+    return opened.metadata() or {}
 
 
 def _folder_of(folder: Path, adapter_name: str | None) -> tuple[Path, str | None]:
@@ -85,10 +117,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
   return config
 
 
-def _read_tensors(folder: Path, mapped: bool) -> dict[str, np.ndarray]:
+def _read_tensors(path: Path, mapped: bool) -> dict[str, np.ndarray]:
   import safetensors  # an extra: jaxlora[peft]
 
-  path = folder / WEIGHTS
+  folder = path.parent
   if not path.is_file():
     if (folder / PICKLE).exists():
       raise PeftError(

@@ -1,5 +1,6 @@
-"""Writes a folder that PEFT loads."""
+"""Writes a folder that PEFT or mlx-lm loads."""
 
+from collections.abc import Mapping
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxlora._base.files import replacing
+from jaxlora.peft._mlx import MLX_WEIGHTS, mlx_of
 from jaxlora.peft._records import CONFIG, WEIGHTS, Adapter
 from jaxlora.peft._state import state_of
 
@@ -18,11 +20,29 @@ def write(folder: Any, adapter: Adapter) -> None:
     folder: made if it does not exist; earlier files of the two names are replaced.
     adapter: with the configuration that belongs to its tensors.
   """
+  _write(Path(folder), WEIGHTS, state_of(adapter), adapter.config, "pt")
+
+
+def write_mlx(folder: Any, adapter: Adapter, subject: str) -> None:
+  """Writes an adapter as a folder that `mlx_lm.load(model, adapter_path=folder)` loads.
+
+  Args:
+    folder: made if it does not exist; earlier files of the two names are replaced.
+    adapter: with modules alone.
+    subject: what an error begins with.
+
+  Raises:
+    PeftError: listing what mlx-lm's adapters cannot hold; nothing is written.
+  """
+  tensors, config = mlx_of(adapter, subject)
+  _write(Path(folder), MLX_WEIGHTS, tensors, config, "mlx")
+
+
+def _write(folder: Path, name: str, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], form: str) -> None:
   import safetensors.numpy  # an extra: jaxlora[peft]
 
-  folder = Path(folder)
-  tensors = {key: np.ascontiguousarray(tensor) for key, tensor in state_of(adapter).items()}
-  with replacing(folder / WEIGHTS) as path:
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+  contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+  with replacing(folder / name) as path:
+    safetensors.numpy.save_file(contiguous, path, metadata={"format": form})
   with replacing(folder / CONFIG) as path:
-    path.write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -104,3 +104,37 @@ def test_names_of_a_json_file_join_and_split(run, tmp_path):
   for wrong, message in (('{"a": {"joined": 1}}', "expected a torch name"), ('["a"]', "expected a dict of regexes")):
     names.write_text(wrong)
     assert message in run("convert", tmp_path / "run", tmp_path / "q", "--names", names, code=1)["error"]
+
+
+def test_to_and_from_other_libraries(run, tmp_path):
+  params = {"layers_0": {"q_proj": {"kernel": array(1, (6, 4), jnp.float32)}}}
+  tree = adapted(params)
+  checkpoint.save(tmp_path / "run", tree)
+  assert run("convert", tmp_path / "run", tmp_path / "mlx", "--to", "mlx-lm")["formats"] == ["jaxlora", "mlx-lm"]
+  run("convert", tmp_path / "mlx", tmp_path / "p", "--to", "peft", "--base-model", "org/base")
+  assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+  run("convert", tmp_path / "p", tmp_path / "again", "--to", "mlx-lm")
+  save_file(flat(params, "."), tmp_path / "base.safetensors")
+  run("convert", tmp_path / "again", tmp_path / "c", "--base", tmp_path / "base.safetensors")
+  for x, y in zip(jax.tree.leaves(checkpoint.restore(tmp_path / "c", params)), jax.tree.leaves(tree), strict=True):
+    assert np.array_equal(x, y)
+  assert run("inspect", tmp_path / "mlx")["leaves"][0]["rank"] == 2
+  assert "--to jaxlora" in run("convert", tmp_path / "run", tmp_path / "x", "--to", "jaxlora", code=1)["error"]
+
+
+def test_kohyas_names_need_a_base_to_become_torchs(run, tmp_path):
+  name = "lora_unet_down_blocks_0_attentions_0_to_q"
+  factors = {
+    f"{name}.lora_down.weight": array(1, (2, 6), jnp.float32),
+    f"{name}.lora_up.weight": array(2, (4, 2), jnp.float32),
+  }
+  save_file({key: np.asarray(x) for key, x in factors.items()}, tmp_path / "style.safetensors")
+  base = {"down_blocks_0": {"attentions_0": {"to_q": {"kernel": array(3, (6, 4), jnp.float32)}}}}
+  save_file(flat(base, "."), tmp_path / "base.safetensors")
+  source = tmp_path / "style.safetensors"
+  error = run("convert", source, tmp_path / "p", "--to", "peft", code=1)["error"]
+  assert "Convert it to a checkpoint with --base FILE first" in error
+  run("convert", source, tmp_path / "c", "--base", tmp_path / "base.safetensors")
+  run("convert", tmp_path / "c", tmp_path / "p")
+  assert list(peft.to_modules(checkpoint.restore(tmp_path / "c", base)).modules) == ["down_blocks.0.attentions.0.to_q"]
+  assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["r"] == 2
