@@ -13,6 +13,7 @@ from jaxlora._base.checks import is_abstract
 from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.memory import on_device
+from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.roles import laid_out, matrices
 from jaxlora._weight.start import Initializer, Start
 from jaxlora._weight.variant import variant_named
@@ -69,7 +70,7 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
       return FullWeight(base=leaf, value=leaf if is_abstract(leaf) else jnp.array(leaf, copy=True))
     return leaf
 
-  return jax.tree_util.tree_unflatten(plan.treedef, [one(*pair) for pair in plan.leaves.items()])
+  return with_own_names(jax.tree_util.tree_unflatten(plan.treedef, [one(*pair) for pair in plan.leaves.items()]))
 
 
 def _factored(base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:

@@ -12,6 +12,7 @@ from jaxlora._base.paths import flatten
 from jaxlora._base.rounding import RoundingWarning, notable
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts, check_values, check_weight
+from jaxlora._weight.partitioned import with_plain_boxes
 from jaxlora._weight.tree import adapted_leaves, map_adapted
 from jaxlora._weight.weight import FullWeight, is_adapted, parts
 
@@ -68,7 +69,7 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
       RoundingWarning,
       stacklevel=2,
     )
-  return jax.tree_util.tree_unflatten(treedef, merged)
+  return with_plain_boxes(jax.tree_util.tree_unflatten(treedef, merged))
 
 
 def _merged(path: str, node: Any, dtype: Any, lost: dict[str, float]) -> Any:
@@ -130,4 +131,4 @@ def strip(tree: Any) -> Any:
   """
   for path, node in adapted_leaves(tree):
     check_parts(node, f"strip: {path}", ("base",))
-  return map_adapted(lambda w: w.base, lambda w: w.base, lambda x: x, tree)
+  return with_plain_boxes(map_adapted(lambda w: w.base, lambda w: w.base, lambda x: x, tree))

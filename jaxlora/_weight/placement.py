@@ -34,9 +34,9 @@ def factor_spec(spec: PartitionSpec, roles: str, own: str) -> PartitionSpec:
 
 
 def side_of_part(node: LoraWeight, part: str) -> str | None:
-  """Which axes of the weight a part holds, `"i"` or `"o"`, as its shape tells; `None` for any other layout."""
+  """Which axes of the weight a part holds, `"i"` or `"o"`, as its name and shape tell; `None` for any other layout."""
   found = np.shape(node.parts()[part])
-  for own in "io":
+  for own in "io" if part.startswith("a") else "oi":  # of a square weight A and B have one shape
     axes = factor_axes(node.roles, own)
     if len(axes) == len(found) and all(d == RANK or node.shape[d] == n for d, n in zip(axes, found, strict=True)):
       return own

@@ -8,6 +8,7 @@ import jax
 
 from jaxlora._base.paths import flatten
 from jaxlora._weight.fingerprint import Print, prints, shape_of
+from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.placement import put_on, sharding_of
 from jaxlora._weight.weight import is_adapted, parts, with_parts
 from jaxlora.checkpoint._arrays import as_jax_array
@@ -42,7 +43,7 @@ def rebuilt(manifest: Mapping[str, Any], arrays: Mapping[str, Any], params: Any,
       CheckpointWarning(f"{what}: loaded what fits a base that differs. {_lines(problems)}", tuple(problems)),
       stacklevel=3,
     )
-  return jax.tree_util.tree_unflatten(treedef, list(new.values()))
+  return with_own_names(jax.tree_util.tree_unflatten(treedef, list(new.values())))
 
 
 def _lines(problems: list[str]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.paths import flatten
 from jaxlora._base.rounding import RoundingWarning, lost_share, notable, same_but_for_rounding
+from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.weight import FullWeight, is_adapted
 from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
 from jaxlora.peft._layers import with_layers
@@ -131,7 +132,7 @@ def tree_of_adapter(
   if problems or adapter.unsupported:
     raise fail(subject, [*adapter.unsupported, *problems], _PARTS if missing else "")
   warn_of(without_factors)
-  return jax.tree_util.tree_unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()])
+  return with_own_names(jax.tree_util.tree_unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()]))
 
 
 def _adapted_leaves(

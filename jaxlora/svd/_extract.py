@@ -17,6 +17,7 @@ from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
+from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.roles import matrices
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.svd._low_rank import low_rank
@@ -143,7 +144,7 @@ def _extracted_tree(
       return leaf
     return FullWeight(leaf, after[path] if path in changed else jnp.array(leaf, copy=True))  # no alias of the base
 
-  return jax.tree_util.tree_unflatten(treedef, [one(*pair) for pair in before.items()]), rows
+  return with_own_names(jax.tree_util.tree_unflatten(treedef, [one(*pair) for pair in before.items()])), rows
 
 
 def _leaf_pairs(base: Any, tuned: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:

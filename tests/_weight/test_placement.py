@@ -38,3 +38,12 @@ def test_parts_of_a_weight_on_a_mesh():
   assert specs == {"a": (None, "x"), "b": (None, "y"), "lambda_d": (), "lambda_b": (None, "y")}
   assert sharding_of(FullWeight(base, base), "value") == base.sharding
   assert sharding_of(adapted({"w": jnp.ones((8, 6))})["w"], "a") is None
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "loha"])
+def test_the_factors_of_a_square_are_told_apart(variant):
+  """A and B have one shape there."""
+  tree = adapted({"kernel": place(mesh_of(x=2, y=2), jnp.ones((8, 8)), "x", "y")}, variant=variant)
+  where = {name: tuple(sharding_of(tree["kernel"], name).spec) for name in tree["kernel"].parts()}
+  del where["base"]
+  assert where == {name: (None, "x" if name[0] == "a" else "y") for name in where}
