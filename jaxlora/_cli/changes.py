@@ -20,6 +20,7 @@ from jaxlora._weight.fingerprint import prints
 from jaxlora._weight.weight import is_adapted
 from jaxlora.checkpoint._adapter import contents
 from jaxlora.peft._from_modules import from_modules
+from jaxlora.peft._left_out import warn_of_tensors
 from jaxlora.peft._names import Names
 from jaxlora.peft._read import read
 from jaxlora.peft._records import Adapter
@@ -40,8 +41,10 @@ def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
   if is_peft(options.adapter):
     adapter = read(options.adapter, adapter_name=options.adapter_name)
     changes, lost = _torch_changes(adapter, weights, options.untie, None if flax else names)
+    if not lost and names is None:
+      warn_of_tensors(adapter, {name: weight.shape for name, weight in weights.by_name.items()}, changes)
     if lost and flax:
-      leaves = from_modules(adapter, _bare(shapes_of_files(files)), names=names)
+      leaves = from_modules(adapter, _bare(shapes_of_files(files)), names=names, strict=False)
       nodes = {path: node for path, node in leaves.items() if is_adapted(node)}
       changes, lost = _flax_changes(nodes, {}, weights)
   else:

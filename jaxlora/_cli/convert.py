@@ -59,7 +59,7 @@ def _of_files(options: Any, form: str) -> None:
     write(options.target, adapter) if form == "peft" else write_mlx(options.target, adapter, options.source)
     return
   params, axes = (_shapes_of(options.base), None) if options.base else _flax_shapes(adapter, options.source)
-  tree = from_modules(adapter, params, names=names_of(options), axes=axes)
+  tree = from_modules(adapter, params, names=names_of(options), axes=axes, strict=False)
   metadata = {"peft": {name: adapter.config.get(name) for name in _METADATA}}
   save_part(options.target, tree, metadata=metadata, whole_base=bool(options.base))
 

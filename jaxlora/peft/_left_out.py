@@ -1,10 +1,12 @@
 """Weights that `target_modules` names, and for which an adapter has no factors."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
 import warnings
+
+import numpy as np
 
 from jaxlora._base.text import listed
 from jaxlora._weight.weight import LoraWeight
@@ -86,3 +88,16 @@ def warn_of(missing: Collection[LeftOut]) -> None:
       PeftWarning,
       stacklevel=4,
     )
+
+
+def warn_of_tensors(adapter: Adapter, shapes: Mapping[str, Sequence[int]], changed: Collection[str]) -> None:
+  """Warns of a torch model's weights that `target_modules` names and an adapter does not change.
+
+  Args:
+    adapter: with its configuration.
+    shapes: of the model's tensors, by name.
+    changed: the names of those that it changes.
+  """
+  path = lambda name: name.replace(".", "/")
+  leaves = {path(name): np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()}
+  warn_of(left_out(adapter, leaves, {}, {path(name): (name,) for name in changed}))

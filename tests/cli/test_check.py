@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlora import _cli, peft
 from jaxlora.peft._read import read
-from tests.cli.files import PARAMS, as_torch
+from tests.cli.files import PARAMS, as_torch, flat
 from tests.helpers import adapted
 from tests.peft.readers import READERS
 
@@ -114,3 +114,18 @@ def test_convert_for_a_server(run, folder, tmp_path):
   assert run("check", tmp_path / "again", "--serve", "vllm", "--serve", "llama.cpp")["problems"] == []
   said = run("convert", folder, tmp_path / "no", "--serve", "vllm", code=1)["error"]
   assert "jaxlora check FOLDER --serve READER --write OUT does it" in said
+
+
+def test_layers_that_a_file_lacks_are_told(run, folder, tmp_path):
+  """A file that lost a layer: the commands go on without it, and say so."""
+  kept = {key: value for key, value in load_file(folder / "adapter_model.safetensors").items() if "layers.1" not in key}
+  save_file(kept, folder / "adapter_model.safetensors")
+  path = folder / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["q_proj"], "rank_pattern": {}}))
+  save_file(as_torch(PARAMS), tmp_path / "torch.safetensors")
+  save_file(flat(PARAMS), tmp_path / "flax.safetensors")
+  for base in ("torch", "flax"):
+    with pytest.warns(peft.PeftWarning, match=r"target_modules names [\w/]*layers.1/q_proj/\w+, and the file holds no"):
+      run("merge", tmp_path / f"{base}.safetensors", folder, tmp_path / "merged.safetensors")
+  with pytest.warns(peft.PeftWarning, match="target_modules names layers_1/q_proj/kernel"):
+    run("convert", folder, tmp_path / "checkpoint", "--base", tmp_path / "flax.safetensors")
