@@ -7,7 +7,6 @@ Reading order: the product -> that of an equation.
 
 from collections.abc import Callable, Hashable, Sequence
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jaxlora._base.labelled import (
   own_labels,
   type_of,
 )
+from jaxlora._jax.sizes import elements
 from jaxlora._platform import joint
 from jaxlora._platform.joint import Weight
 from jaxlora._platform.policy import Policy
@@ -115,7 +115,7 @@ class Product:
   def joins(self, x: jax.Array, weight: Weight) -> bool:
     """Whether the products had better be one: of matrices, in one dtype, not sharded by type, and of many tokens."""
     alike = len({array.dtype for array in (x, *weight)}) == 1
-    tokens = math.prod(size for size, label in zip(x.shape, self.labels, strict=True) if isinstance(label, tuple))
+    tokens = elements([size for size, label in zip(x.shape, self.labels, strict=True) if isinstance(label, tuple)])
     many = tokens > self.policy.few_tokens
     return many and alike and not explicitly_sharded(x) and self.matrices(weight) is not None
 

@@ -9,7 +9,6 @@ Reading order: the ways -> which is cheapest -> the low-rank part in each.
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import beside, inexact
 from jaxlora._base.labelled import Labelled, Result, contract
 from jaxlora._jax.batched_call import batched_call
+from jaxlora._jax.sizes import elements
 from jaxlora._platform.policy import Banks, Policy
 from jaxlora._transform.pairing import Pairing
 from jaxlora._transform.product import shrink_of
@@ -65,10 +65,10 @@ def choose_way(shape: Sequence[int], adapters: int, pairing: Pairing, routing: R
   if routing.via != "auto":
     return routing.via
   met = {*pairing.contracted.values(), *pairing.batched.values()}
-  tokens = math.prod(size for k, size in enumerate(shape) if k not in met)
+  tokens = elements([size for k, size in enumerate(shape) if k not in met])
   if tokens * (adapters - 1) < routing.banks.spare_terms:
     return WIDE
-  few = tokens <= _FEW_TOKENS and routing.rows > 1
+  few = tokens <= _FEW_TOKENS and isinstance(routing.rows, int) and routing.rows > 1  # no loop is of symbolic length
   return ROWS if few and routing.banks.loops else GATHERED
 
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 from jax import export, lax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxlora
@@ -114,6 +115,22 @@ def test_symbols_of_two_exports_have_nothing_to_do_with_each_other(lenient):
     symbolic = jax.ShapeDtypeStruct(export.symbolic_shape("b, t, 8"), jnp.float32)
     exported = export.export(jax.jit(jaxlora.wrap(fn)))(tree, symbolic)
     helpers.assert_close(exported.call(tree, x), fn(jaxlora.merge(tree), x), 1e-5)
+
+
+@pytest.mark.parametrize(
+  ("adapters", "shape"), [(1, "b, 8"), (9, "b, 8"), (1, "b, t, 8"), (9, "b, t, 8"), (40, "b, t, 8")]
+)
+def test_mixed_batches_of_symbolic_sizes(adapters, shape, lenient):
+  config = jaxlora.LoraConfig(rank=2, targets="w")
+  tree = helpers.trained(jaxlora.adapt(EIGHT, config, jax.random.key(0)))
+  bank = jaxlora.stack({str(k): tree for k in range(adapters)})
+  routed = jax.jit(jaxlora.route(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"]))
+  sizes = export.symbolic_shape(shape)
+  given = jax.ShapeDtypeStruct(sizes[:1], jnp.int32), jax.ShapeDtypeStruct(sizes, jnp.float32)
+  exported = export.export(routed, platforms=PLATFORMS)(EIGHT, bank, *given)
+  x = helpers.normal(9, tuple(eval(size, dict(SIZES)) for size in shape.split(", ")), jnp.float32)
+  ids = np.array([0, -1, adapters - 1], np.int32)
+  helpers.assert_close(exported.call(EIGHT, bank, ids, x), routed(EIGHT, bank, ids, x), 1e-5)
 
 
 def test_weights_of_symbolic_sizes(lenient):
