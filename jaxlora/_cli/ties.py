@@ -9,7 +9,7 @@ import numpy as np
 from jaxlora._cli.edits import Change, Weights
 from jaxlora._cli.result import BadFile
 from jaxlora.peft._records import Adapter
-from jaxlora.peft._tied import HEADLESS, head_name, is_embedding, is_head, uses_of
+from jaxlora.peft._tied import HEADLESS, head_name, is_embedding, is_head, is_shared, shared_by_several, uses_of
 
 # What the names of transformers' classes with a head over the vocabulary have in them.
 _WITH_HEAD = ("LMHead", "CausalLM", "ConditionalGeneration", "MaskedLM", "PreTraining", "Seq2Seq")
@@ -89,6 +89,8 @@ def settle_ties(
   Raises:
     BadFile: where one tensor cannot hold what becomes of both, or there is nothing to untie.
   """
+  if (problem := shared_by_several(adapter)) is not None:
+    raise BadFile(f"{problem}.")
   uses = uses_of(adapter)
   table = tensor_of.get(f"{uses.embedding}.weight") if uses else None
   config = {**weights.files.config}
@@ -96,6 +98,7 @@ def settle_ties(
     config.setdefault("tie_word_embeddings", False)
   tie = tie_of_base(weights, table if table in weights.by_name else None, config) if uses or untie else None
   if tie is None or uses is None:
+    _check_head_of_shared(uses.head if uses else None, tensor_of, weights)
     if untie:
       raise BadFile("--untie: the adapter changes no embedding that is the head of BASE, too. Leave it out.")
     return set()
@@ -112,6 +115,16 @@ def settle_ties(
     weights.added[head] = tie.table
     changes[head] = found if uses.alike else changes.get(head) or _change_of(own, adapter)
   return {own} if own else set()
+
+
+def _check_head_of_shared(head: str | None, tensor_of: Mapping[str, str], weights: Weights) -> None:
+  """Raises for a head that has no tensor, as it is tied to an embedding that an encoder and a decoder share."""
+  shared = [name for name in weights.by_name if name.endswith(".weight") and is_shared(_module(name))]
+  if head is not None and shared and tensor_of[f"{head}.weight"] not in weights.by_name:
+    raise BadFile(
+      f"{head}: is tied to {shared[0]}, of an encoder and a decoder, and cannot be a tensor of its own: such models scale"
+      " what a tied head returns. This adapter cannot be merged; keep it beside its base."
+    )
 
 
 def _change_of(parameter: str | None, adapter: Adapter) -> Change | None:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxlora.peft._records import Adapter, Module
 
 # The last component of the names that token embeddings and heads have in models with a head.
-EMBEDDINGS = ("embed_tokens", "wte", "shared", "tok_embeddings", "embed_in", "word_embeddings")
+EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
 HEADS = ("lm_head", "embed_out")
 
 # Tasks of PEFT's whose models have no head over the vocabulary.
@@ -59,6 +59,30 @@ def uses_of(adapter: Adapter) -> Uses | None:
     return Uses(embedding, head, alike=_is_transposed(modules[1], modules[0]))
   same = values[0] is not None and values[1] is not None and np.array_equal(values[0], values[1])
   return Uses(embedding, head, alike=same)
+
+
+def shared_by_several(adapter: Adapter) -> str | None:
+  """What is wrong with an adapter of an embedding that an encoder and a decoder share (T5, BART); `None` if nothing is.
+
+  They hold the module under names of their own, so that what PEFT puts in its place is never called.
+  """
+  whole = [name.removesuffix(".weight") for name in adapter.whole]
+  changed = [name for name, module in adapter.modules.items() if module.kind == "embedding"]
+  changed += [name for name in whole if _is_asked(name, adapter.config)]
+  name = next((name for name in changed if is_shared(name)), None)
+  return name and (
+    f"{name}: {NEVER_CALLED} For what it does in PEFT leave its tensors and its name out of the adapter's files"
+  )
+
+
+NEVER_CALLED = (
+  "PEFT adapts this module, which an encoder and a decoder hold under names of their own: its update is never used."
+)
+
+
+def is_shared(name: str) -> bool:
+  """Whether a torch module of this name is an embedding that an encoder and a decoder share."""
+  return name.rpartition(".")[2] == "shared"
 
 
 def is_embedding(name: str) -> bool:

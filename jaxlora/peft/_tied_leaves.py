@@ -7,7 +7,7 @@ from jaxlora.peft._names import Key, split_path
 from jaxlora.peft._places import Place
 from jaxlora.peft._records import Adapter
 from jaxlora.peft._roles import KnownRoles, shape_of_leaf
-from jaxlora.peft._tied import HEADLESS, Uses, is_embedding, is_head, uses_of, without_head
+from jaxlora.peft._tied import HEADLESS, Uses, is_embedding, is_head, shared_by_several, uses_of, without_head
 
 
 def one_leaf_for_both_uses(
@@ -23,6 +23,8 @@ def one_leaf_for_both_uses(
   Where they do not, one leaf cannot say it: that is added to `problems`, unless the tree has a head of its own, or
   the probe or the task shows that it has none.
   """
+  if (problem := shared_by_several(adapter)) is not None:
+    problems.append(problem)
   uses = uses_of(adapter)
   if uses is None:
     return adapter

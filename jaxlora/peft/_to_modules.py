@@ -22,7 +22,7 @@ from jaxlora.peft._records import Adapter, Module, PeftError, fail, raise_proble
 from jaxlora.peft._roles import Axes, KnownRoles, confirmed, known_roles, roles_of_layer, shape_of_leaf
 from jaxlora.peft._serve_checks import HEADS
 from jaxlora.peft._state import not_finite, state_of
-from jaxlora.peft._tied import HEADLESS, head_name, is_embedding, tied_head
+from jaxlora.peft._tied import HEADLESS, NEVER_CALLED, head_name, is_embedding, is_shared, tied_head
 from jaxlora.peft._tied_leaves import own_head
 
 
@@ -134,6 +134,8 @@ def _tied_table(model: TorchModel, subject: str) -> str | None:
   shapes = {path: shape_of_leaf(leaf) for path, leaf in model.leaves.items()}
   for path, target in model.targets.items():
     leaf = model.leaves[path]
+    if is_adapted(leaf) and path.endswith("embedding") and is_shared(target.module):
+      raise PeftError(f"{subject}: {path}: {NEVER_CALLED} Merge it into the base (jaxlora.merge).")
     if not is_adapted(leaf) or target.parameter != "weight" or not is_embedding(target.module):
       continue
     gain = isinstance(leaf, LoraWeight) and leaf.kind.gain is not None

@@ -188,3 +188,18 @@ def test_convert_without_a_base_takes_no_look_ups_alone(run, tmp_path):
   assert set(checkpoint.contents(tmp_path / "d").leaves) == {
     "model/embed_tokens/embedding", "model/layers/0/q_proj/kernel"
   }  # fmt: skip
+
+
+def test_an_embedding_that_encoder_and_decoder_share_is_refused(run, tmp_path, base):
+  write(
+    tmp_path / "p", {"shared.lora_embedding_A": A, "shared.lora_embedding_B": B}, target_modules=["q_proj", "shared"]
+  )
+  folder = base({"architectures": ["T5ForConditionalGeneration"]}, embedding="shared.weight")
+  assert "its update is never used" in run("merge", folder, tmp_path / "p", tmp_path / "out", code=1)["error"]
+  write(tmp_path / "p", DIFFERENT["head adapted"][0], **DIFFERENT["head adapted"][1])
+  assert "is tied to shared.weight" in run("merge", folder, tmp_path / "p", tmp_path / "out", code=1)["error"]
+  write(tmp_path / "p", DIFFERENT["head adapted"][0], **DIFFERENT["head adapted"][1])
+  assert "is tied to shared.weight" in run("merge", folder, tmp_path / "p", tmp_path / "out", code=1)["error"]
+  write(tmp_path / "p", {})  # the remedy
+  run("merge", folder, tmp_path / "p", tmp_path / "out")
+  np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")["shared.weight"], TABLE)

@@ -180,3 +180,23 @@ def test_rows_of_tokens_belong_to_both_uses_as_in_peft(tmp_path, probe):
   write(tmp_path / "p", ROWS, **TOKENS)
   table = jaxlora.merge(peft.load(tmp_path / "p", TIED, probe=probe))["model"]["embed_tokens"]["embedding"]
   np.testing.assert_array_equal(table[np.array([1, 3])], next(iter(ROWS.values())))
+
+
+SHARED = {"shared": {"embedding": TABLE}, "decoder": {"q_proj": {"kernel": array(2, (6, 4), jnp.float32)}}}
+
+
+def test_an_embedding_that_encoder_and_decoder_share_is_none_of_pefts(tmp_path):
+  """In PEFT its factors do nothing: the module that holds them is not the one that is called."""
+  tensors = {"shared.lora_embedding_A": A, "shared.lora_embedding_B": B}
+  write(tmp_path / "p", tensors, target_modules=["q_proj", "shared"])
+  with pytest.raises(peft.PeftError, match=r"its update is never used. For what it does in PEFT leave its tensors"):
+    peft.load(tmp_path / "p", SHARED, names={"decoder/(.*)": r"model.layers.0.\1"})
+  write(tmp_path / "p", {})  # the remedy
+  tree = peft.load(tmp_path / "p", SHARED, names={"decoder/(.*)": r"model.layers.0.\1"})
+  assert tree["shared"]["embedding"] is TABLE
+  for fields in ({"targets": ["shared"]}, {"targets": ["q_proj"], "train": ["shared"]}):
+    tree = adapted(SHARED, **fields)
+    with pytest.raises(peft.PeftError, match=r"never used. Merge it into the base \(jaxlora.merge\)"):
+      peft.save(tmp_path / "q", tree)
+    merged = jaxlora.merge(tree)  # the remedy
+    assert isinstance(merged["shared"]["embedding"], jax.Array)
