@@ -122,7 +122,7 @@ def _check_head_of_shared(head: str | None, tensor_of: Mapping[str, str], weight
   shared = [name for name in weights.by_name if name.endswith(".weight") and is_shared(_module(name))]
   if head is not None and shared and tensor_of[f"{head}.weight"] not in weights.by_name:
     raise BadFile(
-      f"{head}: is tied to {shared[0]}, of an encoder and a decoder, and cannot be a tensor of its own: such models scale"
+      f"{head}: is tied to {shared[0]}, of an encoder and a decoder, and cannot be a tensor of its own: they scale"
       " what a tied head returns. This adapter cannot be merged; keep it beside its base."
     )
 
