@@ -7,6 +7,7 @@ every step is counted. Classes, escapes and anchors are Python's: a character at
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import re
 
 from jaxlora.peft._records import PeftError
@@ -37,10 +38,15 @@ class Name:
 
   def __init__(self, text: str, steps: Steps) -> None:
     self.text, self.steps = text, steps
-    self._characters: dict[str, int] = {}  # the positions of each character
     self._places: dict[str, int] = {}  # the positions at which each token matches
-    for k, character in enumerate(text):
-      self._characters[character] = self._characters.get(character, 0) | 1 << k
+
+  @functools.cached_property
+  def _characters(self) -> dict[str, int]:
+    """The positions of each character."""
+    places: dict[str, int] = {}
+    for k, character in enumerate(self.text):
+      places[character] = places.get(character, 0) | 1 << k
+    return places
 
   def characters(self, token: str) -> int:
     """The positions of characters that a token of one character matches."""
