@@ -111,7 +111,8 @@ def unsupported_options(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get(field):
       yield f"{field}: {method}: not supported; merge it in PEFT (merge_and_unload), or train it as plain LoRA"
   init = config.get("init_lora_weights", True)
-  if init is not None and not isinstance(init, bool) and init not in _PLAIN_INITS:
+  plain = init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS)
+  if not plain:
     yield (
       f"init_lora_weights: {short(init)} changes the base weights when it starts, and the file holds the factors of"
       " that other base. Save it as plain LoRA: PEFT's save_pretrained(folder,"

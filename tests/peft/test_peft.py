@@ -431,6 +431,7 @@ def test_a_grouped_convolution_is_refused(tmp_path):
     {"alpha_pattern": {r"(?<!self_attn\.)\w_proj": 3, r"layers\.[^0]\.\b.*": 5}},
     {"use_rslora": None},
     {"init_lora_weights": None},
+    {"init_lora_weights": "Gaussian"},
     {"use_dora": None, "lora_bias": None, "modules_to_save": None, "layer_replication": []},
   ],
   ids=str,
