@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._base.memory import Space, on_device, space_of
 from jaxlora._base.paths import flatten
 from jaxlora._weight.tree import base_tree
 
@@ -99,6 +100,9 @@ def _dispatched(leaf: Any) -> Any:
       return known[1]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
+    if space_of(leaf) == Space.Host and leaf.is_fully_addressable:  # it may be too large for the device
+      return _host_lanes(np.asarray(leaf))
+    leaf = on_device(leaf)
     # The lanes are an argument: XLA would fold constant ones into an array of places of the leaf's size.
     with jax.enable_x64(leaf.dtype.itemsize >= 8 or jax.config.read("jax_enable_x64")):
       return _device_lanes(leaf, _LANES)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora import checkpoint
 from tests import helpers
 
 P, Space = jax.sharding.PartitionSpec, jax.memory.Space
@@ -83,6 +84,19 @@ def test_adapters_of_bases_in_the_hosts_memory_are_on_the_device(fields):
   for name, part in tree["w"].parts().items():
     assert jax.typeof(part).memory_space == (Space.Host if name == "base" else Space.Device), name
     np.testing.assert_array_equal(part, same["w"].parts()[name])
+
+
+def test_checkpoints_and_mixed_batches_of_bases_in_the_hosts_memory(tmp_path):
+  resting = jax.device_put(PARAMS, host())
+  config = jaxlora.LoraConfig(rank=2, targets="w", axes={"w": "sio"})
+  tree = jaxlora.adapt(resting, config, jax.random.key(0))
+  assert checkpoint.fingerprint(resting) == checkpoint.fingerprint(PARAMS)
+  checkpoint.save(tmp_path / "adapter", tree)
+  loaded = checkpoint.load(tmp_path / "adapter", resting)
+  assert jax.typeof(loaded["w"].a).memory_space == Space.Device
+  routed = jax.jit(jaxlora.route(each_layer))
+  bank = jaxlora.stack({"one": tree})
+  helpers.assert_close(routed(resting, bank, np.array([0, -1, 0, 0]), X), each_layer(resting, X), 1e-5)
 
 
 def test_a_tree_is_sent_to_another_device():
