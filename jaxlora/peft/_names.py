@@ -187,6 +187,11 @@ def _expanded(pattern: str, found: re.Match[str], template: str) -> tuple[str, i
       f"names[{pattern!r}]: {template!r} is no template ({error}); expected a torch module's name, with \\1 for a"
       " group of the pattern and {} for the index of a stacked layer."
     ) from error
+  if re.search(r"(?:^|\.)\{\d*\}[^.]", name):
+    raise ValueError(
+      f"names[{pattern!r}]: {template!r}: {{}} is the index of a layer, and no module of torch has a name that begins"
+      " with a number. Name modules that lie along an axis one by one: jaxlora.peft.Split((name, name))."
+    )
   return name, stacked
 
 
