@@ -5,14 +5,17 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlora._base.text import listed
 from jaxlora._cli.bases import open_base
 from jaxlora._cli.result import BadFile, Result
-from jaxlora._cli.sources import existing, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
+from jaxlora._cli.sources import existing, flax_paths, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
+from jaxlora._cli.tensors import TensorFileError
 from jaxlora.checkpoint._adapter import contents, save_part
 from jaxlora.peft._folder import save, save_mlx
 from jaxlora.peft._from_modules import from_modules
+from jaxlora.peft._lora_leaves import from_lora_leaves, has_lora_leaves
 from jaxlora.peft._read import read
 from jaxlora.peft._records import Adapter, fail
 from jaxlora.peft._tied import HEADLESS, uses_of
@@ -24,6 +27,8 @@ _METADATA = ("base_model_name_or_path", "task_type")  # what a checkpoint's meta
 def run_convert(options: Any) -> Result:
   """Converts FROM to TO, whose format is the other one where nothing else is asked for."""
   files = is_peft(options.source)
+  if not files and not is_checkpoint(options.source) and (leaves := _lora_leaves(options.source)) is not None:
+    return _of_lora_leaves(options, leaves, options.to or "peft")
   formats = ("peft", options.to or "jaxlora") if files else ("jaxlora", options.to or "peft")
   if formats == ("jaxlora", "jaxlora"):
     raise BadFile(f"--to jaxlora: {options.source} is a checkpoint of jaxlora's.")
@@ -62,6 +67,37 @@ def _of_files(options: Any, form: str) -> None:
   tree = from_modules(adapter, params, names=names_of(options), axes=axes, strict=False)
   metadata = {"peft": {name: adapter.config.get(name) for name in _METADATA}}
   save_part(options.target, tree, metadata=metadata, whole_base=bool(options.base))
+
+
+def _lora_leaves(source: str) -> dict[str, Any] | None:
+  """The leaves of a tree in which another JAX library left factors, those read, the weights as shapes; else `None`."""
+  try:
+    files = open_base(source)
+  except TensorFileError:
+    return None
+  paths = flax_paths(files.tensors)
+  if not has_lora_leaves(paths.values()):
+    return None
+  return {
+    path: tensor.read() if has_lora_leaves([path]) else jax.ShapeDtypeStruct(tensor.shape, tensor.dtype or np.uint8)
+    for path, tensor in zip(paths.values(), files.tensors.values(), strict=True)
+  }
+
+
+def _of_lora_leaves(options: Any, leaves: dict[str, Any], form: str) -> Result:
+  """Factors of qwix, Tunix or `flax.nnx.LoRA` beside their weights -> any other format."""
+  tree, about = (
+    from_lora_leaves(leaves, alpha=options.alpha),
+    dict(zip(_METADATA, (options.base_model, options.task_type), strict=True)),
+  )
+  if form == "peft":
+    save(options.target, tree, names=names_of(options), serve=options.serve or "peft", **about)
+  elif form == "mlx-lm":
+    save_mlx(options.target, tree, names=names_of(options))
+  else:
+    save_part(options.target, tree, metadata={"peft": about}, whole_base=False)
+  report = {"from": options.source, "to": options.target, "formats": ["flax", form]}
+  return report, [f"{options.source} (factors beside weights) -> {options.target} ({form})"]
 
 
 def _of_checkpoint(options: Any, form: str) -> None:

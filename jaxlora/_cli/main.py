@@ -89,8 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     "convert",
     run_convert,
     "turn a checkpoint into a PEFT folder, or the other way round",
-    "The format of FROM decides, unless --to does; FROM may be mlx-lm's folder, or a LoRA file of diffusers or kohya,\n"
-    "too. A checkpoint knows the names and shapes of its base. A PEFT folder does not, nor the\n"
+    "The format of FROM decides, unless --to does; FROM may be mlx-lm's folder, a LoRA file of diffusers or kohya, or\n"
+    "a tree in which qwix or flax.nnx.LoRA left factors (orbax, msgpack), too.\n"
+    "A checkpoint knows the names and shapes of its base. A PEFT folder does not, nor the\n"
     "names of a Flax model: those are read from --base, whose values are not looked at; without it the leaves are\n"
     "called by torch's names (h.0.attn.c_attn becomes h/0/attn/c_attn/kernel, of shape (in, out)), which leaves\n"
     "modules_to_save no shape: they need --base.",
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument(
     "--to", choices=("peft", "jaxlora", "mlx-lm"), help="format of TO; the other of PEFT's and jaxlora's by default"
   )
+  convert.add_argument("--alpha", type=float, metavar="ALPHA", help="of qwix's rule, which its checkpoints do not hold")
   convert.add_argument(
     "--base",
     metavar="FILE",

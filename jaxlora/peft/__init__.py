@@ -11,6 +11,7 @@ Nothing is unpickled.
 
 from jaxlora.peft._folder import check, load, save, save_mlx
 from jaxlora.peft._from_modules import from_modules
+from jaxlora.peft._lora_leaves import from_lora_leaves
 from jaxlora.peft._parts import Experts, Joined, Split
 from jaxlora.peft._records import Adapter, Module, Packed, PeftError, PeftWarning, TokenRows
 from jaxlora.peft._resized import resized
@@ -32,6 +33,7 @@ __all__ = [
   "Split",
   "TokenRows",
   "check",
+  "from_lora_leaves",
   "from_modules",
   "halves_to_pairs",
   "load",

@@ -138,3 +138,19 @@ def test_kohyas_names_need_a_base_to_become_torchs(run, tmp_path):
   run("convert", tmp_path / "c", tmp_path / "p")
   assert list(peft.to_modules(checkpoint.restore(tmp_path / "c", base)).modules) == ["down_blocks.0.attentions.0.to_q"]
   assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_qwixs_factors_in_an_orbax_checkpoint(run, tmp_path):
+  import orbax.checkpoint as ocp
+
+  a, b = array(1, (6, 2), jnp.float32), array(2, (2, 2, 4), jnp.float32)
+  leaf = {"w_lora_a": jnp.asarray(a), "w_lora_b": jnp.asarray(b)}
+  with ocp.StandardCheckpointer() as saver:
+    saver.save(tmp_path / "qwix", {"layers": {"0": {"attn": {"q_proj": leaf}}}})
+  assert "Say alpha=" in run("convert", tmp_path / "qwix", tmp_path / "p", code=1)["error"]
+  assert run("convert", tmp_path / "qwix", tmp_path / "p", "--alpha", "4")["formats"] == ["flax", "peft"]
+  loaded = peft.load(tmp_path / "p", {"layers": {"0": {"attn": {"q_proj": {"kernel": jnp.zeros((6, 8))}}}}})
+  found = np.asarray(loaded["layers"]["0"]["attn"]["q_proj"]["kernel"].materialize())
+  np.testing.assert_allclose(found, 2 * np.asarray(a) @ np.asarray(b).reshape(2, 8), rtol=1e-5, atol=1e-5)
+  run("convert", tmp_path / "qwix", tmp_path / "m", "--alpha", "4", "--to", "mlx-lm")
+  assert run("inspect", tmp_path / "m")["leaves"][0]["scale"] == 2.0

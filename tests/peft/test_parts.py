@@ -410,7 +410,9 @@ def test_two_leaves_for_one_part_are_an_error(tmp_path):
 def test_an_index_that_is_no_component_is_told_of_split(tmp_path):
   base = {"kv": {"w": normal(2, IN, 4)}}
   tree = helpers.adapted(base, targets=".*", axes={".*": "sio"})
-  with pytest.raises(ValueError, match=r"'attn\.\{\}_proj': \{\} is the index of a layer.*jaxlora\.peft\.Split\(\(name"):
+  with pytest.raises(
+    ValueError, match=r"'attn\.\{\}_proj': \{\} is the index of a layer.*jaxlora\.peft\.Split\(\(name"
+  ):
     peft.save(tmp_path, tree, names={"kv": "attn.{}_proj"})
   names = {"kv": peft.Split(("attn.k_proj", "attn.v_proj"))}
   peft.save(tmp_path, tree, names=names)
