@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def select(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts) -> tuple[
     ValueError: if nothing is left to do, or if a pattern of the config picks nothing.
   """
   whole = _pick(config.train, "train", leaves, layouts, kernels_only=False) if config.train is not None else set()
-  targets = _targets(config, leaves, layouts) - whole
+  targets = _targets(config, leaves, layouts, whole) - whole
   if config.exclude is not None:
     targets -= _pick(config.exclude, "exclude", leaves, layouts, kernels_only=False)
   if not targets:
@@ -60,12 +61,17 @@ def _left_out(pattern: str, leaves: LeavesByPath) -> str:
   return f" It matches {listed(others)}, which targets do not pick: widen targets, or drop this entry."
 
 
-def _targets(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts) -> set[str]:
+def _targets(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts, whole: set[str]) -> set[str]:
   if not (isinstance(config.targets, str) and config.targets in (ALL_LINEAR, ATTENTION)):
     return _pick(config.targets, "targets", leaves, layouts, kernels_only=True)
   kernels = {path for path, leaf in leaves.items() if _is_kernel(path, leaf, layouts)}
   preset = _all_linear if config.targets == ALL_LINEAR else _attention
   picked = preset(kernels, layouts)
+  if preset is _all_linear:
+    excluded = (
+      set() if config.exclude is None else _pick(config.exclude, "exclude", leaves, layouts, kernels_only=False)
+    )
+    _warn_of_unknown_products(picked | whole | excluded, leaves, layouts)
   if not picked:
     raise ValueError(
       f"LoraConfig.targets: the preset {config.targets!r} finds nothing among {listed(list(leaves))}. Name the leaves"
@@ -81,6 +87,31 @@ def _all_linear(kernels: set[str], layouts: Layouts) -> set[str]:
   else:
     heads = {path for path in kernels if layouts.seen[path].is_classifier}
   return kernels - heads or kernels
+
+
+# Primitives that contract what they take, and whose roles no evidence tells.
+_CONTRACTS = re.compile(r".*(?:dot|matmul|gemm|conv).*|.*_call")
+
+
+def _warn_of_unknown_products(picked: set[str], leaves: LeavesByPath, layouts: Layouts) -> None:
+  """Says which weights the probe multiplies by and the preset leaves out, as nothing tells what they contract."""
+  if layouts.seen is None:
+    return
+  left_out = {
+    path: sorted(primitives)
+    for path in leaves
+    if path not in picked and layouts.seen[path].ndim > 1 and layouts.seen[path].looked_up is None
+    if (primitives := set(filter(_CONTRACTS.fullmatch, layouts.seen[path].used)))
+  }
+  if left_out:
+    shown = [f"{path} (in `{'`, `'.join(primitives)}`)" for path, primitives in left_out.items()]
+    warnings.warn(
+      f"LoraConfig.targets: {ALL_LINEAR!r} leaves out {listed(shown)}: the probe multiplies by them where it does not"
+      f" tell which axes are contracted. Name them in targets and say axes={{pattern: roles}} to adapt them, or in"
+      " exclude to leave them out.",
+      UserWarning,
+      stacklevel=6,
+    )
 
 
 def _attention(kernels: set[str], layouts: Layouts) -> set[str]:
