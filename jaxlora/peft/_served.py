@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxlora._base.text import listed
-from jaxlora.peft._records import Adapter, Module, raise_problems
+from jaxlora.peft._records import Adapter, Module, PeftError, raise_problems
 from jaxlora.peft._serve import READERS, RULES, Rule
 from jaxlora.peft._serve_checks import Folder, partners
 
@@ -111,6 +111,9 @@ def with_partners(adapter: Adapter, sizes: Mapping[str, int]) -> Adapter:
   return uniform(dataclasses.replace(adapter, modules=adapter.modules | added)) if added else adapter
 
 
+_MOST_ADDED = 1 << 28  # numbers: a file may have one module of a rank that all others would be padded to
+
+
 def uniform(adapter: Adapter) -> Adapter:
   """The same adapter with the highest of its ranks and one alpha for all modules, as rank_pattern is not read.
 
@@ -118,6 +121,13 @@ def uniform(adapter: Adapter) -> Adapter:
   """
   modules = adapter.modules.values()
   rank = max((module.rank for module in modules), default=int(adapter.config.get("r", 8)))
+  held = sum(module.a.size + module.b.size for module in modules)
+  padded_size = sum(rank * (module.a.size + module.b.size) // module.rank for module in modules)
+  if padded_size > max(_MOST_ADDED, 100 * held):
+    raise PeftError(
+      f"one rank for all modules, the highest, is {rank}, and {padded_size:,} numbers instead of {held:,}. Bring the"
+      " high ranks down first: jaxlora.compress(tree, rank=...)."
+    )
   scales = collections.Counter(module.scale for module in modules if module.scale)
   tied = next((module.scale for module in modules if module.kind == "embedding"), 0.0)
   if not (adapter.config.get("ensure_weight_tying") and tied):  # whose head's B is the embedding's A: neither changes

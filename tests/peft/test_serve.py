@@ -11,11 +11,14 @@ from safetensors.numpy import save_file
 
 import jaxlora
 from jaxlora import peft
+from jaxlora._cli import main as cli
 from jaxlora.peft._read import read
 from jaxlora.peft._serve import READERS as NAMES
 from jaxlora.peft._serve import RULES
+from jaxlora.peft._served import uniform
 from tests import helpers
 from tests.peft.folders import PREFIX, edit, normal, tensors_of
+from tests.peft.folders import write as write_folder
 from tests.peft.readers import READERS, Refused
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -237,6 +240,14 @@ def test_experts_in_one_parameter_and_rows_of_tokens(tmp_path):
     with pytest.raises(peft.PeftError, match=rf"{reader}, experts: .*Serve the merged model"):
       peft.save(tmp_path, tree, names=names, serve=reader)
     assert [f.rule.name for f in peft.check(tokens, reader) if not f.rule.note] == ["whole"]
+
+
+def test_one_module_of_a_high_rank_does_not_fill_the_memory(tmp_path):
+  modules = {f"layers.{k}.down_proj": (1, 4096, 8) for k in range(40)} | {"layers.0.up_proj": (100_000, 2, 2)}
+  write_folder(tmp_path / "a", modules, rank_pattern={"up_proj": 100_000})
+  assert cli(["check", str(tmp_path / "a"), "--serve", "vllm", "--write", str(tmp_path / "b")]) == 1
+  with pytest.raises(peft.PeftError, match=r"is 100000, and [\d,]+ numbers instead of.*jaxlora.compress\(tree, rank="):
+    uniform(read(tmp_path / "a"))
 
 
 def test_patterns_instead_of_lists(tmp_path):
