@@ -15,6 +15,7 @@ from jaxlora._base.checks import check_finite, is_known
 from jaxlora._base.dtypes import wide, wider_dtype
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.matrix import frobenius
+from jaxlora._base.memory import on_device
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.partitioned import with_own_names
@@ -138,7 +139,7 @@ def _extracted_tree(
       return dataclasses.replace(weight, sure=path not in plan.unsure)
     whole = path in plan.whole
     if path in changed:
-      norm = jnp.linalg.norm((after[path] - leaf).astype(wide(leaf)).ravel())
+      norm = jnp.linalg.norm((on_device(after[path]) - on_device(leaf)).astype(wide(leaf)).ravel())
       rows.append(Row(path, None, norm, 0 if whole else 1))
     if not whole:
       return leaf
@@ -212,7 +213,7 @@ def _extracted(
   """A weight on `base` with the update that leads from it to `tuned`."""
   own = plan.dtype or base.dtype
   dtype = wider_dtype(wide(base), own)
-  x = matrices(jnp.asarray(tuned).astype(dtype) - base.astype(dtype), roles)
+  x = matrices(on_device(jnp.asarray(tuned)).astype(dtype) - on_device(base).astype(dtype), roles)
   found = low_rank(x, plan.rank, key=key) if energy is None else low_rank(x, energy=energy)
   a, b = factors_of_svd(found, base.shape, roles, own)
   row = Row(plan.path, found.rank, frobenius(x, 2), found.error)

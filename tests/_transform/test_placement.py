@@ -94,6 +94,12 @@ def test_checkpoints_and_mixed_batches_of_bases_in_the_hosts_memory(tmp_path):
   checkpoint.save(tmp_path / "adapter", tree)
   loaded = checkpoint.load(tmp_path / "adapter", resting)
   assert jax.typeof(loaded["w"].a).memory_space == Space.Device
+  tuned = jax.device_put({**PARAMS, "w": PARAMS["w"] * 2, "b": PARAMS["b"] + 1}, host())
+  extracted = jaxlora.extract(
+    resting, tuned, config=jaxlora.LoraConfig(rank=8, targets="w", axes={"w": "sio"}, train="b")
+  )
+  helpers.assert_close(jax.device_put(jaxlora.merge(extracted), on_device()), jax.device_put(tuned, on_device()), 1e-5)
+  assert jax.typeof(extracted["w"].a).memory_space == Space.Device
   routed = jax.jit(jaxlora.route(each_layer))
   bank = jaxlora.stack({"one": tree})
   helpers.assert_close(routed(resting, bank, np.array([0, -1, 0, 0]), X), each_layer(resting, X), 1e-5)
