@@ -15,6 +15,11 @@ from jaxlora._cli.result import Result
 from jaxlora._version import __version__
 from jaxlora.peft._serve import READERS
 
+_NAMES = (
+  "JSON: the `names` of jaxlora.peft, regex over leaves (or over the tensors of a torch model) -> torch module, or"
+  ' {"split": [modules]}, {"joined": module, "parts": [components]}, {"experts": parameter}'
+)
+
 _EXIT = """
 exit codes: 0 done; 1 the file is bad, or does not fit; 2 usage, or an extra that is missing
 """
@@ -108,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar="FILE",
     help="names and shapes of the Flax base: safetensors, msgpack, orbax, or a jaxlora checkpoint on it",
   )
-  convert.add_argument("--names", metavar="FILE", help="JSON: the `names` of jaxlora.peft, regex -> torch module")
+  convert.add_argument("--names", metavar="FILE", help=_NAMES)
   convert.add_argument("--base-model", metavar="NAME", help="base_model_name_or_path in adapter_config.json")
   convert.add_argument("--task-type", metavar="TYPE", help="task_type in adapter_config.json, such as CAUSAL_LM")
   convert.add_argument(
@@ -133,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
   merge.add_argument("base", metavar="BASE")
   merge.add_argument("adapter", metavar="ADAPTER")
   merge.add_argument("out", metavar="OUT")
-  merge.add_argument("--names", metavar="FILE", help="JSON: the `names` of jaxlora.peft, regex -> torch module")
+  merge.add_argument("--names", metavar="FILE", help=_NAMES)
   merge.add_argument(
     "--dtype",
     choices=("float32", "float16", "bfloat16"),
