@@ -7,6 +7,7 @@ a habit. What contradicts a name that is one framework's is no evidence.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -120,7 +121,7 @@ class Layouts:
   def _by_name_and_neighbours(self, path: str) -> Clue | None:
     name = components(path)[-1]
     near, others = self._neighbours(path)
-    found = {self.told[other] for other in near or others}
+    found = set(map(self.told.__getitem__, near or others))
     framework = _FRAMEWORKS.get(name)
     if framework is not None and found <= {framework}:
       return Clue(framework, f"it is called {name!r}")
@@ -132,8 +133,16 @@ class Layouts:
 
   def _neighbours(self, path: str) -> tuple[list[str], list[str]]:
     """Matrices of the same name whose layout is known: in modules called like this one's, and in all."""
-    others = [other for other in self.told if other != path and components(other)[-1] == components(path)[-1]]
-    return [other for other in others if _module(other) == _module(path)], others
+    name = components(path)[-1]
+    return self._told_by_name.get((_module(path), name), []), self._told_by_name.get((None, name), [])
+
+  @functools.cached_property
+  def _told_by_name(self) -> dict[tuple[str | None, str], list[str]]:
+    found: dict[tuple[str | None, str], list[str]] = {}
+    for path in self.told:
+      for module in (_module(path), None):
+        found.setdefault((module, components(path)[-1]), []).append(path)
+    return found
 
   def weighed(self, path: str) -> str:
     """For an error message: what was weighed where nothing tells."""

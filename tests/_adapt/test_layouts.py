@@ -171,6 +171,9 @@ def test_what_is_made_of_an_uncertain_weight_is_no_surer():
     jaxlora.svd.extract({"other": square()}, {"other": square(2)}, rank=2),
     jaxlora.join(*jaxlora.split(tree)),
     jaxlora.stack({"one": tree, "two": tree}).take("one"),
+    jaxlora.init_from_data(
+      adapted({"other": square()}, targets="other", seed=None), lambda p, x: x @ p["other"], [X], KEY
+    ),
   ]
   assert [node["other"].sure for node in made] == [False] * len(made)
 
