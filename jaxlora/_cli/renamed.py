@@ -27,8 +27,9 @@ def tensors_of(adapter: Adapter, names: Names, shapes: Mapping[str, Any]) -> tup
   r"""The tensor of each parameter of an adapter, whether the model has it or not; and the adapter with one for each.
 
   Names that are not given are those of the model; or those of another version of transformers, which nests a
-  vision-language model in another way; or they differ by one beginning for all of them, the one with which most are
-  found: files of a bare model lack the beginning that it has inside one with a head (`transformer.h.0`, `h.0`).
+  vision-language model in another way; or theirs joined by `_`, as kohya's scripts do; or they differ by one beginning
+  for all of them, the one with which most are found: files of a bare model lack the beginning that it has inside one
+  with a head (`transformer.h.0`, `h.0`).
 
   Args:
     adapter: PEFT's.
@@ -41,10 +42,11 @@ def tensors_of(adapter: Adapter, names: Names, shapes: Mapping[str, Any]) -> tup
   adapter, given = _by_names(adapter, names, shapes)
   rest = [name for name in parameters_of(adapter) if name not in given]
   free = shapes.keys() - set(given.values())
-  trials = [{name: name for name in rest}, _by_nesting(rest, free), *_by_beginnings(rest, free)]
+  trials = [{name: name for name in rest}, _by_nesting(rest, free), _by_joining(rest, free)]
+  trials += _by_beginnings(rest, free)
   found = [sum(tensor in free for tensor in trial.values()) for trial in trials]
   best = [trial for trial, count in zip(trials, found, strict=True) if count == max(found)]
-  if max(found) > max(found[:2]) and any(trial != best[0] for trial in best):
+  if max(found) > max(found[:3]) and any(trial != best[0] for trial in best):
     name = next(name for name in rest if len({trial[name] for trial in best}) > 1)
     several = listed(sorted({trial[name] for trial in best}))
     raise BadFile(f"{name}: may be any of {several}. Say which by --names.")
@@ -95,6 +97,15 @@ def _by_nesting(names: Collection[str], tensors: Collection[str]) -> dict[str, s
     found.setdefault(unnested(tuple(tensor.split("."))), []).append(tensor)
   alike = {name: found.get(unnested(tuple(name.split("."))), []) for name in names}
   return {name: name if name in tensors or len(own) != 1 else own[0] for name, own in alike.items()}
+
+
+def _by_joining(names: Collection[str], tensors: Collection[str]) -> dict[str, str]:
+  """The tensors whose names are these once the components are joined by `_`, as kohya's scripts do."""
+  found: dict[str, list[str]] = {}
+  for tensor in tensors:
+    module, _, parameter = tensor.rpartition(".")
+    found.setdefault(f"{module.replace('.', '_')}.{parameter}", []).append(tensor)
+  return {name: own[0] if len(own := found.get(name, [])) == 1 else name for name in names}
 
 
 def _by_beginnings(names: Collection[str], tensors: Collection[str]) -> list[dict[str, str]]:

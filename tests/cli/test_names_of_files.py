@@ -171,3 +171,15 @@ def test_several_beginnings_that_fit_are_an_error(run, tmp_path):
 def test_names_that_do_not_fit(names, message, run, tmp_path):
   state = {"net.a.weight": weight(0, 6, 4), "net.b.weight": weight(3, 6, 4)}
   assert message in merged(run, tmp_path, state, {"q": FACTORS}, names, code=1)
+
+
+def test_kohyas_names_between_files_of_torch(run, tmp_path):
+  name = "down_blocks.0.attentions.1.to_q"
+  save_file({f"{name}.weight": weight(0, 6, 4), "x.weight": weight(1, 2, 2)}, tmp_path / "base.safetensors")
+  flat_name = "lora_unet_" + name.replace(".", "_")
+  factors = {f"{flat_name}.lora_down.weight": FACTORS[0], f"{flat_name}.lora_up.weight": FACTORS[1]}
+  save_file(factors | {f"{flat_name}.alpha": np.asarray(1.0, np.float32)}, tmp_path / "style.safetensors")
+  run("merge", tmp_path / "base.safetensors", tmp_path / "style.safetensors", tmp_path / "out.safetensors")
+  found = load_file(tmp_path / "out.safetensors")
+  expected = weight(0, 6, 4) + 0.5 * FACTORS[1] @ FACTORS[0]
+  np.testing.assert_allclose(found[f"{name}.weight"], expected, rtol=1e-5, atol=1e-6)
