@@ -206,7 +206,7 @@ def test_packed_integers_are_refused_and_decoded_by_dequantize(run, tmp_path, ki
   tensors, quantisation, value = DECODED[kind]()
   folder = tmp_path / "base"
   folder.mkdir()
-  modules = [NAME.removesuffix("weight"), "model.layers.1.self_attn.q_proj."]
+  modules = [NAME.removesuffix("weight"), "model.layers.1.mlp.up_proj."]
   save_file({module + name: part for module in modules for name, part in tensors.items()}, folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps({"quantization_config": quantisation, "hidden_size": 1}))
   (folder / "quantize_config.json").write_text("{}")
