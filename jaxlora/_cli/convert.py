@@ -5,17 +5,16 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxlora._base.text import listed
 from jaxlora._cli.bases import open_base
+from jaxlora._cli.lora_leaves import lora_leaves
 from jaxlora._cli.result import BadFile, Result
-from jaxlora._cli.sources import existing, flax_paths, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
-from jaxlora._cli.tensors import TensorFileError
+from jaxlora._cli.sources import existing, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
 from jaxlora.checkpoint._adapter import contents, save_part
 from jaxlora.peft._folder import save, save_mlx
 from jaxlora.peft._from_modules import from_modules
-from jaxlora.peft._lora_leaves import from_lora_leaves, has_lora_leaves
+from jaxlora.peft._lora_leaves import from_lora_leaves
 from jaxlora.peft._read import read
 from jaxlora.peft._records import Adapter, fail
 from jaxlora.peft._tied import HEADLESS, uses_of
@@ -27,7 +26,7 @@ _METADATA = ("base_model_name_or_path", "task_type")  # what a checkpoint's meta
 def run_convert(options: Any) -> Result:
   """Converts FROM to TO, whose format is the other one where nothing else is asked for."""
   files = is_peft(options.source)
-  if not files and not is_checkpoint(options.source) and (leaves := _lora_leaves(options.source)) is not None:
+  if not files and not is_checkpoint(options.source) and (leaves := lora_leaves(options.source)) is not None:
     return _of_lora_leaves(options, leaves, options.to or "peft")
   formats = ("peft", options.to or "jaxlora") if files else ("jaxlora", options.to or "peft")
   if formats == ("jaxlora", "jaxlora"):
@@ -67,21 +66,6 @@ def _of_files(options: Any, form: str) -> None:
   tree = from_modules(adapter, params, names=names_of(options), axes=axes, strict=False)
   metadata = {"peft": {name: adapter.config.get(name) for name in _METADATA}}
   save_part(options.target, tree, metadata=metadata, whole_base=bool(options.base))
-
-
-def _lora_leaves(source: str) -> dict[str, Any] | None:
-  """The leaves of a tree in which another JAX library left factors, those read, the weights as shapes; else `None`."""
-  try:
-    files = open_base(source)
-  except TensorFileError:
-    return None
-  paths = flax_paths(files.tensors)
-  if not has_lora_leaves(paths.values()):
-    return None
-  return {
-    path: tensor.read() if has_lora_leaves([path]) else jax.ShapeDtypeStruct(tensor.shape, tensor.dtype or np.uint8)
-    for path, tensor in zip(paths.values(), files.tensors.values(), strict=True)
-  }
 
 
 def _of_lora_leaves(options: Any, leaves: dict[str, Any], form: str) -> Result:

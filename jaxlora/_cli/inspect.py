@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxlora._base.text import listed, size, table
+from jaxlora._cli.lora_leaves import lora_leaves
 from jaxlora._cli.norms import Measured, delta_norm, measured, measured_flat, tensor_norm
-from jaxlora._cli.result import Result
-from jaxlora._cli.sources import existing, is_peft
+from jaxlora._cli.result import BadFile, Result
+from jaxlora._cli.sources import existing, is_checkpoint, is_peft
 from jaxlora._weight.roles import thin
 from jaxlora._weight.weight import LoraWeight
 from jaxlora.checkpoint._adapter import contents
@@ -20,6 +21,11 @@ from jaxlora.peft._tied import uses_of, without_head
 
 def run_inspect(options: Any) -> Result:
   """Reports on PATH: where it comes from, a row per leaf, totals."""
+  if not is_peft(options.path) and not is_checkpoint(options.path) and lora_leaves(options.path) is not None:
+    raise BadFile(
+      f"{options.path}: a tree with factors beside its weights, as qwix and flax.nnx.LoRA leave them. Convert it first:"
+      " jaxlora convert PATH FOLDER"
+    )
   about, rows, lines = (_peft_report if is_peft(options.path) else _checkpoint_report)(options)
   total = {name: sum(row[name] for row in rows) for name in ("parameters", "bytes", "nan")}
   broken = [row["path"] for row in rows if row["nan"]]

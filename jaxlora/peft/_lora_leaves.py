@@ -68,7 +68,10 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
       continue
     qwix = halves["a"][0].endswith(_SUFFIXES[0])
     if qwix and alpha is None:
-      problems.append(f"{weight}: qwix's trees do not hold alpha, and its scale is alpha / rank. Say alpha=")
+      problems.append(
+        f"{weight}: qwix's trees do not hold alpha, and its scale is alpha / rank. Say alpha= (--alpha in the command"
+        " line)"
+      )
       continue
     try:
       a, b = (jnp.asarray(halves[half][1]) for half in "ab")

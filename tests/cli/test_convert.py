@@ -147,6 +147,7 @@ def test_qwixs_factors_in_an_orbax_checkpoint(run, tmp_path):
   leaf = {"w_lora_a": jnp.asarray(a), "w_lora_b": jnp.asarray(b)}
   with ocp.StandardCheckpointer() as saver:
     saver.save(tmp_path / "qwix", {"layers": {"0": {"attn": {"q_proj": leaf}}}})
+  assert "Convert it first: jaxlora convert" in run("inspect", tmp_path / "qwix", code=1)["error"]
   assert "Say alpha=" in run("convert", tmp_path / "qwix", tmp_path / "p", code=1)["error"]
   assert run("convert", tmp_path / "qwix", tmp_path / "p", "--alpha", "4")["formats"] == ["flax", "peft"]
   loaded = peft.load(tmp_path / "p", {"layers": {"0": {"attn": {"q_proj": {"kernel": jnp.zeros((6, 8))}}}}})
