@@ -65,6 +65,7 @@ class Policy:
     banks_in_tiles: the same for programs that are given the forms for arrays in tiles.
     joins: whether an adapted product is one operation, with a derivative of its own; else it is left to JAX.
     few_tokens: up to this many tokens the forms for arrays in tiles compute it as two products and a sum.
+    keeps_rows: whether the forms for arrays in tiles say that a norm's input lies along its rows in the backward pass.
     tiled: the platforms whose programs are given the forms for arrays in tiles; `EVERYWHERE` where the policy is for
       one of them alone.
     merges: the platforms whose programs are given the forms that merge the products of one input.
@@ -86,6 +87,7 @@ class Policy:
   banks_in_tiles: Banks
   joins: bool = True
   few_tokens: int = 1024
+  keeps_rows: bool = True
   tiled: tuple[str, ...] = ()
   merges: tuple[str, ...] = ()
   reason: str = dataclasses.field(default="", compare=False)
@@ -116,6 +118,10 @@ class Policy:
   def sum(self, base: jax.Array, delta: jax.Array, looping: bool) -> jax.Array:
     """The base's product plus the low-rank part, in the base product's dtype."""
     return plain_sum(base, delta) if looping else self.add(base, delta)
+
+  def in_remat(self) -> "Policy":
+    """The policy inside of `jax.checkpoint`, where a norm's input is no residual: it has just been made again."""
+    return dataclasses.replace(self, keeps_rows=False)
 
   def without_recompute(self) -> "Policy":
     """The policy of `recompute=False`: what differentiation keeps is kept, and nothing is made again."""

@@ -15,7 +15,9 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
+from jaxlora._jax.by_platform import Form, by_platform
 from jaxlora._jax.jaxpr import equation_context
+from jaxlora._jax.layout import row_major
 from jaxlora._jax.trace_cache import traced_once
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.regions import Region
@@ -98,7 +100,8 @@ class _Evaluated:
       from_root, from_result = (along(shrinks, from_result=from_result) for from_result in (False, True))
       of_result = region.softmax() is not None and not residuals_used(from_result, kept, steps)[place]
       chosen, wait = (from_result, self.policy.wait_softmax) if of_result else (from_root, self.policy.wait)
-      in_tiles = _TransposeApart(along(shrinks.apart(), from_result=of_result), is_norm(region), steps)
+      rows = place if is_norm(region) and self.policy.keeps_rows else None
+      in_tiles = _TransposeApart(along(shrinks.apart(), from_result=of_result), is_norm(region), steps, rows)
       transposes = self.policy.transposes(in_tiles)
       d_result, d_thin = late(chosen, kept, steps, wait, transposes)
       if not moving[1]:
@@ -117,15 +120,23 @@ class _TransposeApart:
 
   XLA's TPU backend sees for itself what the forward pass has made, and keeps it or not. It is left to, but for an
   activation whose thin product needs it again: kept beside its input, it would have to leave the chip's own memory.
+
+  A norm's input is read along its rows, and in one thin product along its tokens. Left to itself, the compiler may keep
+  it as that product likes it, and a scanned model then lays all layers' inputs out anew in each layer.
   """
 
-  def __init__(self, along: Any, of_rows: bool, steps: Sequence[Any]):
+  def __init__(self, along: Any, of_rows: bool, steps: Sequence[Any], rows: int | None):
     self.along = along
     self.of_rows = of_rows
+    self.rows = rows  # which of the region's inputs is to be kept along its rows, if one is
     self.counts = [len(part) for part in steps]
 
   def __call__(self, residuals: Any, cotangents: Any, types: Sequence[Any]) -> Sequence[Any]:
     d_result, d_thin = cotangents
+    if self.rows is not None:
+      values, *others = residuals
+      along_rows = by_platform(lambda x: x, {"tpu": _ALONG_ROWS}, values[self.rows])
+      residuals = (with_some(values, [self.rows], [along_rows]), *others)
     inputs, factors = types[: self.counts[0]], types[self.counts[0] :]
     zeros = [jnp.zeros(like.shape, like.dtype) for like in types]
     out = []
@@ -139,6 +150,10 @@ class _TransposeApart:
       of_factors = lambda *steps: self.along(kept, [zeros[: self.counts[0]], list(steps)])[1]
       out += jax.linear_transpose(of_factors, *factors)(d_thin)
     return out
+
+
+# Not for several devices, and not under `vmap`: there it would say more than how rows lie.
+_ALONG_ROWS = Form(row_major, single_device=True, shared=(0,))
 
 
 def _no_tangent(value: Any) -> SymbolicZero:

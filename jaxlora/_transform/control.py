@@ -82,7 +82,7 @@ def _jit(handler: Any, eqn: Any, jit: Jit, values: Sequence[Any]) -> list[Any]:
   anonymous = [_anonymous(record, k, value) for k, value in enumerate(values)]
   leaves, treedef = jax.tree.flatten(anonymous)
   own = (jit.name, tuple(jit.in_shardings), tuple(jit.out_shardings), tuple(sorted(jit.options.items())))
-  key = (id(jit.jaxpr), own, record.looping, treedef, tuple(jax.typeof(leaf) for leaf in leaves))
+  key = (id(jit.jaxpr), own, record.looping, record.policy, treedef, tuple(jax.typeof(leaf) for leaf in leaves))
   if key not in record.jits:
     record.jits[key] = _rebuilt_jit(handler, jit)
   inner = record.jits[key]
@@ -163,7 +163,8 @@ def _remat(handler: Any, eqn: Any, remat: Remat, values: Sequence[Any]) -> list[
     # The backward half of a remat: it was to keep the compiler from merging it with the forward half.
     values = lax.optimization_barrier(list(values))
   inner = handler.inner(remat.jaxpr)
-  return jax.checkpoint(inner, policy=remat.policy, prevent_cse=remat.prevent_cse)(*values)
+  with handler.record.in_a_remat():
+    return jax.checkpoint(inner, policy=remat.policy, prevent_cse=remat.prevent_cse)(*values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -105,6 +105,15 @@ class Record:
       self.looping = before
 
   @contextlib.contextmanager
+  def in_a_remat(self) -> Iterator[None]:
+    """While the inside of a `jax.checkpoint` is interpreted."""
+    before, self.policy = self.policy, self.policy.in_remat()
+    try:
+      yield
+    finally:
+      self.policy = before
+
+  @contextlib.contextmanager
   def enclosed_by(self, eqn: Any) -> Iterator[None]:
     """While the inside of a control-flow equation is interpreted."""
     self.places.append(source_line(eqn))

@@ -167,3 +167,28 @@ def test_a_mixed_batch_traced_on_a_cpu_host_has_no_loop_over_rows(compile_for_tp
   args = params, bank, jnp.zeros(32, jnp.int32), jnp.zeros((32, 1, WIDTH), jnp.bfloat16)
   assert {use.way for use in jaxlora.explain(routed, *args).uses} == {"row by row"}  # which this host would be given
   assert " while(" not in compile_for_tpu(routed, *args).as_text()
+
+
+class Scanned(nn.Module):
+  """Two blocks, as one that is scanned."""
+
+  @nn.compact
+  def __call__(self, x):
+    scanned = nn.scan(
+      lambda block, x, _: (block(x), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+    )
+    return scanned(Block(name="blocks"), x, None)[0]
+
+
+def test_a_scanned_step_lays_no_stack_of_layers_out_anew(compile_for_tpu):
+  """What the layers keep for the backward pass is one array: to copy it in each layer costs more with every layer."""
+  module, x = Scanned(), jnp.zeros((4, TOKENS, WIDTH), jnp.bfloat16)
+  params = module.init(jax.random.key(0), x[:1, :1])["params"]
+  fn = lambda p, x: module.apply({"params": p}, x)
+  tree = helpers.adapted(params, rank=8, targets=".*/kernel", seed=None, probe=lambda p: fn(p, x[:1]))
+  frozen, trainable = jaxlora.split(tree)
+  wrapped = jaxlora.wrap(fn, on_materialize="error")
+  loss = lambda half, frozen, x: jnp.sum(jnp.square(wrapped(jaxlora.join(frozen, half), x).astype(jnp.float32)))
+  text = compile_for_tpu(jax.value_and_grad(loss), trainable, frozen, x).as_text()
+  assert " while(" in text
+  assert not re.findall(rf"= bf16\[2,4,{TOKENS},{WIDTH}\]\S* copy\(", text)
