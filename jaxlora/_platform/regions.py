@@ -7,7 +7,7 @@ statistics of its rows, are enough.
 Reading order: the region -> evaluating it -> finding them.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -142,22 +142,41 @@ _exp_with_value = _valued(lambda step, value: step * value)
 
 def find_regions(jaxpr: Any) -> dict[int, Region]:
   """The regions of a jaxpr of which differentiation would keep more than their inputs; by every member's number."""
+  uses = _uses(jaxpr)
+  cuts: set[Any] = set()
+  while True:
+    members = _members(jaxpr, cuts)
+    parts = [_parts(jaxpr, numbers, uses) for numbers in members.values()]
+    new = {var for part in parts for var in part.shared} - cuts
+    if not new:
+      break
+    cuts |= new
+  roots = [(root, numbers) for root, part in zip(members, parts, strict=True) for numbers in part.apart]
+  found = (_region(jaxpr, root, numbers, uses) for root, numbers in roots)
+  return {k: region for region in found if region is not None for k in region.members}
+
+
+def _uses(jaxpr: Any) -> dict[Any, set[int]]:
+  """The numbers of the equations that read each variable; the jaxpr's results are read by one after the last."""
+  uses: dict[Any, set[int]] = {}
+  for k, atoms in enumerate([*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars]):
+    for atom in _variables(atoms):
+      uses.setdefault(atom, set()).add(k)
+  return uses
+
+
+def _members(jaxpr: Any, cuts: Collection[Any]) -> dict[Any, list[int]]:
+  """The equations that make arrays out of one large one, by that one. A variable in `cuts` is made of nothing."""
   roots: dict[Any, Any] = {}  # variable -> the large one that it is made of
   members: dict[Any, list[int]] = {}
-  uses: dict[Any, set[int]] = {}
   for k, eqn in enumerate(jaxpr.eqns):
-    operands = _variables(eqn.invars)
-    for atom in operands:
-      uses.setdefault(atom, set()).add(k)
-    if len(eqn.outvars) == 1 and _fits(eqn) and (root := _root(operands, eqn.outvars[0], roots)) is not None:
+    if len(eqn.outvars) != 1 or not _fits(eqn) or eqn.outvars[0] in cuts:
+      continue
+    root = _root(_variables(eqn.invars), eqn.outvars[0], roots)
+    if root is not None:
       roots[eqn.outvars[0]] = root
       members.setdefault(root, []).append(k)
-  for atom in _variables(jaxpr.outvars):
-    uses.setdefault(atom, set()).add(len(jaxpr.eqns))
-  found = (
-    _region(jaxpr, root, part, uses) for root, numbers in members.items() for part in _parts(jaxpr, numbers, uses)
-  )
-  return {k: region for region in found if region is not None for k in region.members}
+  return members
 
 
 def _root(operands: Sequence[Any], out: Any, roots: Mapping[Any, Any]) -> Any | None:
@@ -174,8 +193,20 @@ def _root(operands: Sequence[Any], out: Any, roots: Mapping[Any, Any]) -> Any | 
   return root if 1 < _elements(root) >= _elements(out) else None
 
 
-def _parts(jaxpr: Any, numbers: Sequence[int], uses: Mapping[Any, set[int]]) -> list[list[int]]:
-  """Equations of one root, apart by what is used of them outside; those that two results share are in no part."""
+class _Parts(NamedTuple):
+  """Equations of one root.
+
+  Attributes:
+    apart: by what is used of them outside.
+    shared: the variables that several of those results are made of.
+  """
+
+  apart: list[list[int]]
+  shared: list[Any]
+
+
+def _parts(jaxpr: Any, numbers: Sequence[int], uses: Mapping[Any, set[int]]) -> _Parts:
+  """Equations of one root, apart by what is used of them outside."""
   ends: dict[int, set[int]] = {}  # equation -> the results that it serves
   for k in reversed(numbers):
     readers = uses.get(jaxpr.eqns[k].outvars[0], set())
@@ -183,10 +214,8 @@ def _parts(jaxpr: Any, numbers: Sequence[int], uses: Mapping[Any, set[int]]) -> 
     ends[k] = ends[k].union(*(ends[reader] for reader in readers if reader in ends))
   parts: dict[int, list[int]] = {}
   for k in numbers:
-    if len(ends[k]) == 1:
-      parts.setdefault(next(iter(ends[k])), []).append(k)
-  shared = {end for k in numbers if len(ends[k]) > 1 for end in ends[k]}
-  return [part for end, part in parts.items() if end not in shared]
+    parts.setdefault(min(ends[k]), []).append(k)
+  return _Parts(list(parts.values()), [jaxpr.eqns[k].outvars[0] for k in numbers if len(ends[k]) > 1])
 
 
 def _region(jaxpr: Any, root: Any, numbers: list[int], uses: Mapping[Any, set[int]]) -> Region | None:

@@ -60,6 +60,12 @@ def exponential_used_twice(x, scale):
   return powers / powers.sum(-1, keepdims=True) + 0.1 * powers
 
 
+def norm_of_what_is_used_beside_it(x, scale):
+  """As in a model's first block, whose residual stream is one array and something added to it."""
+  stream = x + scale
+  return stream + layer_norm(stream, scale)
+
+
 def dead_end(x, scale):
   powers = jnp.exp(-jnp.square(x))
   _ = jnp.log(powers.sum(-1)) * 2
@@ -83,7 +89,8 @@ FUNCTIONS = {
   fn.__name__: fn
   for fn in (
     layer_norm, fast_layer_norm, rms_norm, masked_softmax, softmax_by_hand, softmax_with_a_spare_row,
-    exponential_over_its_norm, exponential_used_twice, dead_end, statistics_used_outside, along_tokens, gate,
+    exponential_over_its_norm, exponential_used_twice, norm_of_what_is_used_beside_it, dead_end,
+    statistics_used_outside, along_tokens, gate,
   )
 }  # fmt: skip
 
@@ -156,6 +163,7 @@ def test_what_is_found():
   one, softmax = [(True, False)], [(True, True)]
   assert found["layer_norm"] == found["fast_layer_norm"] == found["rms_norm"] == one
   assert found["masked_softmax"] == found["softmax_by_hand"] == found["softmax_with_a_spare_row"] == softmax
+  assert found["norm_of_what_is_used_beside_it"] == one
   assert found["exponential_over_its_norm"] == found["exponential_used_twice"] == one
 
 

@@ -1,0 +1,57 @@
+"""The GPU's own compiler, ahead of time and without the device: a step is compiled for an H100, and never run.
+
+Needs nvcc and JAX's plugin, `pip install -e ".[test,bench,compilers-gpu]"`.
+"""
+
+import pytest
+
+from tests.helpers import bench_scripts
+
+for package in ("matplotlib", "tqdm"):
+  pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
+
+MODULES = ("ahead", "chips", "contestants", "settings", "hlo")
+WIDTH = 512
+QWIX_GEMMS = 84  # calls of cuBLAS in the step of qwix 0.1.8 for the same two layers
+
+
+@pytest.fixture(scope="module")
+def bench():
+  with bench_scripts.modules(*MODULES) as found:
+    yield found
+
+
+@pytest.fixture(scope="module")
+def compiled(bench):
+  """A function from a contestant's name to its step for an H100. Compiled, not run."""
+  chip = bench.chips.CHIPS["h100"]
+  try:
+    target = bench.ahead.Target(chip, bench.chips.device_of(chip))
+  except bench.chips.NoCompilerError as error:
+    pytest.skip(str(error))
+  settings = bench.settings.Settings(WIDTH, 2, 10, 256, 8, bf16=True, vocabulary=1024)
+  base = bench.settings.base_shapes(settings)
+  by_name = {one.name: one for one in bench.contestants.contestants()}
+
+  def of(name):
+    step = bench.ahead.compile_for(target, by_name[name], base)
+    return step, bench.ahead.figures(step, chip, settings)
+
+  return of
+
+
+def test_a_step_holds_less_and_moves_little_more_than_the_frozen_floor(bench, compiled):
+  (_, floor), (step, ours) = compiled("frozen floor"), compiled("jaxlora")
+  assert ours["temp"] < 0.90 * floor["temp"]  # of two layers; 0.69 of four wider ones
+  assert ours["bytes_outside"] < 1.10 * floor["bytes_outside"]
+  assert ours["gemms"] < QWIX_GEMMS
+  gradients = [one for one in bench.hlo.executed(step.as_text(), 2) if bench.hlo.is_gemm(one.instruction)]
+  shapes = [f"[{WIDTH},{WIDTH}]", f"[{WIDTH},{4 * WIDTH}]", f"[{4 * WIDTH},{WIDTH}]"]
+  assert not [one for one in gradients if any(shape in one.instruction.type for shape in shapes)]
+
+
+def test_traced_on_a_cpu_host_is_traced_for_a_gpu(bench, compiled, monkeypatch):
+  _, host = compiled("jaxlora")
+  wrap = bench.contestants.wrap
+  monkeypatch.setattr(bench.contestants, "wrap", lambda fn, **options: wrap(fn, platform="gpu", **options))
+  assert compiled("jaxlora")[1] == host
