@@ -1,6 +1,8 @@
-"""Flax's `Partitioned` boxes around adapted weights: they name the axes of the base, A and B have names of their own.
+"""Flax's boxes around adapted weights: they name the axes of the base, and A and B have names of their own.
 
-`flax.linen.get_partition_spec` asks the box alone, and would split the rank by the name of the base's first axis.
+`flax.linen.get_partition_spec` asks a `Partitioned` alone, and `flax.nnx.get_partition_spec` a `Variable`: both would
+split the rank by the name of the base's first axis. Here the boxes of adapted weights are of types that answer for
+every part; around anything else they are what the plain ones are, as where `wrap` hands them on around an array.
 """
 
 from collections.abc import Callable
@@ -11,91 +13,105 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlora._weight.boxes import names_of_axes
 from jaxlora._weight.placement import factor_spec, side_of_part
 from jaxlora._weight.weight import LoraWeight
 
 
-def _partitioned() -> Any:
-  """Flax's `Partitioned`; `None` where Flax is not loaded, which this never imports."""
-  return getattr(sys.modules.get("flax.core.meta"), "Partitioned", None)
-
-
 def with_own_names(tree: Any) -> Any:
-  """The tree with boxes around adapted weights that name the axes of every part, and not the rank."""
-  return _map_boxes(lambda box: _is_plain(box) and isinstance(box.value, LoraWeight), _named, tree)
+  """The tree, freshly made, with boxes around adapted weights that name the axes of every part, and not the rank."""
+
+  def named(box: Any) -> Any:
+    plain: Any = type(box)
+    holds = isinstance(_value(box), LoraWeight) and names_of_axes(box) is not None
+    return _as_type(box, _named_type(plain)) if holds and not hasattr(plain, "_plain_type") else box
+
+  return _map_boxes(named, tree)
 
 
 def with_plain_boxes(tree: Any) -> Any:
   """The inverse, for boxes that hold no adapted weight any longer."""
-  return _map_boxes(lambda box: not _is_plain(box) and not isinstance(box.value, LoraWeight), _plain, tree)
+
+  def plain(box: Any) -> Any:
+    named: Any = type(box)
+    holds = isinstance(_value(box), LoraWeight)
+    return _as_type(box, named._plain_type) if hasattr(named, "_plain_type") and not holds else box
+
+  return _map_boxes(plain, tree)
 
 
-def _map_boxes(which: Callable[[Any], bool], change: Callable[[Any], Any], tree: Any) -> Any:
-  partitioned = _partitioned()
-  if partitioned is None:
+def _loaded(module: str, name: str) -> Any:
+  """A type of Flax's; no type where Flax is not loaded, which this never imports."""
+  return getattr(sys.modules.get(module), name, ())
+
+
+def _map_boxes(change: Callable[[Any], Any], tree: Any) -> Any:
+  kinds = tuple(kind for kind in (_loaded("flax.core.meta", "Partitioned"), _loaded("flax.nnx", "Variable")) if kind)
+  if not kinds:
     return tree
-  is_box = lambda node: isinstance(node, partitioned)
-  return jax.tree_util.tree_map(
-    lambda node: change(node) if is_box(node) and which(node) else node, tree, is_leaf=is_box
-  )
+  is_box = lambda node: isinstance(node, kinds)
+  return jax.tree_util.tree_map(lambda node: change(node) if is_box(node) else node, tree, is_leaf=is_box)
 
 
-def _is_plain(box: Any) -> bool:
-  return not hasattr(type(box), "_plain_type")
+def _is_variable(box: Any) -> bool:
+  return isinstance(box, _loaded("flax.nnx", "Variable"))
 
 
-def _named(box: Any) -> Any:
-  kind: Any = type(box)
-  return _named_type(kind)(**_fields(box))
+def _value(box: Any) -> Any:
+  return box.get_raw_value() if _is_variable(box) else box.value
 
 
-def _plain(box: Any) -> Any:
-  return type(box)._plain_type(**_fields(box))
-
-
-def _fields(box: Any) -> dict[str, Any]:
-  return {name: getattr(box, name) for name in type(box).__dataclass_fields__}
+def _as_type(box: Any, kind: Any) -> Any:
+  """The box as one of another type that has the same fields."""
+  if not _is_variable(box):
+    return kind(**{name: getattr(box, name) for name in type(box).__dataclass_fields__})
+  object.__setattr__(box, "__class__", kind)  # making a variable anew would place its value by the names
+  return box
 
 
 @functools.cache
 def _named_type(plain: Any) -> Any:
-  """The type of box for adapted weights, beside one of Flax's or of the user's own.
+  """The type of box for adapted weights, beside one of Flax's or of the user's own. Flax registers it as a node."""
+  members = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain_type": plain}
+  variable = issubclass(plain, _loaded("flax.nnx", "Variable"))
+  own = _of_variable(plain) if variable else _of_partitioned(plain)
+  return type(plain)(plain.__name__, (plain,), members | own | {"__reduce_ex__": _reduced})
 
-  Around anything but a weight it is what the plain one is: `wrap` hands it to the model around an array.
-  """
 
+def _of_partitioned(plain: Any) -> dict[str, Any]:
   def get_partition_spec(self: Any) -> Any:
     spec = plain.get_partition_spec(self)
-    return _of_parts(self, spec) if isinstance(self.value, LoraWeight) else spec
+    return self.replace(value=_specs(self.value, spec)) if isinstance(self.value, LoraWeight) else spec
 
   def get_sharding(self: Any, mesh: Any) -> Any:
     is_spec = lambda x: isinstance(x, PartitionSpec)
     return jax.tree_util.tree_map(lambda spec: NamedSharding(mesh, spec), get_partition_spec(self), is_leaf=is_spec)
 
-  def reduce(self: Any) -> Any:
-    return _rebuilt, (plain, _fields(self))
-
-  members = {
-    "__module__": plain.__module__,
-    "__qualname__": plain.__qualname__,
-    "_plain_type": plain,
-    "get_partition_spec": get_partition_spec,
-    "get_sharding": get_sharding,
-    "__reduce__": reduce,
-  }
-  return type(plain)(plain.__name__, (plain,), members)  # Flax registers it as a node
+  return {"get_partition_spec": get_partition_spec, "get_sharding": get_sharding}
 
 
-def _rebuilt(plain: Any, fields: dict[str, Any]) -> Any:
-  return _named_type(plain)(**fields)
+def _of_variable(plain: Any) -> dict[str, Any]:
+  def replace(self: Any, *values: Any, **metadata: Any) -> Any:
+    """Flax's own, where `get_partition_spec` puts a spec in the place of the weight: one for every part."""
+    if values and isinstance(values[0], PartitionSpec) and isinstance(_value(self), LoraWeight):
+      values = (_specs(_value(self), values[0]), *values[1:])
+    return plain.replace(self, *values, **metadata)
+
+  return {"replace": replace}
 
 
-def _of_parts(box: Any, spec: PartitionSpec) -> Any:
-  """The box with the specs of a weight's parts in their places."""
-  node = box.value
-  return box.replace(
-    value=node.with_parts({name: _spec(node, name, spec) for name, part in node.parts().items() if part is not None})
-  )
+def _reduced(self: Any, _: Any) -> Any:
+  """For pickling, which does not find a type that is made at run time."""
+  return _rebuilt, (_as_type(self.copy() if _is_variable(self) else self, type(self)._plain_type),)
+
+
+def _rebuilt(box: Any) -> Any:
+  return with_own_names(box)
+
+
+def _specs(node: LoraWeight, spec: PartitionSpec) -> LoraWeight:
+  """A weight with the specs of its parts in their places."""
+  return node.with_parts({name: _spec(node, name, spec) for name, part in node.parts().items() if part is not None})
 
 
 def _spec(node: LoraWeight, part: str, spec: PartitionSpec) -> PartitionSpec:

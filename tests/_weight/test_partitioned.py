@@ -3,7 +3,7 @@
 import pickle
 
 from flax import linen as nn
-from flax import serialization
+from flax import nnx, serialization
 from flax.core import meta
 import jax
 import jax.numpy as jnp
@@ -134,3 +134,25 @@ def test_a_scanned_model_of_boxes():
     P("layers", None, "mlp"),
   )
   np.testing.assert_allclose(jaxlora.wrap(apply)(tree), apply(jaxlora.merge(tree)), rtol=1e-5, atol=1e-5)
+
+
+def test_nnx_variables_with_names():
+  on_mesh = mesh()
+  with jax.set_mesh(on_mesh):
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
+    model = nnx.Linear(8, 16, kernel_init=init, rngs=nnx.Rngs(0))
+  graph, state = nnx.split(model)
+  tree = adapted(state)
+  weight = nnx.get_partition_spec(tree)["kernel"].get_raw_value()
+  assert (weight.base, weight.a, weight.b) == (P("data", "model"), P(None, "data"), P(None, "model"))
+  placed = jax.jit(lambda t: t, out_shardings=nnx.get_named_sharding(tree, on_mesh))(tree)
+  assert placed["kernel"].get_raw_value().a.sharding.is_equivalent_to(NamedSharding(on_mesh, P(None, "data")), 2)
+  apply = lambda state: nnx.merge(graph, state)(X)
+  np.testing.assert_allclose(jaxlora.wrap(apply)(tree), apply(jaxlora.merge(tree)), rtol=1e-5, atol=1e-5)
+  for again in (placed, jaxlora.join(*jaxlora.split(tree))):
+    assert jax.tree.structure(again) == jax.tree.structure(tree)
+  assert jax.tree.structure(pickle.loads(pickle.dumps(tree["kernel"]))) == jax.tree.structure(tree["kernel"])
+  for plain in (jaxlora.strip(tree), jaxlora.merge(tree)):
+    assert type(plain["kernel"]) is nnx.Param
+    assert jax.tree.structure(plain) == jax.tree.structure(state)
+  assert type(state["kernel"]) is nnx.Param
