@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.export import serialised_dataclass
 from jaxlora._base.memory import moved, on_device, space_of
+from jaxlora._weight.aside import Aside
 from jaxlora._weight.describe import full_line, is_array, lora_line
 from jaxlora._weight.flax import KnownToFlax
 from jaxlora._weight.roles import factor_axes, low_rank_delta, times_gain
@@ -71,7 +72,7 @@ class LoraWeight(_Node):
        output) or `s` (stacked: shared by W, A and B, such as scanned layers or experts).
     2. `a` has shape `(*stack, rank, *in)` and `b` has shape `(*stack, rank, *out)`, each in the order of W's axes.
     3. All of roles, rank, alpha, scaling, dropout and variant are static: trees that differ in them have different
-       structures.
+       structures. `sure` is static, too, but no part of the structure: a tree that was loaded is that which was saved.
     4. In the halves that `split` makes, what belongs to the other half is `None`.
     5. `extra` holds what the variant adds, by name, and the starting factors `a0` and `b0` of an initialiser whose
        update is not zero at first: the weight stands for `base + scale (A B - A0 B0)` then, and `base` for itself.
@@ -102,6 +103,9 @@ class LoraWeight(_Node):
   variant: str = dataclasses.field(default="lora", metadata={"static": True})
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)
   sure: bool = dataclasses.field(default=True, metadata={"static": True})
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "sure", Aside(self.sure))
 
   @classmethod
   def from_factors(

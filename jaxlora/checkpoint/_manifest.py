@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlora._base.paths import flatten
 from jaxlora._version import __version__
+from jaxlora._weight.aside import Aside
 from jaxlora._weight.checks import check_weight
 from jaxlora._weight.fingerprint import prints
 from jaxlora._weight.tree import base_tree
@@ -69,7 +70,14 @@ def _leaf_entry(path: str, node: Any, number: int, arrays: Arrays) -> dict[str, 
 
 def _static(node: Any) -> dict[str, Any]:
   values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node) if f.metadata.get("static")}
-  return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+  return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+  """A static value as JSON has it."""
+  if isinstance(value, Aside):
+    return bool(value)
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def node_of(leaf: Mapping[str, Any], arrays: Mapping[str, Any], base: Any) -> Any:
