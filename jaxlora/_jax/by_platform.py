@@ -24,11 +24,13 @@ class Form(NamedTuple):
     fn: of the same arguments, with results of the same types.
     single_device: whether it is only for programs that run on one device.
     shared: numbers of the flat operands that `jax.vmap` may not map: where it does, the default form is used.
+    exported: whether `jax.export` can write it down.
   """
 
   fn: Callable[..., Any]
   single_device: bool = False
   shared: tuple[int, ...] = ()
+  exported: bool = True
 
 
 EVERYWHERE = "everywhere"  # in a platform's place: a form for all platforms that have none of their own
@@ -85,10 +87,17 @@ def _devices(ctx: Any) -> int | None:
   return getattr(context, "num_devices", None) if mesh is None else mesh.size
 
 
+def _is_export(ctx: Any) -> bool:
+  """Whether a program is being lowered to be written down."""
+  return bool(getattr(getattr(ctx.module_context, "lowering_parameters", None), "for_export", False))
+
+
+def _fits(form: Form, ctx: Any) -> bool:
+  return (not form.single_device or _devices(ctx) == 1) and (form.exported or not _is_export(ctx))
+
+
 def _lower(platform: str | None, ctx: Any, *args: Any, default: Any, forms: Sequence[Any]) -> Any:
-  fitting = (
-    form.fn for name, form in forms if name in (platform, EVERYWHERE) and (not form.single_device or _devices(ctx) == 1)
-  )
+  fitting = (form.fn for name, form in forms if name in (platform, EVERYWHERE) and _fits(form, ctx))
   form = next(fitting, None) or jex_core.jaxpr_as_fun(default)
   wide = any(getattr(getattr(aval, "dtype", None), "itemsize", 0) == 8 for aval in ctx.avals_in)
   with jax.enable_x64(wide or jax.config.read("jax_enable_x64")):  # as it was traced, wherever it is lowered

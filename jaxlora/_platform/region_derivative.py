@@ -153,7 +153,7 @@ class _TransposeApart:
 
 
 # Not for several devices, and not under `vmap`: there it would say more than how rows lie.
-_ALONG_ROWS = Form(row_major, single_device=True, shared=(0,))
+_ALONG_ROWS = Form(row_major, single_device=True, shared=(0,), exported=False)
 
 
 def _no_tangent(value: Any) -> SymbolicZero:

@@ -385,6 +385,8 @@ def test_a_half_is_no_tree(name, half, missing):
   tree = halves()[half]
   if (name, half) == ("strip", "frozen"):  # which is all that it needs
     jax.tree.map(np.testing.assert_array_equal, call(tree), PARAMS)
+  elif (name, half) == ("optimizer", "trainable"):  # as for any other transformation
+    assert jax.tree.structure(call(tree)) == jax.tree.structure(optax.sgd(1.0).init(tree))
   else:
     with pytest.raises(ValueError, match=rf"{name}: {missing} missing: this is one half.*jaxlora\.join"):
       call(tree)
