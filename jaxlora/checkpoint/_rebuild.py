@@ -33,8 +33,7 @@ def rebuilt(manifest: Mapping[str, Any], arrays: Mapping[str, Any], params: Any,
         new[leaf["path"]] = _on_base(node_of(leaf, arrays, base))
   if problems and strict:
     raise CheckpointError(
-      f"{what}: this is not the base that the adapter was trained on. {_lines(problems)} Pass that base; strict=False"
-      " loads what fits and warns of the rest."
+      f"{what}: this is not the base that the adapter was trained on. {_lines(problems)} {_remedy(manifest)}"
     )
   if not any(is_adapted(node) for node in new.values()):
     raise CheckpointError(f"{what}: no adapted leaf of the checkpoint fits the base. {_lines(problems)}")
@@ -44,6 +43,15 @@ def rebuilt(manifest: Mapping[str, Any], arrays: Mapping[str, Any], params: Any,
       stacklevel=3,
     )
   return with_own_names(jax.tree_util.tree_unflatten(treedef, list(new.values())))
+
+
+def _remedy(manifest: Mapping[str, Any]) -> str:
+  if manifest["whole_base"]:
+    return "Pass that base; strict=False loads what fits and warns of the rest."
+  return (
+    "It was converted without a base: paths and shapes are those that Flax would have for its names. Convert it again"
+    " with --base FILE, or load the adapter's own files onto this base: jaxlora.peft.load(folder, params)."
+  )
 
 
 def _lines(problems: list[str]) -> str:

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from jaxlora import checkpoint, peft
@@ -46,6 +47,22 @@ def test_convert_from_peft_by_torchs_names(run, tmp_path):
   del restored["transformer"]["ln_f"]
   for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
     assert np.array_equal(x, y)
+
+
+def test_what_was_converted_without_a_base_and_does_not_fit_one(run, tmp_path):
+  """Kernels split into heads, under `params`: the error names two ways, and both are gone here."""
+  params = {"params": {"layers_0": {"q_proj": {"kernel": array(1, (6, 2, 4), jnp.float32)}}}}
+  tree = adapted(params, targets=["q_proj"], axes={".*": "ioo"})
+  peft.save(tmp_path / "p", tree)
+  run("convert", tmp_path / "p", tmp_path / "c")
+  with pytest.raises(checkpoint.CheckpointError, match=r"--base FILE, or .* jaxlora\.peft\.load\(folder, params\)"):
+    checkpoint.load(tmp_path / "c", params)
+  save_file(flat(params, "/"), tmp_path / "base.safetensors")
+  run("convert", tmp_path / "p", tmp_path / "again", "--base", tmp_path / "base.safetensors")
+  for loaded in (checkpoint.load(tmp_path / "again", params), peft.load(tmp_path / "p", params)):
+    assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+    for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(tree), strict=True):
+      assert np.array_equal(x, y)
 
 
 def test_convert_needs_the_base_where_a_layout_is_not_told(run, tmp_path):
