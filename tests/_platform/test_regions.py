@@ -121,7 +121,7 @@ def test_gradients_are_the_same(name, devices):
 
 
 @pytest.mark.usefixtures("x64", "lenient")
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", profiles.halved(FUNCTIONS))
 def test_gradients_outside_of_jit_are_the_same(name):
   """There nothing is traced ahead."""
   fn, tree, x = case(name)

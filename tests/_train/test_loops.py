@@ -14,6 +14,7 @@ import pytest
 
 import jaxlora
 from tests import helpers
+from tests.helpers import profiles
 
 KEY = jax.random.key(0)
 # optax, flax and equinox promote dtypes as JAX does by default.
@@ -138,8 +139,9 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("gradient", [jax.value_and_grad, jaxlora.value_and_grad], ids=["jax", "jaxlora"])
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+  ("name", "gradient"), profiles.alternating(SEARCHES, [jax.value_and_grad, jaxlora.value_and_grad])
+)
 def test_line_searches_go_inside(name, gradient):
   tree = adapted()
   values, end, _ = half_steps(SEARCHES[name](), tree, 4, search=True)
@@ -221,11 +223,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["lora", "vera", "dora"])
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "nnx.jit"])
-@pytest.mark.parametrize("tx", OPTIMIZERS)
-def test_nnx_optimizer_trains_a_module(tx, jitted, variant):
+LOOPS = [("adam", False), ("multi", True), ("adam", True), ("multi", False)]  # an optimizer, and whether in nnx.jit
+
+
+@pytest.mark.parametrize(("variant", "loop"), profiles.alternating(["lora", "vera", "dora"], LOOPS))
+def test_nnx_optimizer_trains_a_module(variant, loop):
   """The loop of flax's documentation, beside the same steps by optax on the trainable half."""
+  tx, jitted = loop
   plain = net()
   config = jaxlora.LoraConfig(rank=2, targets=r"(up|down)/kernel", train=["bias"], variant=variant)
   model = jaxlora.adapt(plain, config, KEY)

@@ -9,6 +9,7 @@ import pytest
 
 import jaxlora
 from tests import helpers
+from tests.helpers import profiles
 
 pytestmark = pytest.mark.usefixtures("lenient")
 KEY = jax.random.key(0)
@@ -38,8 +39,9 @@ def as_matrices(path, part, value):
   return {f"{path} {part} {k}": x.T if part == "a" else x for k, x in enumerate(flat)}
 
 
-@pytest.mark.parametrize("rms", [None, 0.2])
-@pytest.mark.parametrize("variant", ["lora", "dora", "lora_fa", "adalora", "loha"])
+@pytest.mark.parametrize(
+  ("variant", "rms"), profiles.alternating(["lora", "dora", "lora_fa", "adalora", "loha"], [None, 0.2])
+)
 def test_each_factor_is_the_matrix_that_it_is(variant, rms):
   tree = adapted(variant=variant)
   grads = jax.tree.map(lambda x: helpers.array(x.size, x.shape, x.dtype), jaxlora.split(tree)[1])

@@ -50,6 +50,11 @@ def alternating(cases: Iterable[Any], ways: Sequence[Any]) -> list[Any]:
   return [_param(k % len(ways) == j, case, way) for k, case in enumerate(cases) for j, way in enumerate(ways)]
 
 
+def halved(cases: Iterable[Any]) -> list[Any]:
+  """All cases; the default run takes every second."""
+  return [_param(k % 2 == 0, case) for k, case in enumerate(cases)]
+
+
 def every_other(builds: Iterable[str] = BUILDERS, *before: Any) -> list[Any]:
   """Builders, after other arguments; the default run takes every second of each family."""
   kept = {build for family in FAMILIES.values() for build in family[::2]}
