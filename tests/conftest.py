@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).s
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What the third-party model libraries look at when imported.
 os.environ.update(USE_TF="0", USE_JAX="1", HF_HUB_OFFLINE="1")
-os.environ.setdefault("USE_TORCH", "0")  # USE_TORCH=1 is for tests/peft/test_peft*.py, run by itself
+os.environ.setdefault("USE_TORCH", "0")  # USE_TORCH=1 is for the tests that compare with torch, run by themselves
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -31,7 +31,7 @@ from tests.helpers.forks import Forks  # noqa: E402
 # Thousands of programs are lowered, too: where in Python an operation was written takes a twelfth of that time to tell.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 # JAX's caches grow to a million objects that live on, and a full collection looks at all of them.
-gc.set_threshold(*gc.get_threshold()[:2], 50)
+gc.set_threshold(*gc.get_threshold()[:2], 200)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
