@@ -107,8 +107,8 @@ class Product:
     """`h B`, laid out as the result."""
     v = Labelled(b, self.second)
     if self.policy.flattens and self.result.sharding is None:
-      h = h.flattened(own_labels(h.labels))
-      v = v.flattened([d for d in self.free if d in self.second])
+      own = [d for d in self.free if d in self.second and d not in h.labels]  # not the stacked axes, which `h` has, too
+      h, v = h.flattened(own_labels(h.labels)), v.flattened(own)
     y = by(*self.in_order(h, v), [RANK, *self.stack], self.result)
     return y.expanded().ordered(self.wanted)
 

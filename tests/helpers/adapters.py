@@ -12,15 +12,8 @@ from tests.helpers.arrays import array, normal
 
 def adapted(params: Any, key: int = 0, *, probe: Any = None, seed: int | None = 11, **fields: Any) -> Any:
   """Adapts as `LoraConfig(**fields)` says and moves the factors; with `seed=None` they are as `adapt` leaves them."""
-  start = {} if seed is None else {"init": drawn}
-  tree = jaxlora.adapt(params, jaxlora.LoraConfig(**{"rank": 2} | start | fields), jax.random.key(key), probe=probe)
+  tree = jaxlora.adapt(params, jaxlora.LoraConfig(**{"rank": 2} | fields), jax.random.key(key), probe=probe)
   return tree if seed is None else trained(tree, seed)
-
-
-def drawn(key: Any, shape: tuple[int, ...], dtype: Any, fan_in: int, rank: int) -> jax.Array:
-  """A start for factors that are to be moved: JAX's own draws are compiled for each shape, and NumPy's are not."""
-  del key, rank
-  return array(fan_in, shape, dtype)
 
 
 def trained(tree: Any, seed: int = 11, width: float = 0.3) -> Any:

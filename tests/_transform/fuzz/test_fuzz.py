@@ -33,11 +33,17 @@ def two_by_three(*steps: Any, ids: tuple[Any, ...] = (), start: int = 0) -> Prog
 
 
 # What the fuzz found once: ids out of bounds filled both factors as well as the base (with NaN, or with a number), and
-# a start before the first element, already made positive once, was made positive again for the factors.
+# a start before the first element, already made positive once, was made positive again for the factors. And stacked
+# axes that no input has were flattened in B, and not in what meets it.
+ALONG_OUTPUTS = ("dot", 0, ((0,), (0,)), ((1,), (1,)), "right", None)
+STACKED_OUTPUTS = Program((2, 3, 2, 2), "ioss", 1, 1.0, (ALONG_OUTPUTS,), ((2, 3),), (), 0, 0)
+
+
 @pytest.mark.usefixtures("x64")
 @hypothesis.given(programs(), UNDER_ANY)
 @hypothesis.example(two_by_three(("lookup", 0, 0, "fill", True), ids=([0, 2],)), "cpu")
 @hypothesis.example(two_by_three(("lookup", 0, 1, 0.5, False), ids=([0, 3],)), "tpu")
+@hypothesis.example(STACKED_OUTPUTS, "cpu")
 @hypothesis.example(two_by_three(("dynamic_slice", (0, "traced"), (2, 1)), ("whole",), start=-4), "none")
 def test_random_programs_equal_the_merged_ones(program, policy):
   """Rules compose in ways that nobody lists: whatever a program does, it computes what it did with merged weights."""
