@@ -19,7 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled, Result, contract
-from jaxlora._jax.sizes import elements, estimated
+from jaxlora._jax.sizes import elements
 from jaxlora._platform.joint import Matrices, joined
 from jaxlora._platform.kept_sum import plain_sum
 
@@ -28,9 +28,8 @@ _TOKENS = 4  # a copy of the weights costs little where there are so many times 
 _ALL = "all free axes"  # the label of the free axes of all weights together
 
 
-def worth_it(each: Sequence[Matrices], x: jax.Array) -> bool:
-  """Whether the products of `x` are so large that a copy of their weights is little beside them."""
-  inputs = estimated(each[0].w.array.shape[each[0].w.labels.index(each[0].k)])
+def worth_it(x: jax.Array, inputs: int) -> bool:
+  """Whether the products of `x`, each of so many inputs, are so large that a copy of their weights is little."""
   return elements(x.shape) >= _TOKENS * inputs * inputs
 
 

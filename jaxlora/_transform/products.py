@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.dtypes import inexact
 from jaxlora._base.labelled import Labelled, contract
+from jaxlora._jax.sizes import elements
 from jaxlora._jax.trace_cache import traced_once
 from jaxlora._platform import merged
 from jaxlora._platform.joint import Weight
@@ -97,11 +98,13 @@ class Products:
 
   def merges(self, x: jax.Array, weights: Sequence[Weight]) -> bool:
     """Whether they can be one product of all the weights side by side, and that is worth a copy of these."""
-    if len(self.each) < 2 or not self.joins(x, weights):
+    if len(self.each) < 2:
+      return False
+    inputs = elements([weights[0][0].shape[d] for d in self.each[0].contracted])
+    if not merged.worth_it(x, inputs) or not self.joins(x, weights):
       return False
     matrices = [product.as_matrices(weight) for product, weight in zip(self.each, weights, strict=True)]
-    alike = len({(m.labels, m.k, product.result) for m, product in zip(matrices, self.each, strict=True)}) == 1
-    return alike and merged.worth_it(matrices, x)
+    return len({(m.labels, m.k, product.result) for m, product in zip(matrices, self.each, strict=True)}) == 1
 
   def one(
     self, product: Product, x: jax.Array, h: Labelled, weight: Weight, sources: Sequence[Any], expand: Any, add: Any
