@@ -143,7 +143,8 @@ def _requantise(value: np.ndarray, parts: Arrays, about: Mapping[str, Any]) -> d
   keep = (errors[0] <= errors[1]).reshape(old.shape)
   scale = np.where(keep, old.astype(np.float32), new.astype(np.float32)).astype(old.dtype)
   kept = _spread(keep, value.shape, blocks) > 0
-  codes = np.where(kept, *(codes.view(np.uint8) for _, codes in trials)).view(dtype)
+  with_old, with_new = (codes.view(np.uint8) for _, codes in trials)
+  codes = np.where(kept, with_old, with_new).view(dtype)
   return {"codes": codes, "scale": scale.view(parts["scale"].dtype)}
 
 
