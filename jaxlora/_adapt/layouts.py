@@ -24,12 +24,19 @@ class Clue(NamedTuple):
   Attributes:
     roles: one letter per axis.
     why: what tells, as a clause.
-    sure: whether nothing else can be meant. What is not sure is checked by `wrap`, at the first trace.
+    sure: whether nothing else can be meant.
+    by_name: whether a name alone tells, which the function may contradict.
   """
 
   roles: str
   why: str
   sure: bool = True
+  by_name: bool = False
+
+  @property
+  def proven(self) -> bool:
+    """Whether more than names and neighbours tells. What is not proven is checked by `wrap`, at the first trace."""
+    return self.sure and not self.by_name
 
 
 # Leaves of these names are stored so by one framework: Flax's and Keras' kernels are (in, out).
@@ -124,7 +131,7 @@ class Layouts:
     found = set(map(self.told.__getitem__, near or others))
     framework = _FRAMEWORKS.get(name)
     if framework is not None and found <= {framework}:
-      return Clue(framework, f"it is called {name!r}")
+      return Clue(framework, f"it is called {name!r}", by_name=True)
     if len(found) == 1 and (near or framework is None):
       return Clue(found.pop(), f"{listed(near or others)} are stored so", sure=False)
     if found or framework is not None or (name == "weight" and _module(path) in _CONV1D) or name not in _HABITS:

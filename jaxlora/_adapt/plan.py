@@ -95,7 +95,7 @@ def _roles(path: str, leaf: Any, layouts: Layouts) -> tuple[str, bool]:
       " expected one letter per axis."
     )
   if (clue := layouts.clue(path, len(shape))) is not None:
-    return clue.roles, clue.sure
+    return clue.roles, clue.proven
   seen = None if layouts.seen is None else layouts.seen[path]
   if len(shape) == 2 and (seen is None or not seen.is_something_else):
     return "io", False

@@ -5,13 +5,19 @@ update is exported. Where they are not certain, a weight that meets its inputs a
 them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlora._transform.factored import TracedWeight
 from jaxlora._transform.record import Use
-from jaxlora._weight.weight import LoraWeight
+
+
+class Unsure(NamedTuple):
+  """A weight whose roles are not certain."""
+
+  roles: str
+  shape: tuple[int, ...]
 
 
 def side_met(eqn: Any, values: Sequence[Any], w: TracedWeight) -> str:
@@ -30,28 +36,31 @@ def _axes_met(eqn: Any, weight_first: bool) -> Sequence[int]:
   return params["dimension_numbers"].rhs_spec[1:]  # of a convolution
 
 
-def check_roles(nodes: Iterable[tuple[str, Any]], uses: Sequence[Use]) -> None:
+def check_roles(unsure: Mapping[str, Unsure], uses: Sequence[Use]) -> None:
   """Raises where a weight of uncertain roles met its inputs along its free axes alone.
 
   A weight that meets some inputs along its contracted axes as well is a tied one: an embedding that is also the head.
+
+  Args:
+    unsure: the weights whose roles are not certain, by path.
+    uses: what the call did.
   """
-  unsure = {path: node for path, node in nodes if isinstance(node, LoraWeight) and not node.sure}
   met: dict[str, set[str]] = {}
   for use in uses:
     met.setdefault(use.path, set()).add(use.met)
-  wrong = {path: node for path, node in unsure.items() if met.get(path) == {"o"}}
+  wrong = {path: weight for path, weight in unsure.items() if met.get(path) == {"o"}}
   if wrong:
     places = {use.path: f"`{use.primitive}` ({use.source or 'unknown source line'})" for use in uses}
     raise ValueError(_message(wrong, places))
 
 
-def _message(wrong: Mapping[str, LoraWeight], places: Mapping[str, str]) -> str:
-  path, node = next(iter(wrong.items()))
+def _message(wrong: Mapping[str, Unsure], places: Mapping[str, str]) -> str:
+  path, (roles, shape) = next(iter(wrong.items()))
   others = f" So do {len(wrong) - 1} more: {', '.join(list(wrong)[1:6])}." if len(wrong) > 1 else ""
-  turned = node.roles.translate(str.maketrans("io", "oi"))
+  turned = roles.translate(str.maketrans("io", "oi"))
   return (
-    f"{path}: roles {node.roles!r} of shape {tuple(node.shape)} were taken without certain evidence, and"
+    f"{path}: roles {roles!r} of shape {shape} were taken without certain evidence, and"
     f" {places[path]} contracts the axes that they call free.{others} A and B, what a variant scales, and an exported"
     f" adapter would be the wrong way round. Say the roles: LoraConfig(axes={{{re.escape(path)!r}: {turned!r}}}), or"
-    f" {node.roles!r} if they are right all the same. Or pass probe= to adapt, which learns them."
+    f" {roles!r} if they are right all the same. Or pass probe= to adapt, which learns them."
   )

@@ -14,11 +14,11 @@ from jaxlora._transform.control import named
 from jaxlora._transform.factored import TracedWeight, factored, weights_in
 from jaxlora._transform.held import described, opened
 from jaxlora._transform.interpreter import interpret
-from jaxlora._transform.meetings import check_roles
+from jaxlora._transform.meetings import Unsure, check_roles
 from jaxlora._transform.record import ON_MATERIALIZE, Record
 from jaxlora._transform.transform import Transform
 from jaxlora._weight.checks import check_values, check_weight
-from jaxlora._weight.weight import FullWeight, is_adapted
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 
 
 def wrap(
@@ -132,7 +132,8 @@ def call(
   values = [leaves[k] for k in dynamic]
   traced = jax.make_jaxpr(flat)(*(value.base if isinstance(value, TracedWeight) else value for value in values))
   out = [_returned(record, value) for value in interpret(traced, values, Transform(record))]
-  check_roles(nodes, record.uses)
+  weights = {path: node for path, node in nodes if isinstance(node, LoraWeight) and not node.sure}
+  check_roles({path: Unsure(node.roles, tuple(node.shape)) for path, node in weights.items()}, record.uses)
   assert out_tree is not None
   arrays_out = iter(out)
   full_out = [static_out[k] if k in static_out else next(arrays_out) for k in range(out_tree.num_leaves)]

@@ -88,8 +88,8 @@ class LoraWeight(_Node):
     dropout: probability that an element of the adapter's input is dropped, in training.
     variant: which member of the family this is; `"lora"` has no further parts.
     extra: further parts, by name.
-    sure: whether something tells the roles for certain: `axes`, a probe, the weight's own name or shapes. Where nothing
-      does, `wrap` checks them at the first trace, and `jaxlora.peft.save` wants evidence.
+    sure: whether something tells the roles for certain: `axes`, a probe, the type of the module, the shape of a bias.
+      Where nothing does, `wrap` checks them at the first trace, and `jaxlora.peft.save` wants a name, at least.
   """
 
   base: Any

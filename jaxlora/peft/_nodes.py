@@ -47,7 +47,7 @@ def lora_weight(path: str, leaf: Any, modules: Mapping[Index, Module], known: Kn
     alpha=alpha,
     scaling=first.scaling,
     dropout=dropout,
-    sure=told.sure,
+    sure=told.proven,
   )
 
 

@@ -1,6 +1,6 @@
 """`Bank`: adapters of one base, side by side."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 import dataclasses
 import json
 from typing import Any
@@ -20,6 +20,7 @@ from jaxlora.serving._slots import (
   Slots,
   WholeSlots,
   arrays_of,
+  as_sure,
   check_finite_parts,
   check_fits,
   values_for,
@@ -166,7 +167,7 @@ class Bank:
     """
     slots = self._slots("put")
     check_name(name)
-    values = self._fitted(name, adapter)
+    values, unsure = self._fitted(name, adapter)
     base = joint_base(self._names.base, adapter, f"bank.put: {name!r}")
     if name not in slots and None not in slots:
       raise ValueError(
@@ -174,7 +175,7 @@ class Bank:
         f" a larger capacity; {name!r} was not put in."
       )
     slot = slots.index(name if name in slots else None)
-    return self._written(slot, name, values, donate, base)
+    return self._written(slot, name, values, unsure, donate, base)
 
   def remove(self, name: str, *, donate: bool = False) -> "Bank":
     """The bank without one adapter: rows with its number then have the base alone.
@@ -186,7 +187,7 @@ class Bank:
     Raises:
       ValueError: if it is not there.
     """
-    return self._written(self._slot(name, "remove"), None, {}, donate, self._names.base)
+    return self._written(self._slot(name, "remove"), None, {}, set(), donate, self._names.base)
 
   def take(self, name: str) -> Any:
     """One adapter, as the trainable half of a tree, for `jaxlora.join` with a frozen half.
@@ -203,8 +204,8 @@ class Bank:
     paths = [path for path, _ in flatten(jax.tree.unflatten(self._treedef, [0] * self._treedef.num_leaves))[0]]
     return jax.tree.unflatten(self._treedef, [nodes.get(path) for path in paths])
 
-  def _fitted(self, name: str, adapter: Any) -> dict[str, dict[str, Any]]:
-    """What an adapter writes at each leaf, in the bank's ranks and dtypes."""
+  def _fitted(self, name: str, adapter: Any) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """What an adapter writes at each leaf, in the bank's ranks and dtypes, and where its roles are not certain."""
     what = f"bank.put: {name!r}"
     nodes, treedef = adapter_nodes(adapter, what)
     check_nesting(treedef, self._treedef, what, "the bank's adapters")
@@ -216,15 +217,24 @@ class Bank:
     for path, node in nodes.items():
       check_fits(node, self.factors[path], f"{what}: {path}")
       check_finite_parts(node, f"{what}: {path}")
-    return {path: values_for(nodes[path], self.factors[path]) for path in nodes}
+    unsure = {path for path, node in nodes.items() if not getattr(node, "sure", True)}
+    return {path: values_for(nodes[path], self.factors[path]) for path in nodes}, unsure
 
   def _written(
-    self, slot: int, name: str | None, values: dict[str, dict[str, Any]], donate: bool, base: Mapping[str, str]
+    self,
+    slot: int,
+    name: str | None,
+    values: dict[str, dict[str, Any]],
+    unsure: Collection[str],
+    donate: bool,
+    base: Mapping[str, str],
   ) -> "Bank":
     """The bank with one slot written anew; leaves without values are emptied there."""
     full = {path: values.get(path) or _nothing(slots) for path, slots in self.factors.items()}
     write = _write_in_place if donate else _write
-    factors = write(self.factors, full, jnp.asarray(slot, jnp.int32))
+    sure = {path: path not in unsure and getattr(slots, "sure", True) for path, slots in self.factors.items()}
+    written = write(self.factors, full, jnp.asarray(slot, jnp.int32))
+    factors = {path: as_sure(slots, sure[path]) for path, slots in written.items()}
     slots = self._slots("put")
     return Bank(factors, self._treedef, Names((*slots[:slot], name, *slots[slot + 1 :]), base))
 

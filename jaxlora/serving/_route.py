@@ -13,6 +13,7 @@ from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._platform.policy import check_tuning, choose_policy
 from jaxlora._transform.explain import Observed, observable
+from jaxlora._transform.meetings import Unsure, check_roles
 from jaxlora._transform.record import ON_MATERIALIZE, Record
 from jaxlora._transform.wrap import call
 from jaxlora._weight.roles import factor_shape
@@ -145,7 +146,18 @@ def call_rows(
     out = call(fn, record, None, (params, *rows.of_one(mapped)), kwargs)
     return results.take(out)
 
-  return results.of_all(jax.vmap(row, in_axes=(0, *rows.axes))(ids, *rows.mapped))
+  out = results.of_all(jax.vmap(row, in_axes=(0, *rows.axes))(ids, *rows.mapped))
+  check_roles(_unsure(bank, base), record.uses)
+  return out
+
+
+def _unsure(bank: Bank, base: "_Base") -> dict[str, Unsure]:
+  """The weights of a bank whose roles are not certain, by path."""
+  return {
+    path: Unsure(slots.roles, tuple(jnp.shape(base.leaves[path])))
+    for path, slots in bank.factors.items()
+    if isinstance(slots, LowRankSlots) and not slots.sure
+  }
 
 
 def _checked_ids(ids: Any, bank: Bank) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxlora._base.export import serialised_dataclass
 from jaxlora._base.text import listed
+from jaxlora._weight.aside import Aside
 from jaxlora._weight.weight import FullWeight, LoraWeight, parts
 
 
@@ -32,6 +33,9 @@ class LowRankSlots:
   present: Any
   roles: str = dataclasses.field(metadata={"static": True})
   sure: bool = dataclasses.field(default=True, metadata={"static": True})
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "sure", Aside(self.sure))
 
   @property
   def rank(self) -> int:
@@ -58,6 +62,11 @@ Slots = LowRankSlots | WholeSlots
 
 def arrays_of(slots: Slots) -> dict[str, Any]:
   return {f.name: getattr(slots, f.name) for f in dataclasses.fields(slots) if not f.metadata.get("static")}
+
+
+def as_sure(slots: Slots, sure: bool) -> Slots:
+  """The slots, whose roles something tells for certain, or not: a compiled function may have mixed that up."""
+  return dataclasses.replace(slots, sure=sure) if isinstance(slots, LowRankSlots) else slots
 
 
 OTHER_BASE = "It belongs to another base; adapters of one bank are made for one."

@@ -30,7 +30,9 @@ def matrix(*shape):
 @pytest.mark.parametrize(
   ("params", "expected"),
   [
-    ({"kernel": square()}, ("io", True)),
+    ({"kernel": square()}, ("io", False)),  # by its name alone
+    ({"kernel": matrix(6, 8)}, ("io", False)),
+    ({"kernel": matrix(6, 8), "bias": matrix(8)}, ("io", True)),
     ({"w": square()}, ("io", False)),
     ({"weight": square()}, ("oi", False)),
     ({"other": square()}, ("io", False)),
@@ -53,7 +55,7 @@ def test_what_a_matrix_tells_of_itself(params, expected):
     ("weight", "q", "up", (6, 8), ("oi", False)),
     ("weight", "q", "up", (8, 6), ("io", False)),  # its neighbours are (in, out): more than a habit
     ("other", "q", "up", (6, 8), ("oi", False)),
-    ("kernel", "q", "up", (8, 6), ("io", True)),
+    ("kernel", "q", "up", (8, 6), ("io", False)),
     ("kernel", "q", "up", (6, 8), ("io", False)),  # divided: no evidence
     ("kernel", "c_proj", "c_proj", (6, 8), ("oi", False)),
     ("weight", "c_proj", "c_proj", (8, 6), ("io", False)),
@@ -124,6 +126,17 @@ def test_a_product_that_contradicts_uncertain_roles_is_an_error_and_its_remedies
     tree = adapted(params, targets="other", **remedy)
     np.testing.assert_allclose(jaxlora.wrap(fn)(tree, X), fn(jaxlora.merge(tree), X), rtol=1e-5, atol=1e-5)
   assert adapted(params, targets="other", probe=lambda p: fn(p, X))["other"].roles == "oi"
+
+
+@pytest.mark.parametrize(("use", "shape"), [("right", (6, 8)), ("scanned", (8, 8)), ("gathered", (8, 8))])
+def test_a_kernel_that_is_used_the_other_way_round_is_an_error(use, shape):
+  """Its name says (in, out), and the function may contradict a name."""
+  params, fn = {"q": {"kernel": matrix(*shape)}}, lambda p, x: USES[use](p["q"]["kernel"], x)
+  with pytest.raises(ValueError, match=r"q/kernel: roles 'io' of shape .* contracts the axes that they call free"):
+    jaxlora.wrap(fn)(adapted(params, targets="q/kernel"), X)
+  for remedy in ({"axes": {"q/kernel": "oi"}}, {"axes": {"q/kernel": "io"}}, {"probe": lambda p: fn(p, X)}):
+    tree = adapted(params, targets="q/kernel", **remedy)
+    np.testing.assert_allclose(jaxlora.wrap(fn)(tree, X), fn(jaxlora.merge(tree), X), rtol=1e-5, atol=1e-5)
 
 
 def test_an_uncertain_convolution_is_checked_too():

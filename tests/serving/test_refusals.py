@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxlora
-from tests.serving.banks import IDS, adapter, adapters, bank_of, data, mlp, other_base, params_of
+from tests.helpers import array
+from tests.serving.banks import IDS, adapter, adapters, bank_of, close, data, mlp, one_by_one, other_base, params_of
 
 
 def test_a_gain_over_outputs_has_no_place_in_a_bank():
@@ -133,3 +134,28 @@ def test_bad_routes(case):
   call, error, message = BAD_ROUTES[case]
   with pytest.raises(error, match=message):
     call()
+
+
+def test_a_product_that_contradicts_uncertain_roles_is_an_error_and_its_remedies_work():
+  """As in `wrap`: an adapter of a bank may be exported."""
+  params = {"q": {"kernel": array(1, (8, 8), jnp.float32)}}
+  fn = lambda p, x: x @ p["q"]["kernel"].T
+  x, ids = array(2, (3, 8), jnp.float32), np.asarray((1, -1, 0))
+  make = lambda seed, **known: adapter(seed, params=params, **known)
+  bank = bank_of([make(0), make(1)])
+  for routed in (jaxlora.route(fn), jax.jit(jaxlora.route(fn))):
+    with pytest.raises(ValueError, match=r"q/kernel: roles 'io' of shape .* contracts the axes that they call free"):
+      routed(params, bank, ids, x)
+  for known in ({"axes": {"q/kernel": "oi"}}, {"axes": {"q/kernel": "io"}}, {"probe": lambda p: fn(p, x)}):
+    trees = [make(0, **known), make(1, **known)]
+    close(jaxlora.route(fn)(params, bank_of(trees), ids, x), one_by_one(fn, params, trees, ids, x))
+
+
+def test_an_adapter_of_uncertain_roles_makes_no_bank_surer():
+  params = {"q": {"kernel": array(1, (8, 8), jnp.float32)}}
+  sure, unsure = adapter(0, params=params, axes={"q/kernel": "io"}), adapter(1, params=params)
+  first = bank_of([sure], capacity=2)
+  second = first.put("x", unsure)
+  assert [bank.factors["q/kernel"].sure for bank in (first, second, second.remove("x"))] == [True, False, False]
+  assert first.put("y", sure).factors["q/kernel"].sure
+  assert jax.tree.structure(first) == jax.tree.structure(second)
