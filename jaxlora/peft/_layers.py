@@ -40,7 +40,12 @@ def with_layers(
     if (count := len(next(iter(layers)))) > 0:
       stacked[path] = _stacked(path, shape_of_leaf(leaves[path]), count, layers, known, names)
   stacks = settle(stacked)
-  problems = {path: untold(path, leaf) for path, leaf in stacked.items() if path not in stacks and leaf.candidates}
+  layers_of = {**modules, **whole}
+  problems = {
+    path: untold(path, leaf) if leaf.candidates else _none_fits(path, leaf.shape, layers_of[path])
+    for path, leaf in stacked.items()
+    if path not in stacks
+  }
   known = dataclasses.replace(known, stacks=stacks)
   return dataclasses.replace(known, layouts=known.layouts.beside(_told(known, leaves, modules))), problems
 
@@ -88,6 +93,15 @@ def _fits(layer: Sequence[int], held: Module | tuple[str, np.ndarray]) -> bool:
   if tensor.ndim == 2:
     return _splits(layer, *tensor.shape)
   return sorted(layer) == sorted(tensor.shape)
+
+
+def _none_fits(path: str, shape: Sequence[int], layers: Mapping[Index, Any]) -> str:
+  """For an error message: that no axis of a leaf can be that of its layers."""
+  index = max(layers)
+  held = layers[index]
+  name, found = (held.name, f"weights {held.shape}") if isinstance(held, Module) else (held[0], held[1].shape)
+  last = " and ".join(map(str, index))
+  return f"{path} ({name}): shape {tuple(shape)} has no axis for {found} of the layers up to {last}"
 
 
 def _splits(layer: Sequence[int], one: int, other: int) -> bool:

@@ -102,9 +102,9 @@ def test_a_save_without_evidence_is_refused_and_every_remedy_works():
 
 @pytest.mark.parametrize("variant", ["dora", "lora"])
 def test_axes_that_contradict_an_adapted_leaf_are_refused(variant):
-  sure = variant == "lora"
-  tree = adapted({"q": {"kernel" if sure else "other": normal(8, 8)}}, targets=".*", variant=variant)
-  names, axes = (None, {"q/.*": "oi"}) if sure else ({"q/other": "q.weight"}, {"q/.*": "oi"})
+  known = {"axes": {".*": "io"}} if variant == "lora" else {}
+  tree = adapted({"q": {"other": normal(8, 8)}}, targets=".*", variant=variant, **known)
+  names, axes = {"q/other": "q.weight"}, {"q/.*": "oi"}
   with pytest.raises(peft.PeftError, match="axes says 'oi', and the leaf is adapted with roles 'io'"):
     peft.to_modules(tree, names=names, axes=axes)
 
@@ -194,6 +194,16 @@ def test_loading_finds_the_axis_by_what_fits(axis):
     close(jnp.take(update(tree["q"]["kernel"]), k, axis).reshape(WIDTH, 8), modules[2 * k].delta().T)
     close(jnp.take(update(tree["up"]["kernel"]), k, axis), modules[2 * k + 1].delta().T)
     close(jnp.take(tree["norm"]["scale"].value, k, axis), whole[f"model.layers.{k}.norm.weight"])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_more_layers_than_the_tree_has_are_refused(axis):
+  modules = [linear(f"model.layers.{k}.up", WIDTH, 12, seed=k) for k in range(LAYERS + 1)]
+  with pytest.raises(
+    peft.PeftError,
+    match=r"up/kernel \(model.layers.3.up\): shape .* has no axis for weights \(12, 8\) of the layers up to 3",
+  ):
+    loaded(scanned(axis), *modules, names=NAMES)
 
 
 def test_sizes_that_do_not_tell_are_refused_and_axes_is_the_remedy():
