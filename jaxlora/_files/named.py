@@ -55,14 +55,16 @@ class Neighbours:
     return f"an unknown format with {', '.join(beside)} beside it" if beside else None
 
   def _beside(self, name: str) -> Iterator[str]:
-    """The tensors beside a weight that say that it is quantised."""
+    """The tensors beside a weight that say that it is quantised; beside 8 bits, all that are called after it."""
     module, _, own = name.rpartition(".")
     near = [(other, other[len(module) + 1 :]) for other in self.by_module.get(module, ())]
     if own != "weight":
       near = [(other, rest[len(own) + 1 :]) for other, rest in near if rest.startswith(f"{own}_")]
     near += [(other, other[len(name) + 1 :]) for other in self.by_module.get(name, ())]
+    codes = name in self.tensors and self.tensors[name].code.startswith("F8_")
     for other, rest in near:
-      if other != name and _QUANTISED.fullmatch(rest) and not _ACTIVATIONS.fullmatch(rest):
+      known = _QUANTISED.fullmatch(rest) or (codes and other.startswith((f"{name}_", f"{name}.")))
+      if other != name and known and not _ACTIVATIONS.fullmatch(rest):
         yield other
 
   def unread(self, claimed: Collection[str]) -> Iterator[tuple[str, str]]:

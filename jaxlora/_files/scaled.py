@@ -22,7 +22,7 @@ CODES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 _SCALES = ("F32", "F16", "BF16", "F64", "F8_E8M0", "U8")  # dtypes that scales have; bytes are exponents
 
-_USUAL_BLOCK = 128
+_USUAL = 128  # DeepSeek's blocks
 
 
 def _find_float(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
@@ -47,17 +47,18 @@ def _with_zeros(weight: Quantised, zeros: str, tensors: Headers) -> Quantised:
 
 
 def _find(tensors: Headers, config: Config, codes: Sequence[str], form: Format) -> list[Quantised]:
-  given = config.get("weight_block_size")
+  told = told_blocks(config)
   found = []
   for name, tensor in tensors.items():
     scale = _scale_of(name, tensors) if tensor.code in codes else None
     if scale is None:
       continue
-    blocks = block_sizes(tensor.shape, tensors[scale].shape, given if isinstance(given, (list, tuple)) else None)
+    blocks = block_sizes(tensor.shape, tensors[scale].shape, told)
     if blocks is None or tensors[scale].code not in _SCALES:
       raise FormatError(
         f"{name}: found {scale} of shape {tensors[scale].shape} ({tensors[scale].code}) beside {tensor.shape};"
-        " expected one scale, one for each output, or one for each block of the weight."
+        f" expected one scale, one for each output, or one for each block of {' or '.join(map(str, told)) or _USUAL}."
+        ' Other sizes are those that "weight_block_size" in the "quantization_config" of config.json says.'
       )
     parts = {"codes": name, "scale": scale}
     found.append(Quantised(name, form, tensor.shape, parts, {"blocks": blocks}))
@@ -73,13 +74,29 @@ def _scale_of(name: str, tensors: Headers) -> str | None:
   return next((scale for scale in names if scale in tensors), None)
 
 
-def block_sizes(shape: Sequence[int], scales: Sequence[int], given: Sequence[int] | None) -> tuple[int, ...] | None:
-  """The sizes of the blocks that share a scale, by axis; `None` if scales of that shape fit no blocks.
+def told_blocks(config: Config) -> list[tuple[int, ...]]:
+  """The sizes of blocks, of the last axes of a weight, that a configuration tells of; `-1` is all of an axis.
+
+  `weight_block_size` as in DeepSeek-V3; the groups of compressed-tensors, in rows or in blocks.
+  """
+  groups = config.get("config_groups")
+  found = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+  weights = [own for own in found if isinstance(own, Mapping)]
+  told = [config.get("weight_block_size"), *(own.get("block_structure") for own in weights)]
+  told += [[1, own["group_size"]] for own in weights if own.get("group_size")]
+  return [tuple(sizes) for sizes in told if isinstance(sizes, (list, tuple)) and all(type(n) is int for n in sizes)]
+
+
+def block_sizes(shape: Sequence[int], scales: Sequence[int], told: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
+  """The sizes of the blocks that share a scale, by axis; `None` if scales of that shape fit no known blocks.
+
+  Blocks may end with a smaller one, so that several sizes can fit. Where none are told, DeepSeek's are taken, and
+  powers of two that leave no smaller one.
 
   Args:
     shape: of the weight.
     scales: the shape of its scales.
-    given: the sizes by the model's configuration, for matrices; the last blocks of an axis may be smaller.
+    told: the sizes by the model's configuration, of the last axes.
   """
   if math.prod(scales) == 1:
     return tuple(shape)
@@ -87,18 +104,28 @@ def block_sizes(shape: Sequence[int], scales: Sequence[int], given: Sequence[int
     scales = (*scales, *(1 for _ in shape[1:]))
   if len(scales) != len(shape):
     return None
-  wanted = given if given is not None and len(given) == len(shape) else [_USUAL_BLOCK] * len(shape)
-  sizes = tuple(map(_block_size, shape, scales, wanted))
-  return None if 0 in sizes else sizes
+  usual = [
+    _USUAL if -(-size // _USUAL) == count else _power_of_two(size, count)
+    for size, count in zip(shape, scales, strict=True)
+  ]
+  for sizes in told or [tuple(usual)]:
+    found = tuple(map(_block_size, shape, scales, [1] * (len(shape) - len(sizes)) + list(sizes)))
+    if len(sizes) <= len(shape) and 0 not in found:
+      return found
+  return None
+
+
+def _power_of_two(size: int, count: int) -> int:
+  """The size of `count` blocks that are all of a power of two; 0 if they are not."""
+  block, rest = divmod(size, count) if count else (0, 1)
+  return block if rest == 0 and block & (block - 1) == 0 else 0
 
 
 def _block_size(size: int, count: int, wanted: int) -> int:
   """The size of each of `count` blocks along an axis; 0 if there is none."""
-  if count == 1:
-    return size
-  if wanted > 0 and -(-size // wanted) == count:
-    return wanted
-  return size // count if count and size % count == 0 else 0
+  if count in (1, size):
+    return size // count
+  return wanted if wanted > 0 and -(-size // wanted) == count else 0
 
 
 def _spread(scale: np.ndarray, shape: Sequence[int], blocks: Sequence[int]) -> np.ndarray:

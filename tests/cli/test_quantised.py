@@ -133,6 +133,34 @@ def test_scales_that_fit_no_blocks_are_refused(run, tmp_path, base):
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("axes", ["both", "inputs"])
+def test_blocks_of_other_sizes_are_those_that_the_configuration_says(run, tmp_path, base, axes):
+  """5 x 4 scales of a 300 x 200 weight are those of blocks of 60 x 50, and as well of 64 x 64, or of 70 x 60."""
+  sizes = (70, 60) if axes == "both" else (1, 60)
+  scale = np.full((-(-OUT // sizes[0]), -(-IN // sizes[1])), 0.01, np.float32)
+  scale *= np.linspace(1, 2, scale.size, dtype=np.float32).reshape(scale.shape)
+  spread_out = np.repeat(np.repeat(scale, sizes[0], 0), sizes[1], 1)[:OUT, :IN]
+  base("weight_scale", np.full((OUT, 1), 0.01, np.float32), jnp.float8_e4m3fn, config={})
+  file, tree = tmp_path / "base" / "model.safetensors", peft.load(tmp_path / "p", PARAMS)
+  delta = np.asarray(tree["layers_0"]["self_attn"]["q_proj"]["kernel"].delta()).T
+  save_file(load_file(file) | {f"{NAME}_scale": scale}, file)
+  value = load_file(file)[NAME].astype(np.float32) * spread_out
+  merge = ("merge", tmp_path / "base", tmp_path / "p", tmp_path / "out")
+  assert '"weight_block_size" in the "quantization_config"' in run(*merge, code=1)["error"]
+  told = {"weight_block_size": sizes}
+  if axes == "inputs":
+    told = {"config_groups": {"group_0": {"weights": {"strategy": "group", "group_size": 60}}}}
+  (tmp_path / "base" / "config.json").write_text(json.dumps({"quantization_config": told}))
+  run(*merge, "--dequantize", "--dtype", "float32")
+  np.testing.assert_allclose(load_file(tmp_path / "out" / "model.safetensors")[NAME], value + delta, atol=1e-5)
+
+
+def test_codes_beside_something_unknown_are_refused(run, tmp_path, base):
+  base("weight_inv_s", np.full((), 0.01, np.float32), jnp.float8_e4m3fn, config={})
+  error = run("merge", tmp_path / "base", tmp_path / "p", tmp_path / "out", code=1)["error"]
+  assert f"an unknown format with {NAME}_inv_s beside it" in error
+
+
 NAMED = {
   "EXL2": {"q_weight": np.zeros((25, 300), np.int32), "q_scale": np.zeros((2, 38), np.int32)},
   "HQQ": {"W_q": np.zeros((150, 200), np.uint8), "scale": np.ones(3, np.float32)},
