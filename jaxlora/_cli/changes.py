@@ -14,7 +14,16 @@ from jaxlora._base.text import listed
 from jaxlora._cli.edits import Change, Weights
 from jaxlora._cli.renamed import tensors_of
 from jaxlora._cli.result import BadFile
-from jaxlora._cli.sources import bare_path, existing, flax_paths, is_peft, names_of, shapes_of_base, shapes_of_files
+from jaxlora._cli.sources import (
+  axes_of,
+  bare_path,
+  existing,
+  flax_paths,
+  is_peft,
+  names_of,
+  shapes_of_base,
+  shapes_of_files,
+)
 from jaxlora._cli.ties import settle_ties
 from jaxlora._weight.fingerprint import prints
 from jaxlora._weight.weight import is_adapted
@@ -24,6 +33,7 @@ from jaxlora.peft._left_out import warn_of_tensors
 from jaxlora.peft._names import Names
 from jaxlora.peft._read import read
 from jaxlora.peft._records import Adapter
+from jaxlora.peft._roles import Axes
 from jaxlora.peft._to_modules import to_modules
 
 # By name of the base's weight (`None`: it is copied); names of the adapter that the base does not have.
@@ -36,24 +46,18 @@ def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
   Raises:
     BadFile: where a part of the adapter has no tensor in the base.
   """
-  names, files = names_of(options), weights.files
+  names, axes, files = names_of(options), axes_of(options), weights.files
   flax = files.form != "safetensors" or any(re.search(r"[./](kernel|embedding|scale)$", name) for name in files.tensors)
   if is_peft(options.adapter):
-    adapter = read(options.adapter, adapter_name=options.adapter_name)
-    changes, lost = _torch_changes(adapter, weights, options.untie, None if flax else names)
-    if not lost and names is None:
-      warn_of_tensors(adapter, {name: weight.shape for name, weight in weights.by_name.items()}, changes)
-    if lost and flax:
-      leaves = from_modules(adapter, _bare(shapes_of_files(files)), names=names, strict=False)
-      nodes = {path: node for path, node in leaves.items() if is_adapted(node)}
-      changes, lost = _flax_changes(nodes, {}, weights)
+    changes, lost = _files_changes(options, weights, names, axes, flax)
   else:
     found = contents(existing(options.adapter))
     changes, lost = _flax_changes(found.leaves, {} if options.any_base else found.base, weights)
     if lost and not flax:
-      changes, lost = _torch_changes(
-        to_modules(shapes_of_base(found) | found.leaves, names=names), weights, options.untie
-      )
+      modules = to_modules(shapes_of_base(found) | found.leaves, names=names, axes=axes)
+      changes, lost = _torch_changes(modules, weights, options.untie)
+    elif axes is not None:
+      raise BadFile(f"--axes: {options.adapter} is a checkpoint on this base, and knows its roles. Leave it out.")
   if options.untie and not weights.added:
     raise BadFile("--untie: found no torch model whose embedding is the head, too. Leave it out.")
   if lost:
@@ -63,6 +67,19 @@ def changes_of(options: Any, weights: Weights) -> dict[str, Change | None]:
       ' a JSON file of {"the/base\'s/name/(.*)": "the.adapter\'s.name.\\1"}.'
     )
   return changes
+
+
+def _files_changes(options: Any, weights: Weights, names: Names, axes: Axes, flax: bool) -> Changes:
+  """The changes that an adapter in files makes: by torch's names, or by those that a Flax base has for its modules."""
+  adapter = read(options.adapter, adapter_name=options.adapter_name)
+  if axes is None:
+    changes, lost = _torch_changes(adapter, weights, options.untie, None if flax else names)
+    if not lost and names is None:
+      warn_of_tensors(adapter, {name: weight.shape for name, weight in weights.by_name.items()}, changes)
+    if not (lost and flax):
+      return changes, lost
+  leaves = from_modules(adapter, _bare(shapes_of_files(weights.files)), names=names, axes=axes, strict=False)
+  return _flax_changes({path: node for path, node in leaves.items() if is_adapted(node)}, {}, weights)
 
 
 def _bare(shapes: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from jaxlora._base.text import listed
 from jaxlora._cli.bases import open_base
 from jaxlora._cli.lora_leaves import lora_leaves
 from jaxlora._cli.result import BadFile, Result
-from jaxlora._cli.sources import existing, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
+from jaxlora._cli.sources import axes_of, existing, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
 from jaxlora.checkpoint._adapter import contents, save_part
 from jaxlora.peft._folder import save, save_mlx
 from jaxlora.peft._from_modules import from_modules
@@ -62,7 +62,9 @@ def _of_files(options: Any, form: str) -> None:
       adapter = dataclasses.replace(adapter, config=config)
     write(options.target, adapter) if form == "peft" else write_mlx(options.target, adapter, options.source)
     return
-  params, axes = (_shapes_of(options.base), None) if options.base else _flax_shapes(adapter, options.source)
+  if options.axes and not options.base:
+    raise BadFile("--axes: says how a base stores its weights. Pass it with --base FILE.")
+  params, axes = (_shapes_of(options.base), axes_of(options)) if options.base else _flax_shapes(adapter, options.source)
   tree = from_modules(adapter, params, names=names_of(options), axes=axes, strict=False)
   metadata = {"peft": {name: adapter.config.get(name) for name in _METADATA}}
   save_part(options.target, tree, metadata=metadata, whole_base=bool(options.base))
@@ -71,7 +73,7 @@ def _of_files(options: Any, form: str) -> None:
 def _of_lora_leaves(options: Any, leaves: dict[str, Any], form: str) -> Result:
   """Factors of qwix, Tunix or `flax.nnx.LoRA` beside their weights -> any other format."""
   tree, about = (
-    from_lora_leaves(leaves, alpha=options.alpha),
+    from_lora_leaves(leaves, alpha=options.alpha, axes=axes_of(options)),
     dict(zip(_METADATA, (options.base_model, options.task_type), strict=True)),
   )
   if form == "peft":
@@ -88,7 +90,7 @@ def _of_checkpoint(options: Any, form: str) -> None:
   """A checkpoint of jaxlora's -> a folder of PEFT's or mlx-lm's."""
   found = contents(existing(options.source))
   if form == "mlx-lm":
-    save_mlx(options.target, shapes_of_base(found) | found.leaves, names=names_of(options))
+    save_mlx(options.target, shapes_of_base(found) | found.leaves, names=names_of(options), axes=axes_of(options))
     return
   kept = found.metadata.get("peft")
   about: dict[str, Any] = {name: kept.get(name) if isinstance(kept, dict) else None for name in _METADATA}
@@ -96,7 +98,7 @@ def _of_checkpoint(options: Any, form: str) -> None:
     name: given for name, given in zip(_METADATA, (options.base_model, options.task_type), strict=True) if given
   }
   about["serve"] = options.serve or "peft"
-  save(options.target, shapes_of_base(found) | found.leaves, names=names_of(options), **about)
+  save(options.target, shapes_of_base(found) | found.leaves, names=names_of(options), axes=axes_of(options), **about)
 
 
 def _shapes_of(base: str) -> dict[str, jax.ShapeDtypeStruct]:

@@ -20,6 +20,8 @@ _NAMES = (
   ' {"split": [modules]}, {"joined": module, "parts": [components]}, {"experts": parameter}'
 )
 
+_AXES = 'JSON: the `axes` of jaxlora.peft, regex over leaves -> roles, such as {".*/q_proj/kernel": "oi"}'
+
 _EXIT = """
 exit codes: 0 done; 1 the file is bad, or does not fit; 2 usage, or an extra that is missing
 """
@@ -35,12 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"jaxlora: {error}. Install the extra: pip install 'jaxlora[peft]'", file=sys.stderr)
     return 2
   except (ValueError, OSError) as error:  # all that the library raises of files and what they hold are ValueErrors
+    text = f"{error}{_as_options(str(error), options)}"
     if options.json:
-      print(json.dumps({"error": str(error)}))
-    print(f"jaxlora: {error}", file=sys.stderr)
+      print(json.dumps({"error": text}))
+    print(f"jaxlora: {text}", file=sys.stderr)
     return 1
   print(json.dumps(report, indent=2) if options.json else "\n".join(lines))
   return int(bool(report.get("nan") or report.get("problems")))
+
+
+def _as_options(error: str, options: Any) -> str:
+  """What a remedy that names the library's arguments is in a command."""
+  named = [name for name in ("axes", "names") if f"{name}=" in error and hasattr(options, name)]
+  return "".join(f"\nIn a command {name}= is --{name} FILE, in JSON." for name in named)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     help="names and shapes of the Flax base: safetensors, msgpack, orbax, or a jaxlora checkpoint on it",
   )
   convert.add_argument("--names", metavar="FILE", help=_NAMES)
+  convert.add_argument("--axes", metavar="FILE", help=_AXES)
   convert.add_argument("--base-model", metavar="NAME", help="base_model_name_or_path in adapter_config.json")
   convert.add_argument("--task-type", metavar="TYPE", help="task_type in adapter_config.json, such as CAUSAL_LM")
   convert.add_argument(
@@ -139,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
   merge.add_argument("adapter", metavar="ADAPTER")
   merge.add_argument("out", metavar="OUT")
   merge.add_argument("--names", metavar="FILE", help=_NAMES)
+  merge.add_argument("--axes", metavar="FILE", help=_AXES)
   merge.add_argument(
     "--dtype",
     choices=("float32", "float16", "bfloat16"),

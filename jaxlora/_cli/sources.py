@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._adapt.fields import checked_letters, checked_mapping
 from jaxlora._cli.result import BadFile
 from jaxlora._cli.tensors import TensorFiles
 from jaxlora.peft._names import Names, check_types
 from jaxlora.peft._parts import names_from_json
+from jaxlora.peft._roles import Axes
 
 
 def is_peft(path: str) -> bool:
@@ -42,16 +44,30 @@ def names_of(options: Any) -> Names:
   """The regexes and torch names of `--names FILE`."""
   if options.names is None:
     return None
-  try:
-    found = json.loads(Path(options.names).read_text("utf-8"))
-  except ValueError as error:
-    raise BadFile(f"{options.names}: cannot be read as JSON: {error}") from error
+  found = _json_of(options.names)
   try:
     names = names_from_json(found)
     check_types(names)
     return names
   except (TypeError, ValueError) as error:
     raise BadFile(f"{options.names}: {error}") from error
+
+
+def axes_of(options: Any) -> Axes:
+  """The regexes and roles of `--axes FILE`."""
+  if options.axes is None:
+    return None
+  try:
+    return checked_mapping(_json_of(options.axes), "axes", checked_letters)
+  except (TypeError, ValueError) as error:
+    raise BadFile(f"{options.axes}: {error}") from error
+
+
+def _json_of(file: str) -> Any:
+  try:
+    return json.loads(Path(file).read_text("utf-8"))
+  except ValueError as error:
+    raise BadFile(f"{file}: cannot be read as JSON: {error}") from error
 
 
 def shapes_of_base(contents: Any) -> dict[str, jax.ShapeDtypeStruct]:

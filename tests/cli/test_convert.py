@@ -2,6 +2,7 @@
 
 import json
 
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,3 +173,45 @@ def test_qwixs_factors_in_an_orbax_checkpoint(run, tmp_path):
   np.testing.assert_allclose(found, 2 * np.asarray(a) @ np.asarray(b).reshape(2, 8), rtol=1e-5, atol=1e-5)
   run("convert", tmp_path / "qwix", tmp_path / "m", "--alpha", "4", "--to", "mlx-lm")
   assert run("inspect", tmp_path / "m")["leaves"][0]["scale"] == 2.0
+
+
+def as_json(path, value):
+  path.write_text(json.dumps(value))
+  return path
+
+
+def test_axes_of_a_json_file(run, tmp_path):
+  """A checkpoint of a square weight that nothing tells the layout of, and qwix's factors beside one."""
+  params = {"q": {"other": array(1, (8, 8), jnp.float32)}}
+  checkpoint.save(tmp_path / "c", adapted(params, targets=".*"))
+  names = as_json(tmp_path / "names.json", {"q/other": "q.weight"})
+  error = run("convert", tmp_path / "c", tmp_path / "p", "--names", names, code=1)["error"]
+  assert "axes={'q/other': 'io' or 'oi'}" in error
+  assert "In a command axes= is --axes FILE, in JSON." in error
+  for roles in ("io", "oi"):
+    axes = as_json(tmp_path / "axes.json", {"q/other": roles})
+    run("convert", tmp_path / "c", tmp_path / f"p{roles}", "--names", names, "--axes", axes)
+    back = tmp_path / f"b{roles}"
+    save_file(flat(params, "/"), tmp_path / "base.safetensors")
+    run(
+      "convert", tmp_path / f"p{roles}", back, "--names", names, "--axes", axes, "--base", tmp_path / "base.safetensors"
+    )
+    assert checkpoint.load(back, params, strict=False)["q"]["other"].roles == roles
+  error = run("convert", tmp_path / "poi", tmp_path / "x", "--axes", axes, code=1)["error"]
+  assert "Pass it with --base FILE" in error
+
+  weight, a, b = (np.asarray(array(2, shape, jnp.float32)) for shape in ((8, 8), (8, 2), (2, 8)))
+  leaves = {"q": {"w": weight, "w_lora_a": a, "w_lora_b": b}}
+  (tmp_path / "qwix.msgpack").write_bytes(serialization.msgpack_serialize(leaves))
+  flags = ("convert", tmp_path / "qwix.msgpack", tmp_path / "q", "--alpha", "4")
+  assert "--axes FILE" in run(*flags, code=1)["error"]
+  run(*flags, "--axes", as_json(tmp_path / "qwix.json", {"q/w": "io"}))
+  module = peft.load(tmp_path / "q", {"q": {"kernel": jnp.zeros((8, 8))}})["q"]["kernel"]
+  np.testing.assert_allclose(module.materialize(), 2 * np.asarray(a) @ np.asarray(b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"q": "xy"}', '{"q": 3}', "{"])
+def test_axes_that_are_none(run, tmp_path, folders, content):
+  (tmp_path / "axes.json").write_text(content)
+  error = run("convert", folders / "checkpoint", tmp_path / "p", "--axes", tmp_path / "axes.json", code=1)["error"]
+  assert error.startswith(f"{tmp_path / 'axes.json'}: ")

@@ -137,3 +137,22 @@ def test_experts_in_one_parameter(run, tmp_path, inputs_first):
   save_file(stored(params), tmp_path / "base.safetensors")
   run("merge", tmp_path / "base.safetensors", tmp_path / "p", tmp_path / "out.safetensors")
   assert_close(load_file(tmp_path / "out.safetensors"), stored(jaxlora.merge(tree)))
+
+
+def test_axes_say_how_a_base_called_as_torchs_is_stored(run, tmp_path):
+  """Inputs first, as a JAX model may keep weights that it calls as torch does: squares alone do not show it."""
+  weight = np.asarray(helpers.array(1, (8, 8), jnp.float32))
+  tree = helpers.adapted({"q_proj": {"kernel": jnp.asarray(weight)}}, targets=".*")
+  peft.save(tmp_path / "p", tree)
+  save_file({"q_proj.weight": weight}, tmp_path / "base.safetensors")
+  (tmp_path / "axes.json").write_text('{"q_proj/weight": "io"}')
+  update = np.asarray(tree["q_proj"]["kernel"].delta())
+  for more, expected in ((("--axes", tmp_path / "axes.json"), update), ((), update.T)):
+    run("merge", tmp_path / "base.safetensors", tmp_path / "p", tmp_path / "out.safetensors", *more)
+    found = load_file(tmp_path / "out.safetensors")["q_proj.weight"]
+    np.testing.assert_allclose(found, weight + expected, rtol=1e-5, atol=1e-6)
+    (tmp_path / "out.safetensors").unlink()
+  checkpoint.save(tmp_path / "c", helpers.adapted({"q_proj": {"weight": jnp.asarray(weight)}}, targets=".*"))
+  merge = ("merge", tmp_path / "base.safetensors", tmp_path / "c", tmp_path / "out.safetensors")
+  assert "Leave it out" in run(*merge, "--axes", tmp_path / "axes.json", code=1)["error"]
+  run(*merge)
