@@ -46,11 +46,16 @@ def tie_of_base(weights: Weights, table: str | None, config: Mapping[str, Any]) 
     equal = flag if flag is not None else np.array_equal(weights.value(table), weights.value(heads[0]))
     return Tie(table, heads[0]) if equal else None
   headless = [name for name in config.get("architectures") or [] if not any(part in name for part in _WITH_HEAD)]
-  return None if flag is False or headless else Tie(table, None)
+  no_head = head_name(_module(table), map(_module_of, weights.by_name)) is None
+  return None if flag is False or headless or no_head else Tie(table, None)
 
 
 def _module(name: str) -> str:
   return name.removesuffix(".weight")
+
+
+def _module_of(parameter: str) -> str:
+  return parameter.rpartition(".")[0]
 
 
 def _is_outside(name: str) -> bool:
@@ -103,7 +108,7 @@ def settle_ties(
       raise BadFile("--untie: the adapter changes no embedding that is the head of BASE, too. Leave it out.")
     return set()
   own = None if uses.head is None else f"{uses.head}.weight"
-  head = tie.head or (tensor_of[own] if own else f"{head_name(_module(tie.table))}.weight")
+  head = tie.head or (tensor_of[own] if own else _head_of(tie.table, weights))
   found = changes.get(tie.table)
   if uses.alike and not untie:
     changes.pop(head, None)
@@ -115,6 +120,11 @@ def settle_ties(
     weights.added[head] = tie.table
     changes[head] = found if uses.alike else changes.get(head) or _change_of(own, adapter)
   return {own} if own else set()
+
+
+def _head_of(table: str, weights: Weights) -> str:
+  """The tensor that torch has for the head that an embedding is tied to."""
+  return f"{head_name(_module(table), map(_module_of, weights.by_name))}.weight"
 
 
 def _check_head_of_shared(head: str | None, tensor_of: Mapping[str, str], weights: Weights) -> None:

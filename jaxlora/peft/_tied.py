@@ -4,17 +4,37 @@ PEFT adapts the look-ups and the head of a tied model as two modules. One tensor
 that is the same: with `ensure_weight_tying`, or where the head's factors are the embedding's, transposed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
 
 from jaxlora.peft._records import Adapter, Module
 
-# The last component of the names that token embeddings and heads have in models with a head.
-EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
-HEADS = ("lm_head", "embed_out")
+# The last component of the names that token embeddings have in models with a head.
+EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "tokens_embed")
+
+# The heads of encoders that predict masked tokens, by modules beside them: those of BERT, ALBERT, DistilBERT, ELECTRA,
+# RoBERTa and ModernBERT. In an encoder without such modules the embedding has no other use.
+_OF_ENCODERS = {
+  "cls.predictions": "cls.predictions.decoder",
+  "predictions": "predictions.decoder",
+  "vocab_transform": "vocab_projector",
+  "generator_predictions": "generator_lm_head",
+  "lm_head.layer_norm": "lm_head.decoder",
+  "decoder": "decoder",
+}
+
+# Those of decoders that are not called lm_head: by modules beside them (Whisper, BioGPT), or by their embedding's name.
+_OF_DECODERS = {"model.encoder.conv1": "proj_out", "biogpt": "output_projection"}
+_OF_EMBEDDINGS = {"embed_in": "embed_out", "tok_embeddings": "output"}
+
+_HEAD = re.compile(
+  r"(?:.*\.)?(?:lm_head|embed_out|(?:cls\.)?predictions\.decoder|lm_head\.decoder|vocab_projector|generator_lm_head)"
+  r"|decoder|output|proj_out|output_projection"
+)
 
 # Tasks of PEFT's whose models have no head over the vocabulary.
 HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -87,12 +107,17 @@ def is_shared(name: str) -> bool:
 
 def is_embedding(name: str) -> bool:
   """Whether a torch module of this name is a token embedding that a head may be tied to."""
-  parts = name.split(".")
-  return parts[-1] in EMBEDDINGS and parts[-2:-1] != ["embeddings"]  # BERT's, whose heads have names of their own
+  return name.rpartition(".")[2] in EMBEDDINGS
+
+
+def is_of_encoder(embedding: str) -> bool:
+  """Whether a token embedding is an encoder's, by its name: `bert.embeddings.word_embeddings`."""
+  return embedding.split(".")[-2:-1] == ["embeddings"]
 
 
 def is_head(name: str) -> bool:
-  return name.rpartition(".")[2] in HEADS
+  """Whether a torch module of this name is a head over the vocabulary."""
+  return _HEAD.fullmatch(name) is not None
 
 
 def _is_asked(module: str, config: Mapping[str, Any]) -> bool:
@@ -130,9 +155,23 @@ def tied_head(module: Module, name: str) -> Module:
   return Module(name, "linear", a, b, module.alpha, module.scaling)
 
 
-def head_name(embedding: str) -> str:
-  """What torch calls the head of a model whose token embedding has this name."""
-  parts = embedding.split(".")[:-1]
+def head_name(embedding: str, modules: Iterable[str]) -> str | None:
+  """What torch calls the head that a token embedding may be tied to; `None` where there is none.
+
+  Args:
+    embedding: the name of its module.
+    modules: the names of the model's modules; some of those that have parameters are enough.
+  """
+  beside = list(modules)
+  for stem, head in (_OF_ENCODERS if is_of_encoder(embedding) else _OF_DECODERS).items():
+    found = filter(None, (re.match(rf"((?:.*\.)??){re.escape(stem)}(?:\.|$)", name) for name in beside))
+    if (first := next(found, None)) is not None:
+      return f"{first[1]}{head}"
+  if is_of_encoder(embedding):
+    return None
+  *parts, last = embedding.split(".")
+  if last in _OF_EMBEDDINGS:
+    return _OF_EMBEDDINGS[last]
   if parts[:1] and parts[0] in _STEMS:
     return "lm_head"
   while parts and parts[-1] in _STEMS:

@@ -106,7 +106,7 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   dropouts = [leaf.dropout for leaf in leaves.values() if isinstance(leaf, LoraWeight)]
   tied = None if task_type in HEADLESS else _tied_table(model, subject)
   if tied is not None:
-    _add_tied_head(by_name, whole, tied)
+    _add_tied_head(by_name, whole, *tied)
   config = config_of(
     by_name,
     whole,
@@ -123,8 +123,8 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   return adapter
 
 
-def _tied_table(model: TorchModel, subject: str) -> str | None:
-  """The torch module of an adapted embedding that is the head, too: of a tree without another head.
+def _tied_table(model: TorchModel, subject: str) -> tuple[str, str] | None:
+  """The torch modules of an adapted embedding that is the head, too, and of that head: of a tree without another head.
 
   DoRA's gain over the features of a look-up is none over the outputs of a head: such an embedding is left alone.
 
@@ -139,20 +139,20 @@ def _tied_table(model: TorchModel, subject: str) -> str | None:
     if not is_adapted(leaf) or target.parameter != "weight" or not is_embedding(target.module):
       continue
     gain = isinstance(leaf, LoraWeight) and leaf.kind.gain is not None
-    if gain or target.stacked or own_head(shapes, path) is not None:
+    head = head_name(target.module, (other.module for other in model.targets.values()))
+    if gain or target.stacked or head is None or own_head(shapes, path) is not None:
       continue
     if leaf.base is None:
       raise PeftError(
         f"{subject}: {path}: is adapted, and this half of a tree does not show whether it is the head, too. Save the"
         " whole tree: jaxlora.join(frozen, trainable)."
       )
-    return target.module
+    return target.module, head
   return None
 
 
-def _add_tied_head(modules: dict[str, Module], whole: dict[str, np.ndarray], table: str) -> None:
+def _add_tied_head(modules: dict[str, Module], whole: dict[str, np.ndarray], table: str, head: str) -> None:
   """Adds the head whose weight is an adapted embedding: PEFT adapts the two uses as two modules."""
-  head = head_name(table)
   if table in modules:
     modules[head] = tied_head(modules[table], head)
   else:

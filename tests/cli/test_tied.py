@@ -203,3 +203,43 @@ def test_an_embedding_that_encoder_and_decoder_share_is_refused(run, tmp_path, b
   write(tmp_path / "p", {})  # the remedy
   run("merge", folder, tmp_path / "p", tmp_path / "out")
   np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")["shared.weight"], TABLE)
+
+
+HEADS = {  # of models whose head is not lm_head: the embedding, a module beside it, and the head
+  "BERT": ("bert.embeddings.word_embeddings", "cls.predictions.transform.dense", "cls.predictions.decoder"),
+  "ALBERT": ("albert.embeddings.word_embeddings", "predictions.dense", "predictions.decoder"),
+  "RoBERTa": ("roberta.embeddings.word_embeddings", "lm_head.layer_norm", "lm_head.decoder"),
+  "DistilBERT": ("distilbert.embeddings.word_embeddings", "vocab_transform", "vocab_projector"),
+  "ELECTRA": ("electra.embeddings.word_embeddings", "generator_predictions.dense", "generator_lm_head"),
+  "ModernBERT": ("model.embeddings.tok_embeddings", "decoder", "decoder"),
+  "GPT-NeoX": ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
+  "Whisper": ("model.decoder.embed_tokens", "model.encoder.conv1", "proj_out"),
+  "BioGPT": ("biogpt.embed_tokens", "biogpt.layer_norm", "output_projection"),
+  "GPT": ("transformer.tokens_embed", "transformer.h.0.ln_1", "lm_head"),
+}
+
+
+@pytest.mark.parametrize("model", HEADS)
+def test_heads_of_other_names(run, tmp_path, base, model):
+  """Transformers would leave a head of another name aside, and draw its own at random."""
+  embedding, beside, head = HEADS[model]
+  factors = {f"{embedding}.lora_embedding_A": A, f"{embedding}.lora_embedding_B": B}
+  write(tmp_path / "p", factors, target_modules=["q_proj", embedding])
+  folder = base(None, embedding=f"{embedding}.weight")
+  held = load_file(folder / "model.safetensors")
+  save_file(held | {f"{beside}.bias": np.ones(6, np.float32)}, folder / "model.safetensors")
+  error = run("merge", folder, tmp_path / "p", tmp_path / "out", code=1)["error"]
+  assert f"{embedding}.weight is the head's weight, too" in error
+  run("merge", folder, tmp_path / "p", tmp_path / "out", "--untie")
+  got = load_file(tmp_path / "out" / "model.safetensors")
+  np.testing.assert_array_equal(got[f"{head}.weight"], TABLE)
+  np.testing.assert_allclose(got[f"{embedding}.weight"], TABLE + 2 * (B @ A).T, rtol=1e-5, atol=1e-6)
+
+
+def test_the_embedding_of_an_encoder_without_a_head(run, tmp_path, base):
+  embedding = HEADS["BERT"][0]
+  factors = {f"{embedding}.lora_embedding_A": A, f"{embedding}.lora_embedding_B": B}
+  write(tmp_path / "p", factors, target_modules=["q_proj", embedding])
+  run("merge", base(None, embedding=f"{embedding}.weight"), tmp_path / "p", tmp_path / "out")
+  got = load_file(tmp_path / "out" / "model.safetensors")
+  np.testing.assert_allclose(got[f"{embedding}.weight"], TABLE + 2 * (B @ A).T, rtol=1e-5, atol=1e-6)

@@ -29,6 +29,7 @@ from safetensors import torch as safetensors_torch  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 import jaxlora  # noqa: E402
+from jaxlora import _cli  # noqa: E402
 import jaxlora.peft  # noqa: E402
 from tests.helpers import peft_models as twins  # noqa: E402
 
@@ -691,3 +692,24 @@ def test_squares_on_a_tree_that_stores_weights_as_torch_does(tmp_path):
     for projection in ("q_proj", "v_proj"):
       found = jaxlora.merge(tree)["model"]["layers"][layer]["self_attn"][projection]["weight"]
       np.testing.assert_allclose(found, merged[f"model.layers.{layer}.self_attn.{projection}.weight"], atol=1e-5)
+
+
+def test_an_encoders_embedding_that_is_the_head_too(tmp_path):
+  """BERT's, whose head is called otherwise: PEFT adapts the look-ups, and the merged model needs a head of its own."""
+  config = transformers.BertConfig(vocab_size=37, hidden_size=16, intermediate_size=8, num_hidden_layers=1)
+  config.num_attention_heads, config.initializer_range = 2, 0.2
+  torch.manual_seed(0)
+  base, ids = transformers.BertForMaskedLM(config).eval(), torch.arange(6).reshape(2, 3)
+  base.save_pretrained(tmp_path / "base")
+  model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["word_embeddings", "query"], r=2))
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if "lora" in name:
+        parameter.normal_(std=0.3)
+  model.eval().save_pretrained(tmp_path / "adapter")
+  command = ["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out"))]
+  assert _cli.main(command) == 1  # one tensor cannot hold it
+  assert _cli.main([*command, "--untie"]) == 0
+  again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out").eval()
+  with torch.no_grad():
+    assert_same(again(ids).logits.numpy(), model(input_ids=ids).logits.numpy())

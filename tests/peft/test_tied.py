@@ -200,3 +200,46 @@ def test_an_embedding_that_encoder_and_decoder_share_is_none_of_pefts(tmp_path):
       peft.save(tmp_path / "q", tree)
     merged = jaxlora.merge(tree)  # the remedy
     assert isinstance(merged["shared"]["embedding"], jax.Array)
+
+
+HEADS = {  # the leaf of an embedding, that of a module beside it, and the one that its head would have
+  "BERT": ("bert/embeddings/word_embeddings", "cls/predictions/transform/dense", "cls/predictions/decoder"),
+  "RoBERTa": ("roberta/embeddings/word_embeddings", "lm_head/layer_norm", "lm_head/decoder"),
+  "GPT-NeoX": ("gpt_neox/embed_in", "gpt_neox/final_layer_norm", "embed_out"),
+  "an encoder alone": ("bert/embeddings/word_embeddings", "bert/pooler/dense", None),
+}
+
+
+def nested(leaves):
+  tree = {}
+  for path, leaf in leaves.items():
+    node, (*modules, name) = tree, path.split("/")
+    for module in modules:
+      node = node.setdefault(module, {})
+    node[name] = leaf
+  return tree
+
+
+def at(tree, path):
+  for name in path.split("/"):
+    tree = tree[name]
+  return tree
+
+
+@pytest.mark.parametrize("model", HEADS)
+def test_heads_of_other_names(tmp_path, model):
+  embedding, beside, head = HEADS[model]
+  tied = {f"{embedding}/embedding": TABLE, f"{beside}/bias": jnp.ones(6)}
+  module = embedding.replace("/", ".")
+  adapter = peft.Adapter({module: peft.Module(module, "embedding", A, B, 4.0)}, {}, {}, {})
+  if head is not None:
+    with pytest.raises(peft.PeftError, match=f"Give the tree a head of its own: {head}/kernel"):
+      peft.from_modules(adapter, nested(tied))
+  own = {} if head is None else {f"{head}/kernel": TABLE.T}  # the remedy
+  merged = jaxlora.merge(peft.from_modules(adapter, nested({**tied, **own})))
+  np.testing.assert_allclose(at(merged, f"{embedding}/embedding"), TABLE + 2 * (B @ A).T, rtol=1e-5, atol=1e-6)
+  for path, value in own.items():
+    np.testing.assert_array_equal(at(merged, path), value)
+  saved = peft.to_modules(adapted(nested(tied), targets=[f"{embedding}/embedding"]))
+  assert set(saved.modules) == {module} | ({head.replace("/", ".")} if head else set())
+  assert saved.config.get("ensure_weight_tying") is (True if head else None)
