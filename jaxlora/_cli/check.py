@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxlora._base.text import listed
 from jaxlora._cli.result import BadFile, Result
+from jaxlora._cli.sources import check_names
 from jaxlora.peft._read import read_with_keys
 from jaxlora.peft._serve import READERS
 from jaxlora.peft._served import Finding, findings, readers_of, served
@@ -19,6 +20,7 @@ def run_check(options: Any) -> Result:
   if options.write:
     if Path(options.write).resolve() == Path(options.folder).resolve():
       raise BadFile(f"{options.write}: is the folder itself; expected another one.")
+    check_names(adapter, options.folder)
     write(options.write, served(adapter, keys, tuple(dict.fromkeys(("peft", *readers))), options.folder))
     found = [finding for finding in found if finding.rule.note]
   broken = [finding for finding in found if not finding.rule.note]

@@ -10,7 +10,16 @@ from jaxlora._base.text import listed
 from jaxlora._cli.bases import open_base
 from jaxlora._cli.lora_leaves import lora_leaves
 from jaxlora._cli.result import BadFile, Result
-from jaxlora._cli.sources import axes_of, existing, is_checkpoint, is_peft, names_of, shapes_of_base, shapes_of_files
+from jaxlora._cli.sources import (
+  axes_of,
+  check_names,
+  existing,
+  is_checkpoint,
+  is_peft,
+  names_of,
+  shapes_of_base,
+  shapes_of_files,
+)
 from jaxlora.checkpoint._adapter import contents, save_part
 from jaxlora.peft._folder import save, save_mlx
 from jaxlora.peft._from_modules import from_modules
@@ -51,11 +60,7 @@ def _of_files(options: Any, form: str) -> None:
   if form != "jaxlora":
     if adapter.unsupported:
       raise fail(options.source, adapter.unsupported)
-    if flat := [name for name in adapter.modules if "." not in name and name.count("_") > 3]:
-      raise BadFile(
-        f"{options.source}: {flat[0]} is kohya's name, which does not tell where torch's has its dots. Convert it to a"
-        " checkpoint with --base FILE first."
-      )
+    check_names(adapter, options.source)
     if options.base_model or options.task_type:
       about = {_METADATA[0]: options.base_model, _METADATA[1]: options.task_type}
       config = adapter.config | {name: given for name, given in about.items() if given}

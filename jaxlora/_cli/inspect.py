@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 def _peft_report(options: Any) -> tuple[dict[str, Any], list[Row], list[str]]:
-  """The fields of a PEFT folder's report, its rows, and the lines above the table."""
+  """The fields of the report on an adapter of PEFT's or another library's, its rows, and the lines above the table."""
   adapter = read(options.path, adapter_name=options.adapter_name, mapped=True)
   uses = uses_of(adapter)
   tied = uses.head if uses is not None and uses.alike else None
@@ -48,8 +48,9 @@ def _peft_report(options: Any) -> tuple[dict[str, Any], list[Row], list[str]]:
   rows += [
     _whole_row(name, tokens.rows.shape, tokens.rows) | {"kind": "tokens"} for name, tokens in adapter.tokens.items()
   ]
-  about = {"format": "peft", "config": adapter.config, "unsupported": list(adapter.unsupported)}
-  lines = [f"a PEFT folder, base model {adapter.config.get('base_model_name_or_path')}"]
+  about = {"format": adapter.form.lower(), "config": adapter.config, "unsupported": list(adapter.unsupported)}
+  model = adapter.config.get("base_model_name_or_path")
+  lines = [f"an adapter of {adapter.form}'s" + (f", base model {model}" if model or adapter.form == "PEFT" else "")]
   lines += [] if tied is None else [f"{tied} is tied to its embedding: both are adapted alike"]
   return about, rows, lines + [f"not supported here: {reason}" for reason in adapter.unsupported]
 

@@ -14,6 +14,7 @@ from jaxlora._cli.result import BadFile
 from jaxlora._cli.tensors import TensorFiles
 from jaxlora.peft._names import Names, check_types
 from jaxlora.peft._parts import names_from_json
+from jaxlora.peft._records import Adapter
 from jaxlora.peft._roles import Axes
 
 
@@ -68,6 +69,15 @@ def _json_of(file: str) -> Any:
     return json.loads(Path(file).read_text("utf-8"))
   except ValueError as error:
     raise BadFile(f"{file}: cannot be read as JSON: {error}") from error
+
+
+def check_names(adapter: Adapter, source: str) -> None:
+  """Raises where torch's names, which a file for torch needs, are not told."""
+  if adapter.form == "kohya":
+    raise BadFile(
+      f"{source}: {next(iter(adapter.modules))} is kohya's name, which does not tell where torch's has its dots."
+      " Convert it to a checkpoint with --base FILE first: jaxlora convert FROM TO --to jaxlora --base FILE."
+    )
 
 
 def shapes_of_base(contents: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -94,7 +94,8 @@ def adapter_of_diffusers(
     if (module := _module(name, parts, alphas.get(name), scaling, problems)) is not None:
       modules[name] = module
   config = config_of(modules, {}) if modules and not problems else {}
-  return Adapter(modules, {}, {}, config)
+  kohya = any(key.startswith(tuple(_KOHYA)) for key in tensors)
+  return Adapter(modules, {}, {}, config, form="kohya" if kohya else "diffusers")
 
 
 def _options(metadata: Mapping[str, str], component: str | None, problems: list[str]) -> dict[str, Any]:

@@ -54,9 +54,9 @@ def adapter_of_mlx(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any],
   if not modules and not problems:
     problems.append(f"{MLX_WEIGHTS} holds no adapter")
   if problems:
-    return Adapter(modules, {}, {}, dict(config))
+    return Adapter(modules, {}, {}, dict(config), form="mlx-lm")
   about = {"base_model_name_or_path": config.get("model")}
-  return Adapter(modules, {}, {}, config_of(modules, {}, dropout=dropout) | about)
+  return Adapter(modules, {}, {}, config_of(modules, {}, dropout=dropout) | about, form="mlx-lm")
 
 
 def _parameters(config: Mapping[str, Any], problems: list[str]) -> tuple[Any, Any]:

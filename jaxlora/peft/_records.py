@@ -135,6 +135,8 @@ class Adapter:
     unsupported: reasons not to use the adapter: options that make the tensors parts of another method than LoRA.
     packed: the adapted parameters that hold several experts, by name: which of the modules are those of one.
     tokens: rows that replace some of a parameter's, by its name: `trainable_token_indices`.
+    form: whose files it was read from: `"PEFT"`, `"mlx-lm"`, `"diffusers"` or `"kohya"`, in whose names `_` stands for
+      the dots of torch's.
   """
 
   modules: dict[str, Module]
@@ -144,6 +146,7 @@ class Adapter:
   unsupported: tuple[str, ...] = ()
   packed: dict[str, Packed] = dataclasses.field(default_factory=dict)
   tokens: dict[str, TokenRows] = dataclasses.field(default_factory=dict)
+  form: str = "PEFT"
 
   @property
   def dropout(self) -> float:

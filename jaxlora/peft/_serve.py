@@ -40,7 +40,7 @@ class Rule:
 
 
 _REWRITE = (
-  "write it with jaxlora.peft.save(..., serve={reader!r}), or jaxlora check FOLDER --serve {reader} --write OUT"
+  "write it with jaxlora.peft.save(..., serve='{reader}'), or jaxlora check FOLDER --serve {reader} --write OUT"
 )
 _MERGE = "serve the merged model: jaxlora.merge(tree), or jaxlora merge BASE FOLDER OUT"
 _SERVERS = ("vllm", "sglang", "llama.cpp")

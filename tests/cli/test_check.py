@@ -28,6 +28,7 @@ def test_what_is_wrong_is_told_with_a_remedy_and_a_source(run, capsys, folder):
   assert (problem["reader"], problem["rule"]) == ("vllm", "scale")
   assert problem["found"] == ["model.layers.1.q_proj: scale 0.5, read as 2"]
   assert problem["source"].startswith("vllm/lora/peft_helper.py")
+  assert "jaxlora.peft.save(..., serve='vllm')" in problem["remedy"]
   assert _cli.main(["check", str(folder), "--serve", "vllm"]) == 1
   text = capsys.readouterr().out
   assert "vllm, scale: expected that every module's scale is lora_alpha / r" in text

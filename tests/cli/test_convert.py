@@ -136,7 +136,8 @@ def test_to_and_from_other_libraries(run, tmp_path):
   run("convert", tmp_path / "again", tmp_path / "c", "--base", tmp_path / "base.safetensors")
   for x, y in zip(jax.tree.leaves(checkpoint.restore(tmp_path / "c", params)), jax.tree.leaves(tree), strict=True):
     assert np.array_equal(x, y)
-  assert run("inspect", tmp_path / "mlx")["leaves"][0]["rank"] == 2
+  report = run("inspect", tmp_path / "mlx")
+  assert (report["format"], report["leaves"][0]["rank"]) == ("mlx-lm", 2)
   assert "--to jaxlora" in run("convert", tmp_path / "run", tmp_path / "x", "--to", "jaxlora", code=1)["error"]
 
 
@@ -152,6 +153,10 @@ def test_kohyas_names_need_a_base_to_become_torchs(run, tmp_path):
   source = tmp_path / "style.safetensors"
   error = run("convert", source, tmp_path / "p", "--to", "peft", code=1)["error"]
   assert "Convert it to a checkpoint with --base FILE first" in error
+  error = run("check", source, "--serve", "peft", "--write", tmp_path / "p", code=1)["error"]
+  assert "Convert it to a checkpoint with --base FILE first" in error
+  assert not (tmp_path / "p").exists()
+  assert run("inspect", source)["format"] == "kohya"
   run("convert", source, tmp_path / "c", "--base", tmp_path / "base.safetensors")
   run("convert", tmp_path / "c", tmp_path / "p")
   assert list(peft.to_modules(checkpoint.restore(tmp_path / "c", base)).modules) == ["down_blocks.0.attentions.0.to_q"]
