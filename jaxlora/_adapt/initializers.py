@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._base.matrix import matmul, orthonormal, randomised, svd
+from jaxlora._base.programs import one_program
 from jaxlora._weight.start import Initializer
 
 
@@ -107,7 +108,7 @@ class FromWeight(NamedTuple):
   cancels: bool = False
 
 
-@functools.partial(jax.jit, static_argnums=2)  # otherwise a chain of small programs, each compiled for each shape
+@functools.partial(one_program, static_argnums=2)
 def orthogonal(key, w, rank, scale):
   """Factors in orthogonal halves of the space of the rank: both are random, their product is zero.
 

@@ -1,14 +1,17 @@
 """`merge` and `strip`: plain parameters again."""
 
+from collections.abc import Sequence
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wider_dtype
+from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._base.paths import flatten
+from jaxlora._base.programs import one_program
 from jaxlora._base.rounding import RoundingWarning, notable
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts, check_values, check_weight
@@ -49,65 +52,80 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
   for path, node in adapted:
     check_weight(node, f"merge: {path}")
     check_values(node, f"merge: {path}")
-  lost: dict[str, float] = {}
-  merged = [_merged(path, node, dtype, lost) for path, node in nodes]
-  broken = [
-    f"{path} ({name})"
-    for (path, node), leaf in zip(nodes, merged, strict=True)
-    if is_adapted(node)
-    for name in _not_finite(node, leaf)
-  ]
+  merged = [_merged(node, dtype) if is_adapted(node) else Merged(node) for _, node in nodes]
+  paths = [path for path, _ in nodes]
+  broken = [f"{path} ({name})" for path, one in zip(paths, merged, strict=True) for name in one.broken]
   if broken:
     raise ValueError(
       f"merge: found NaN or infinite values in {listed(broken)}, expected finite factors and sums. Training has"
       " diverged: go back to an earlier checkpoint; nothing was merged."
     )
-  if found := notable(lost):
+  if found := notable({path: one.lost for path, one in zip(paths, merged, strict=True)}):
     warnings.warn(
       f"merge: rounding to the weight's dtype loses more than a tenth of the update in {found}. Pass"
       " dtype=jnp.float32 to keep it.",
       RoundingWarning,
       stacklevel=2,
     )
-  return with_plain_boxes(jax.tree_util.tree_unflatten(treedef, merged))
+  return with_plain_boxes(jax.tree_util.tree_unflatten(treedef, [one.leaf for one in merged]))
 
 
-def _merged(path: str, node: Any, dtype: Any, lost: dict[str, float]) -> Any:
-  """A node's plain weight; the share of its update that rounding takes is added to `lost`, where it can be told."""
-  if not is_adapted(node):
-    return node
+class Merged(NamedTuple):
+  """A plain leaf, and what was found while it was formed.
+
+  Attributes:
+    leaf: the weight.
+    broken: the parts that are NaN or infinite; where none is, the sum, if the weight's dtype cannot hold it.
+    lost: the share of the update that rounding takes, `||stored - exact|| / ||exact - base||`.
+  """
+
+  leaf: Any
+  broken: Sequence[str] = ()
+  lost: float = 0.0
+
+
+def _merged(node: Any, dtype: Any) -> Merged:
+  """A node's plain weight. Inside of a trace nothing is known of its values."""
   dtype = node.base.dtype if dtype is None else jnp.dtype(dtype)
+  held = parts(node)
+  if any(isinstance(part, jax.core.Tracer) for part in held.values()):
+    return Merged(_formed(node, dtype)[0])
+  here = node.with_parts({name: on_device(part) for name, part in held.items()})
+  leaf, finite, lost = _formed_and_checked(here, dtype)
+  leaf = node.value if isinstance(node, FullWeight) and dtype == node.value.dtype else moved(leaf, space_of(node.base))
+  broken = [name for name in held if name != "base" and not finite[name]]
+  return Merged(leaf, broken or [_SUM] * (not finite[_SUM]), float(lost))
+
+
+_SUM = "base + A B"
+
+
+@functools.partial(one_program, static_argnums=1)
+def _formed_and_checked(node: Any, dtype: Any) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+  stored, exact = _formed(node, dtype)
+  finite = {name: jnp.isfinite(part).all() for name, part in parts(node).items() if name != "base"}
+  finite[_SUM] = ~(jnp.isfinite(node.base) & ~jnp.isfinite(stored)).any()  # a base may hold infinities of its own
+  return stored, finite, _lost_share(node.base, exact, stored)
+
+
+def _formed(node: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """The plain weight in a dtype, and before it is rounded to it."""
   if isinstance(node, FullWeight):
-    return node.value if dtype == node.value.dtype else node.value.astype(dtype)
+    return node.value.astype(dtype), node.value
   wide = wider_dtype(jnp.float32, functools.reduce(wider_dtype, [part.dtype for part in parts(node).values()]))
   exact = node.materialize(wide)
-  if dtype == wide:
-    return exact
-  stored = exact.astype(dtype)
-  if dtype.itemsize < 4 and not any(isinstance(part, jax.core.Tracer) for part in parts(node).values()):
-    lost[path] = float(_lost_share(node.base, exact, stored))
-  return stored
+  return exact.astype(dtype), exact
 
 
-@jax.jit
 def _lost_share(base: jax.Array, exact: jax.Array, stored: jax.Array) -> jax.Array:
-  """`||stored - exact|| / ||exact - base||`, by one pass over the three; 0 where nothing finite is lost."""
+  """The share of an update that rounding takes; 0 where nothing finite is lost, and of what 4 bytes hold."""
+  if stored.dtype.itemsize >= 4:
+    return jnp.zeros((), jnp.float32)
   update, loss = (
     jnp.sum(jnp.square(x)) for x in (exact - base.astype(exact.dtype), stored.astype(exact.dtype) - exact)
   )
   share = jnp.sqrt(loss / update)
   return jnp.where(jnp.isfinite(share), share, 0)
-
-
-def _not_finite(node: Any, merged: Any) -> list[str]:
-  """The parts of a node that are NaN or infinite; where none is, its sum, if the weight's dtype cannot hold it."""
-  held = {**parts(node), "base + A B": merged}
-  if any(isinstance(part, jax.core.Tracer) for part in held.values()):
-    return []
-  finite = {name: jnp.isfinite(part) for name, part in held.items()}
-  broken = [name for name in parts(node) if name != "base" and not finite[name].all()]
-  overflows = (finite["base"] & ~finite["base + A B"]).any()  # a base may hold infinities of its own
-  return broken or ["base + A B"] * bool(overflows)
 
 
 def strip(tree: Any) -> Any:

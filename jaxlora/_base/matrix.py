@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wide
+from jaxlora._base.programs import one_program
 
 
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -39,22 +40,32 @@ class LowRank(NamedTuple):
 
   def factors(self) -> tuple[jax.Array, jax.Array]:
     """`(a, b)` with the rank leading, `x ~ a^T b`, the singular values shared evenly between them."""
-    root = jnp.sqrt(self.s)[..., :, None]
-    return root * self.u.mT, root * self.vt
+    return _shared_evenly(self)
 
   def cut(self, rank: int) -> "LowRank":
     """The first `rank` terms; the error is that of the terms left out here, without any earlier one."""
-    gone, every = frobenius(self.s[..., rank:]), frobenius(self.s)
-    return LowRank(self.u[..., :rank], self.s[..., :rank], self.vt[..., :rank, :], ratio(gone, every))
+    return _cut(self, rank)
 
 
-@jax.jit  # otherwise a chain of small programs, each compiled for each shape
+@one_program
+def _shared_evenly(found: LowRank) -> tuple[jax.Array, jax.Array]:
+  root = jnp.sqrt(found.s)[..., :, None]
+  return root * found.u.mT, root * found.vt
+
+
+@functools.partial(one_program, static_argnums=1)
+def _cut(found: LowRank, rank: int) -> LowRank:
+  gone, every = frobenius(found.s[..., rank:]), frobenius(found.s)
+  return LowRank(found.u[..., :rank], found.s[..., :rank], found.vt[..., :rank, :], ratio(gone, every))
+
+
+@one_program
 def svd(x: jax.Array) -> LowRank:
   u, s, vt = jnp.linalg.svd(x, full_matrices=False)
   return LowRank(u, s, vt, jnp.zeros(s.shape[:-1], s.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3, 4))
+@functools.partial(one_program, static_argnums=(1, 3, 4))
 def randomised(x: jax.Array, rank: int, key: jax.Array, oversample: int, iterations: int) -> LowRank:
   count = min(rank + oversample, *x.shape[-2:])
   q = orthonormal(matmul(x, jax.random.normal(key, (*x.shape[:-2], x.shape[-1], count), x.dtype)))
@@ -70,6 +81,7 @@ def orthonormal(columns: jax.Array) -> jax.Array:
   return jnp.linalg.qr(columns)[0]
 
 
+@functools.partial(one_program, static_argnums=1)
 def frobenius(x: jax.Array, axes: int = 1) -> jax.Array:
   """The norm over the last axes."""
   return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(-axes, 0))))
@@ -79,7 +91,7 @@ def ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
   return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
-@jax.jit
+@one_program
 def product_svd(a: jax.Array, b: jax.Array) -> LowRank:
   """The decomposition of `a^T b`, (stack, in, out), for thin `a` (stack, rank, in) and `b` (stack, rank, out).
 

@@ -1,6 +1,7 @@
 """DoRA: a magnitude for every output."""
 
 from collections.abc import Sequence
+import functools
 
 import jax
 from jax import lax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.dtypes import precise
 from jaxlora._base.memory import on_device
+from jaxlora._base.programs import one_program
 from jaxlora._weight.lora import lora_shapes, lora_start
 from jaxlora._weight.roles import RANK, factor_axes
 from jaxlora._weight.start import Start, over_outputs
@@ -19,6 +21,7 @@ def _dora_shapes(shape: tuple[int, ...], roles: str, rank: int) -> Shapes:
   return {**lora_shapes(shape, roles, rank), "magnitude": outputs, "norm": outputs}
 
 
+@functools.partial(one_program, static_argnums=1)
 def squared_norms(base: jax.Array, roles: str) -> jax.Array:
   """`sum_in base^2` for every output, `(*stack, 1, *out)`."""
   wide = precise(base)
@@ -39,6 +42,7 @@ def _dora_start(start: Start) -> dict[str, jax.Array]:
   return {**lora_start(start), "magnitude": norm, "norm": norm.copy()}
 
 
+@functools.partial(one_program, static_argnums=1)
 def change_of_squares(base: jax.Array, roles: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """`sum_in (base + A B)^2 - base^2` for every output, without ever forming the sum.
 
@@ -73,11 +77,13 @@ def _dora_norm(parts: Parts, roles: str, a: jax.Array, b: jax.Array) -> jax.Arra
   return jnp.where(none, 1, norm) * jnp.sqrt(grown)
 
 
+@functools.partial(one_program, static_argnums=1)
 def _dora_gain(parts: Parts, roles: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """`m / ||W + s A B||`, the norm a constant for the gradient (section 4.3 of the paper)."""
   return parts["magnitude"] / _dora_norm(parts, roles, *lax.stop_gradient((a, b)))
 
 
+@functools.partial(one_program, static_argnums=1)
 def _exact_dora_gain(parts: Parts, roles: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return parts["magnitude"] / _dora_norm(parts, roles, a, b)
 

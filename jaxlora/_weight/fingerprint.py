@@ -16,6 +16,7 @@ _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive multiples of it are far
 _LANES = np.array([0x243F6A88, 0x85A308D3], np.uint32)  # the first digits of pi
 
 _PIECE = 1 << 20  # elements of a NumPy array at a time
+_SMALL = 1 << 15  # bytes that are read sooner than a program for their shape is compiled
 
 
 def fingerprint(params: Any) -> dict[str, str]:
@@ -30,8 +31,9 @@ def fingerprint(params: Any) -> dict[str, str]:
   every device, under every sharding, and for NumPy and JAX arrays of the same bits.
 
   The cost is one pass over each leaf on the devices that hold it (a reduction: no copy, no gather, 8 bytes come back),
-  and one small compilation per shape, dtype and sharding; NumPy arrays are read by NumPy, in pieces. The digests of JAX
-  arrays, which never change, are remembered for as long as the arrays live: a loop that keeps its base pays once.
+  and one small compilation per shape, dtype and sharding; NumPy arrays, and leaves of a few kilobytes, are read by
+  NumPy, in pieces. The digests of JAX arrays, which never change, are remembered for as long as the arrays live: a loop
+  that keeps its base pays once.
 
   Args:
     params: any pytree; of an adapted tree, its base counts. Arrays of any dtype, random keys, numbers;
@@ -100,7 +102,8 @@ def _dispatched(leaf: Any) -> Any:
       return known[1]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
-    if space_of(leaf) == Space.Host and leaf.is_fully_addressable:  # it may be too large for the device
+    # What rests with the host may be too large for the device; what is small is here before a program is compiled.
+    if leaf.is_fully_addressable and (space_of(leaf) == Space.Host or leaf.nbytes <= _SMALL):
       return _host_lanes(np.asarray(leaf))
     leaf = on_device(leaf)
     # The lanes are an argument: XLA would fold constant ones into an array of places of the leaf's size.

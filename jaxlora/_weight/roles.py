@@ -1,6 +1,7 @@
 """The roles of a weight's axes, and the shapes and products of factors that follow from them."""
 
 from collections.abc import Hashable, Sequence
+import functools
 import math
 from typing import Any
 
@@ -46,6 +47,7 @@ def times_gain(weight: jax.Array, gain: jax.Array | None, roles: str, own: str =
   return weight * laid_along(gain, factor_axes(roles, own), range(len(roles))).astype(weight.dtype)
 
 
+@functools.partial(jax.jit, inline=True, static_argnums=2)  # one program where it is called with arrays
 def low_rank_delta(a: jax.Array, b: jax.Array, roles: str) -> jax.Array:
   """`sum_r a[..., r, in] b[..., r, out]` laid out as the weight, which training and inference never form."""
   number = {RANK: len(roles)}

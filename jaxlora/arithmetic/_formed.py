@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.keys import leaf_key
 from jaxlora._base.matrix import frobenius
+from jaxlora._base.programs import one_program
 from jaxlora._weight.roles import axes_of, matrices
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.arithmetic._sums import (
@@ -29,6 +31,7 @@ from jaxlora.svd._truncation import Row
 from jaxlora.svd._update import delta_svd, weight_of_svd
 
 
+@functools.partial(one_program, static_argnums=1)
 def _trimmed(x: jax.Array, density: float) -> jax.Array:
   """The elements of each row that are largest in magnitude; zeros elsewhere."""
   size = x.shape[1]
@@ -37,11 +40,13 @@ def _trimmed(x: jax.Array, density: float) -> jax.Array:
   return jnp.where(jnp.abs(x) >= least, x, 0)
 
 
+@functools.partial(one_program, static_argnums=1)
 def _dropped(x: jax.Array, density: float, key: jax.Array) -> jax.Array:
   """Each element kept with probability `density` and divided by it, zero otherwise: the mean is `x`."""
   return jnp.where(jax.random.bernoulli(key, density, x.shape), x / jnp.asarray(density, x.dtype), 0)
 
 
+@one_program
 def _elected(deltas: Sequence[jax.Array]) -> jax.Array:
   """For each element the mean of those updates that have the sign of their sum there, and are not zero."""
   each = jnp.stack(list(deltas))
