@@ -30,6 +30,8 @@ from tests.helpers.forks import Forks  # noqa: E402
 
 # Thousands of programs are lowered, too: where in Python an operation was written takes a twelfth of that time to tell.
 jax.config.update("jax_traceback_in_locations_limit", 0)
+# Nothing compiled is looked for in a cache on disk: there is none, and its keys are made of whole programs.
+jax.config.update("jax_enable_compilation_cache", False)
 # JAX's caches grow to a million objects that live on, and a full collection looks at all of them.
 gc.set_threshold(*gc.get_threshold()[:2], 200)
 

@@ -28,8 +28,7 @@ def adapted(**fields):
 
 
 def updates_of(tx, tree, grads):
-  updates, _ = tx.update(grads, tx.init(tree), tree)
-  return updates
+  return jax.jit(lambda tree, grads: tx.update(grads, tx.init(tree), tree)[0])(tree, grads)
 
 
 def as_matrices(path, part, value):

@@ -17,13 +17,14 @@ class Living(Handler):
   """Takes down how many of the values it made are alive at each equation; none waits for the collector of cycles."""
 
   def __init__(self):
-    self.made = []
+    self.living = []
     self.alive = []
 
   def primitive(self, eqn, values):
-    self.alive.append(sum(made() is not None for made in self.made))
+    self.living = [value for value in self.living if value() is not None]
+    self.alive.append(len(self.living))
     out = [Value() for _ in eqn.outvars]
-    self.made += map(weakref.ref, out)
+    self.living += map(weakref.ref, out)
     return out
 
 

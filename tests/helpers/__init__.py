@@ -3,7 +3,16 @@
 Builders and wrappers register themselves; tests cross them and run the legal combinations.
 """
 
-from tests.helpers.adapters import adapted, adapted_paths, factored, lora_weights, one_weight, square_weights, trained
+from tests.helpers.adapters import (
+  adapted,
+  adapted_paths,
+  drawn,
+  factored,
+  lora_weights,
+  one_weight,
+  square_weights,
+  trained,
+)
 from tests.helpers.arrays import array, normal
 from tests.helpers.builders import BUILDERS, FAMILIES, Case
 from tests.helpers.compiled import (
@@ -38,6 +47,7 @@ __all__ = [
   "array",
   "assert_close",
   "check",
+  "drawn",
   "equations",
   "factored",
   "frozen_step",

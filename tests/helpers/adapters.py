@@ -1,5 +1,6 @@
 """Adapted trees: the one way to make them."""
 
+import math
 from typing import Any
 
 import jax
@@ -10,9 +11,18 @@ import jaxlora
 from tests.helpers.arrays import array, normal
 
 
+def drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int, rank: int) -> jax.Array:
+  """A as wide as by default, drawn by NumPy from the key: nothing to compile."""
+  if isinstance(key, jax.core.Tracer):
+    return jaxlora.init.kaiming(key, shape, dtype, fan_in, rank)
+  rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+  return jax.device_put((rng.uniform(-1, 1, shape) / math.sqrt(fan_in)).astype(dtype))
+
+
 def adapted(params: Any, key: int = 0, *, probe: Any = None, seed: int | None = 11, **fields: Any) -> Any:
   """Adapts as `LoraConfig(**fields)` says and moves the factors; with `seed=None` they are as `adapt` leaves them."""
-  tree = jaxlora.adapt(params, jaxlora.LoraConfig(**{"rank": 2} | fields), jax.random.key(key), probe=probe)
+  config = jaxlora.LoraConfig(**{"rank": 2, "init": drawn} | fields)
+  tree = jaxlora.adapt(params, config, jax.random.key(key), probe=probe)
   return tree if seed is None else trained(tree, seed)
 
 
@@ -21,7 +31,7 @@ def trained(tree: Any, seed: int = 11, width: float = 0.3) -> Any:
   frozen, trainable = jaxlora.split(tree)
   leaves, treedef = jax.tree.flatten(trainable)
   moved = [np.asarray(leaf) + normal(seed + k, leaf.shape, leaf.dtype, width) for k, leaf in enumerate(leaves)]
-  return jaxlora.join(frozen, jax.tree.unflatten(treedef, [jnp.asarray(leaf) for leaf in moved]))
+  return jaxlora.join(frozen, jax.tree.unflatten(treedef, jax.device_put(moved)))
 
 
 def one_weight(shape: tuple[int, ...] = (5, 7), seed: int = 1, **fields: Any) -> Any:
@@ -41,7 +51,7 @@ def factored(
   """An array with random factors, without `adapt`."""
   sizes = {role: [n for n, own in zip(base.shape, roles, strict=True) if own == role] for role in "sio"}
   shapes = [(*sizes["s"], rank, *sizes[role]) for role in "io"]
-  a, b = (jnp.asarray(normal(seed + k, shape, base.dtype, width)) for k, shape in enumerate(shapes))
+  a, b = (array(seed + k, shape, base.dtype, width) for k, shape in enumerate(shapes))
   return jaxlora.LoraWeight(base, a, b, roles=roles, rank=rank, alpha=alpha, **fields)
 
 

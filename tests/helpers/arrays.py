@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -12,5 +11,6 @@ def normal(seed: int, shape: tuple[int, ...], dtype: Any, width: float = 1.0) ->
   return (np.random.default_rng(seed).standard_normal(shape) * width).astype(dtype)
 
 
-def array(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-  return jnp.asarray(normal(seed, shape, dtype))
+def array(seed: int, shape: tuple[int, ...], dtype: Any, width: float = 1.0) -> jax.Array:
+  """On the device, by no more than a transfer: `jnp.asarray` compiles a copy for each shape."""
+  return jax.device_put(normal(seed, shape, dtype, width))

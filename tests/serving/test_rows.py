@@ -33,11 +33,10 @@ def test_every_kind_of_weight(build):
   ids = np.asarray([1, 0, -1])
   with jax.numpy_rank_promotion("allow"):
     got = jax.jit(jaxlora.route(fn, on_materialize="ignore"))(case.params, bank_of(trees, capacity=9), ids, *batch)
-    rows = [
-      jaxlora.wrap(case.fn, on_materialize="ignore")(tree, *(arg[row] for arg in batch))
-      for row, tree in enumerate((trees[1], trees[0], case.params))
-    ]
-  close(got, jax.tree.map(lambda *parts: jnp.stack(parts), *rows), 1e-9)
+    alone = jaxlora.wrap(case.fn, on_materialize="ignore")
+    rows = lambda *trees: [alone(tree, *(arg[row] for arg in batch)) for row, tree in enumerate(trees)]
+    want = jax.jit(lambda *trees: jax.tree.map(lambda *parts: jnp.stack(parts), *rows(*trees)))
+  close(got, want(trees[1], trees[0], case.params), 1e-9)
 
 
 @pytest.mark.usefixtures("x64")
@@ -81,7 +80,7 @@ def test_gradients_come_from_an_adapters_own_rows(via):
   for k in (0, 2):
     frozen, half = jaxlora.split(jaxlora.pad(trees[k]))
     own = x[np.flatnonzero(np.asarray(ids) == k)]
-    want = jax.grad(loss(lambda half: jaxlora.wrap(mlp)(jaxlora.join(frozen, half), own)))(half)
+    want = jax.jit(jax.grad(loss(lambda half: jaxlora.wrap(mlp)(jaxlora.join(frozen, half), own))))(half)
     for layer in ("up", "down"):
       node, slots = want[layer]["kernel"], got.factors[f"{layer}/kernel"]
       close(slots.a[k][: node.rank], node.a, 1e-10)
@@ -95,8 +94,8 @@ def test_data_and_forward_mode_differentiate_too():
   bank, x = bank_of(trees, capacity=40), data(dtype=jnp.float64)
   routed = lambda x: jaxlora.route(mlp)(params, bank, jnp.asarray(IDS), x)
   alone = lambda x: one_by_one(mlp, params, trees, IDS, x)
-  close(jax.jvp(routed, (x,), (jnp.cos(x),)), jax.jvp(alone, (x,), (jnp.cos(x),)), 1e-10)
-  close(jax.grad(lambda x: jnp.sum(routed(x) ** 2))(x), jax.grad(lambda x: jnp.sum(alone(x) ** 2))(x), 1e-10)
+  both_ways = lambda fn: lambda x: (jax.jvp(fn, (x,), (jnp.cos(x),)), jax.grad(lambda x: jnp.sum(fn(x) ** 2))(x))
+  close(jax.jit(both_ways(routed))(x), jax.jit(both_ways(alone))(x), 1e-10)
 
 
 def test_vmap_of_route():
@@ -153,11 +152,12 @@ def test_scanned_layers(via):
   bank, x, ids = bank_of(trees, capacity=30), data(3), (1, -1, 0)
   assert bank.factors["layers/kernel"].a.shape == (30, 3, 2, 6)
   routed = jaxlora.route(fn, via=via)
-  close(jax.jit(routed)(params, bank, jnp.asarray(ids), x), one_by_one(fn, params, trees, ids, x))
+  want = jax.jit(lambda: one_by_one(fn, params, trees, ids, x))()
+  close(jax.jit(routed)(params, bank, jnp.asarray(ids), x), want)
   loss = lambda bank: jnp.sum(routed(params, bank, jnp.asarray(ids), x) ** 2)
   got = jax.jit(jax.grad(loss))(bank).factors["layers/kernel"]
   frozen, half = jaxlora.split(jaxlora.pad(trees[1]))
-  want = jax.grad(lambda half: jnp.sum(jaxlora.wrap(fn)(jaxlora.join(frozen, half), x[:1]) ** 2))(half)
+  want = jax.jit(jax.grad(lambda half: jnp.sum(jaxlora.wrap(fn)(jaxlora.join(frozen, half), x[:1]) ** 2)))(half)
   close([got.a[1], got.b[1]], [want["layers"]["kernel"].a, want["layers"]["kernel"].b], 1e-5)
 
 

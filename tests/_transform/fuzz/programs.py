@@ -38,12 +38,12 @@ class Program:
     return tuple(y.astype(jnp.float64) for y in jax.tree.leaves(run(self.steps, params["w"], data)))
 
   def tree(self) -> Any:
-    base = jnp.asarray(1.5 + helpers.normal(0, self.shape, np.float64, 0.3))
+    base = jax.device_put(1.5 + helpers.normal(0, self.shape, np.float64, 0.3))
     return {"w": helpers.factored(base, self.roles, self.rank, self.alpha, width=0.3)}
 
   def data(self) -> Any:
     return {
-      "inputs": [jnp.asarray(helpers.normal(10 + k, shape, np.float64)) for k, shape in enumerate(self.inputs)],
+      "inputs": [helpers.array(10 + k, shape, np.float64) for k, shape in enumerate(self.inputs)],
       "ids": [jnp.asarray(ids, jnp.int32) for ids in self.ids],
       "scale": jnp.asarray(0.75, jnp.float64),
       "start": jnp.asarray(self.start, jnp.int32),
