@@ -9,8 +9,10 @@ import numpy as np
 
 from jaxlora._base.text import listed
 from jaxlora.peft._config import config_of
+from jaxlora.peft._layout import magnitude_to_torch
 from jaxlora.peft._patterns import values_by_pattern
 from jaxlora.peft._records import Adapter, Module
+from jaxlora.peft._sgm import of_diffusers
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -21,13 +23,14 @@ _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_e
 
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "controlnet")
 
-# The ends of keys, and which half of a module they are; those of `to_q_lora.down` are the oldest.
-_HALVES = {
+# The ends of keys, and which part of a module they are; those of `to_q_lora.down` are the oldest.
+_PARTS = {
   "lora_A.weight": "a", "lora_B.weight": "b", "lora_down.weight": "a", "lora_up.weight": "b", "lora.down.weight": "a",
   "lora.up.weight": "b", "lora_linear_layer.down.weight": "a", "lora_linear_layer.up.weight": "b", "alpha": "alpha",
+  "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
 
-_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _HALVES))})")
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 
 _OLDEST = re.compile(r"(?P<before>.+)\.processor\.(?P<name>to_[qkv]|to_out)_lora\.(?P<half>down|up)\.weight")
 
@@ -42,10 +45,10 @@ def _split(key: str) -> tuple[str, str, str] | None:
   found = _KEY.fullmatch(key)
   if found is None:
     return None
-  module, part = found["module"], _HALVES[found["part"]]
+  module, part = found["module"], _PARTS[found["part"]]
   for prefix, component in _KOHYA.items():
     if module.startswith(prefix) and "." not in module:
-      return component, module.removeprefix(prefix), part
+      return component, of_diffusers(module.removeprefix(prefix)), part
   component, _, rest = module.partition(".")
   return (component, rest, part) if component in _COMPONENTS and rest else None
 
@@ -76,7 +79,7 @@ def adapter_of_diffusers(
     if found is None:
       problems.append(
         f"{key}: unknown; expected the lora_A and lora_B, or lora_down and lora_up, of a component:"
-        f" {', '.join(_COMPONENTS)}. (LoHa, LoKr, DoRA and Tucker's lora_mid are not read here.)"
+        f" {', '.join(_COMPONENTS)}. (LoHa, LoKr and Tucker's lora_mid are not read here.)"
       )
       continue
     own, name, part = found
@@ -109,14 +112,14 @@ def _options(metadata: Mapping[str, str], component: str | None, problems: list[
   except (ValueError, AttributeError, RecursionError) as error:
     problems.append(f"{METADATA}: not readable as JSON ({type(error).__name__})")
     return {}
-  if options.get("use_dora") or options.get("lora_bias"):
-    problems.append(f"{METADATA}: DoRA or a bias in lora_B, which are not read here")
+  if options.get("lora_bias"):
+    problems.append(f"{METADATA}: a bias in lora_B, which is not read here")
   return options
 
 
 def _module(name: str, parts: Mapping[str, np.ndarray], told: Any, scaling: str, problems: list[str]) -> Module | None:
   """A module of its parts; `told` is its alpha by the file's metadata, `None` where there is none."""
-  a, b, alpha = (parts.get(part) for part in ("a", "b", "alpha"))
+  a, b, alpha, magnitude = (parts.get(part) for part in ("a", "b", "alpha", "magnitude"))
   shapes = {part: tensor.shape for part, tensor in parts.items()}
   fits = a is not None and b is not None and a.ndim == b.ndim and a.ndim in (2, 4) and b.shape[1] == len(a)
   if a is None or b is None or not fits or any(size != 1 for size in b.shape[2:]):
@@ -125,5 +128,10 @@ def _module(name: str, parts: Mapping[str, np.ndarray], told: Any, scaling: str,
   if alpha is not None and alpha.size != 1:
     problems.append(f"{name}: alpha has shape {alpha.shape}, expected one number")
     return None
+  if magnitude is not None and (magnitude.size != len(b) or max(magnitude.shape) != len(b)):
+    problems.append(f"{name}: a magnitude of shape {magnitude.shape}, expected one number for each of {len(b)} outputs")
+    return None
   value = float(alpha.reshape(())) if alpha is not None else float(len(a) if told is None else told)
-  return Module(name, "linear" if a.ndim == 2 else "conv", a, b, value, scaling)
+  kind = "linear" if a.ndim == 2 else "conv"
+  norms = None if magnitude is None else magnitude_to_torch(magnitude, kind, a.ndim)
+  return Module(name, kind, a, b, value, scaling, norms)

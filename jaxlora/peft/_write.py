@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from jaxlora._base.files import replacing
+from jaxlora._base.text import listed
 from jaxlora.peft._mlx import MLX_WEIGHTS, mlx_of
-from jaxlora.peft._records import CONFIG, WEIGHTS, Adapter
+from jaxlora.peft._records import CONFIG, WEIGHTS, Adapter, PeftError
 from jaxlora.peft._state import state_of
 
 
@@ -19,7 +20,16 @@ def write(folder: Any, adapter: Adapter) -> None:
   Args:
     folder: made if it does not exist; earlier files of the two names are replaced.
     adapter: with the configuration that belongs to its tensors.
+
+  Raises:
+    PeftError: if some of its modules are DoRA's, and others are not; nothing is written.
   """
+  plain = [name for name, module in adapter.modules.items() if module.magnitude is None]
+  if 0 < len(plain) < len(adapter.modules):
+    raise PeftError(
+      f"{folder}: {listed(plain)}: no DoRA, while other modules are; PEFT has one variant for a whole adapter. Merge"
+      " it, or write the two kinds apart."
+    )
   _write(Path(folder), WEIGHTS, state_of(adapter), adapter.config, "pt")
 
 

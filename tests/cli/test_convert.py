@@ -163,6 +163,14 @@ def test_kohyas_names_need_a_base_to_become_torchs(run, tmp_path):
   assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["r"] == 2
 
 
+def test_dora_on_some_modules_makes_no_peft_folder(run, tmp_path):
+  factors = {f"unet.{name}.lora_{half}.weight": np.ones((2, 2), np.float32) for name in "xy" for half in "AB"}
+  save_file({**factors, "unet.x.lora_magnitude_vector": np.ones(2, np.float32)}, tmp_path / "dora.safetensors")
+  error = run("convert", tmp_path / "dora.safetensors", tmp_path / "p", "--to", "peft", code=1)["error"]
+  assert "y: no DoRA, while other modules are" in error
+  assert not (tmp_path / "p").exists()
+
+
 def test_qwixs_factors_in_an_orbax_checkpoint(run, tmp_path):
   import orbax.checkpoint as ocp
 

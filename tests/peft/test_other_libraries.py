@@ -226,6 +226,65 @@ def test_the_oldest_keys_of_diffusers(tmp_path):
   close(delta(attention_of(tree)["to_out_0"]["kernel"]), (d @ c).T)
 
 
+SGM = {  # names of SDXL's LoRAs, and diffusers'
+  "input_blocks_4_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+  "input_blocks_8_1_proj_in": "down_blocks.2.attentions.1.proj_in",
+  "input_blocks_4_0_in_layers_2": "down_blocks.1.resnets.0.conv1",
+  "input_blocks_2_0_emb_layers_1": "down_blocks.0.resnets.1.time_emb_proj",
+  "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+  "middle_block_0_out_layers_3": "mid_block.resnets.0.conv2",
+  "middle_block_1_transformer_blocks_9_ff_net_2": "mid_block.attentions.0.transformer_blocks.9.ff.net.2",
+  "middle_block_2_in_layers_2": "mid_block.resnets.1.conv1",
+  "output_blocks_0_1_transformer_blocks_1_attn2_to_out_0": (
+    "up_blocks.0.attentions.0.transformer_blocks.1.attn2.to_out.0"
+  ),
+  "output_blocks_5_1_proj_out": "up_blocks.1.attentions.2.proj_out",
+  "output_blocks_5_2_conv": "up_blocks.1.upsamplers.0.conv",
+  "output_blocks_2_1_conv": "up_blocks.0.upsamplers.0.conv",  # of a block without attention
+  "output_blocks_8_0_skip_connection": "up_blocks.2.resnets.2.conv_shortcut",
+  "input_blocks_0_0": "conv_in",
+  "time_embed_2": "time_embedding.linear_2",
+  "label_emb_0_0": "add_embedding.linear_1",
+  "out_2": "conv_out",
+}
+
+
+def test_sdxls_names_are_diffusers(tmp_path):
+  tensors, base = {}, {}
+  for k, (name, module) in enumerate(SGM.items()):
+    tensors[f"lora_unet_{name}.lora_down.weight"] = np.full((1, 2), k + 1, np.float32)
+    tensors[f"lora_unet_{name}.lora_up.weight"] = np.ones((3, 1), np.float32)
+    node = base
+    for part in re.sub(r"\.(\d+)", r"_\1", module).split("."):
+      node = node.setdefault(part, {})
+    node["kernel"] = jnp.zeros((2, 3))
+  save_file(tensors, tmp_path / "xl.safetensors")
+  merged = jaxlora.merge(peft.load(tmp_path / "xl.safetensors", base))
+  for k, module in enumerate(SGM.values()):
+    node = merged
+    for part in re.sub(r"\.(\d+)", r"_\1", module).split("."):
+      node = node[part]
+    close(node["kernel"], np.full((2, 3), k + 1))
+
+
+@pytest.mark.parametrize("key", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"])
+@pytest.mark.parametrize("conv", [False, True])
+def test_dora_of_diffusion_models(key, conv, tmp_path):
+  name = f"{BLOCK}.proj_in" if conv else TO_Q
+  a, b = (normal(2, WIDTH, 1, 1), normal(WIDTH, 2, 1, 1)) if conv else (normal(2, WIDTH), normal(6, 2))
+  norms = jnp.abs(normal(len(b))) + 0.5
+  shape = {"dora_scale": (-1, *(1 for _ in a.shape[1:]))}.get(key, (1, -1, 1, 1) if conv else (-1,))
+  kohya = key == "dora_scale"
+  stem, down, up = (flat(name), "lora_down", "lora_up") if kohya else (f"unet.{name}", "lora_A", "lora_B")
+  tensors = {f"{stem}.{down}.weight": a, f"{stem}.{up}.weight": b, f"{stem}.{key}": norms.reshape(shape)}
+  save_file({k: np.asarray(x) for k, x in tensors.items()}, tmp_path / "x.safetensors")
+  tree = peft.load(tmp_path / "x.safetensors", unet())["down_blocks_0"]["attentions_1"]
+  node = tree["proj_in"]["kernel"] if conv else tree["transformer_blocks_0"]["attn1"]["to_q"]["kernel"]
+  inputs_first = (node.base.reshape(WIDTH, -1), a.reshape(2, -1).T @ b.reshape(-1, 2).T)
+  moved = np.asarray(inputs_first[0] + inputs_first[1])
+  close(jaxlora.merge(node).reshape(WIDTH, -1), moved * np.asarray(norms) / np.linalg.norm(moved, axis=0))
+
+
 def test_alphas_in_the_metadata(tmp_path):
   tensors = {f"unet.{TO_Q}.lora_A.weight": normal(2, WIDTH), f"unet.{TO_Q}.lora_B.weight": normal(6, 2)}
   tensors |= {f"unet.{TO_OUT}.lora_A.weight": normal(2, 6), f"unet.{TO_OUT}.lora_B.weight": normal(WIDTH, 2)}
@@ -257,10 +316,14 @@ def test_one_component_of_several(tmp_path):
 @pytest.mark.parametrize(
   ("tensors", "message"),
   [
-    ({"lora_unet_x.hada_w1_a": (2, 2)}, "lora_unet_x.hada_w1_a: unknown; expected .*LoHa, LoKr, DoRA and Tucker"),
+    ({"lora_unet_x.hada_w1_a": (2, 2)}, "lora_unet_x.hada_w1_a: unknown; expected .*LoHa, LoKr and Tucker"),
     ({"lora_unet_x.lora_mid.weight": (2, 2)}, "unknown"),
     ({"lora_unet_x.lora_down.weight": (2, 4)}, r"x: found {'a': \(2, 4\)}, expected"),
     ({"lora_unet_x.lora_down.weight": (2, 4), "lora_unet_x.lora_up.weight": (4, 3)}, "x: found"),
+    (
+      {"lora_unet_x.lora_down.weight": (2, 3), "lora_unet_x.lora_up.weight": (4, 2), "lora_unet_x.dora_scale": (1, 3)},
+      r"x: a magnitude of shape \(1, 3\), expected one number for each of 4 outputs",
+    ),
     ({"lora_unet_y.lora_down.weight": (2, 4), "lora_unet_y.lora_up.weight": (4, 2)}, "y.weight: no leaf of the tree"),
   ],
 )
