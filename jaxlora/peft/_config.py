@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from jaxlora._base.text import short
+from jaxlora.peft._conv1d import is_named_conv1d
 from jaxlora.peft._patterns import exact_patterns, is_number, target_modules
-from jaxlora.peft._records import CONV1D, Module, Packed
+from jaxlora.peft._records import Module, Packed
 
 
 def config_of(
@@ -19,6 +20,7 @@ def config_of(
   known: Collection[str] | None = None,
   dropout: float = 0.0,
   packed: Mapping[str, Packed] = MappingProxyType({}),
+  conv1d: bool = True,
 ) -> dict[str, Any]:
   """The configuration with which `PeftModel.from_pretrained` builds an adapter of these modules and parameters.
 
@@ -31,6 +33,7 @@ def config_of(
       `None` if they are not known.
     dropout: of all modules. PEFT has none on parameters that hold several experts: with those it is 0.
     packed: the parameters that hold several experts, by name.
+    conv1d: whether modules of GPT-2's names are its Conv1D.
 
   Raises:
     PeftError: if PEFT's patterns cannot tell the adapted modules from others.
@@ -63,7 +66,7 @@ def config_of(
     "bias": bias,
     "use_rslora": scalings == {"rslora"},
     "use_dora": any(module.magnitude is not None for module in modules.values()),
-    "fan_in_fan_out": bool(modules) and all(name.rpartition(".")[2] in CONV1D for name in modules),
+    "fan_in_fan_out": conv1d and bool(modules) and all(map(is_named_conv1d, modules)),
     "init_lora_weights": True,  # readers such as vLLM's refuse any other; what the file holds starts from the base
     "rank_pattern": exact_patterns({name: setting[0] for name, setting in settings.items()}, rank),
     "alpha_pattern": exact_patterns({name: setting[1] for name, setting in settings.items()}, alpha),

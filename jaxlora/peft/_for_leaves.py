@@ -44,8 +44,8 @@ def named_for_leaves(
   """
   if not targets:
     return adapter
-  old = Held(dict(adapter.modules), {**adapter.bases, **adapter.whole}, problems)
-  new = Held({}, {}, problems)
+  old = Held(dict(adapter.modules), {**adapter.bases, **adapter.whole}, problems, known.conv1d)
+  new = Held({}, {}, problems, known.conv1d)
   groups: dict[tuple[str, str], tuple[Index, dict[int, str]]] = {}  # of a joined parameter: the leaf of each part
   for path, target in targets.items():
     for index in _indices(target, [*old.modules, *(name.rpartition(".")[0] for name in old.tensors)]):

@@ -21,6 +21,7 @@ def named_for_torch(
   leaves: Mapping[str, Any],
   layers: Callable[[str], Sequence[tuple[Index, str]]],
   targets: Mapping[str, Target],
+  conv1d: bool,
   problems: list[str],
 ) -> tuple[list[Module], dict[str, np.ndarray]]:
   """Modules and tensors under torch's names, where some are under names of leaves that are no one torch module.
@@ -31,14 +32,15 @@ def named_for_torch(
     leaves: of the tree, by path.
     layers: the indices and names of a leaf by its path.
     targets: of the leaves, by path.
+    conv1d: whether torch's modules of GPT-2's names are its Conv1D.
     problems: what does not fit is added to these.
   """
   parts = {path: target for path, target in targets.items() if target.parts}
   if not parts:
     return list(modules), dict(whole)
   own = {name for path in parts for _, name in layers(path)}
-  old = Held({module.name: module for module in modules if module.name in own}, dict(whole), problems)
-  new = Held({}, {n: t for n, t in whole.items() if n.rpartition(".")[0] not in own}, problems)
+  old = Held({module.name: module for module in modules if module.name in own}, dict(whole), problems, conv1d)
+  new = Held({}, {n: t for n, t in whole.items() if n.rpartition(".")[0] not in own}, problems, conv1d)
   groups: dict[str, dict[tuple[str, int], tuple[str, str]]] = {}  # joined: by parameter and part, the path and own name
   for path, target in parts.items():
     for index, name in layers(path):

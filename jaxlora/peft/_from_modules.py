@@ -1,6 +1,8 @@
 """From torch's modules to a tree. No files here."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
 from typing import Any
 import warnings
 
@@ -12,10 +14,11 @@ from jaxlora._base.paths import flatten
 from jaxlora._base.rounding import RoundingWarning, lost_share, notable, same_but_for_rounding
 from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.weight import FullWeight, is_adapted
+from jaxlora.peft._conv1d import told_by_adapter, told_by_model
 from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
 from jaxlora.peft._layers import with_layers
 from jaxlora.peft._left_out import left_out, problems_of, warn_of
-from jaxlora.peft._names import Key, Names, check_names, key_of
+from jaxlora.peft._names import Key, Names, check_names, key_of, module_of, split_path
 from jaxlora.peft._nodes import Index, lora_weight, whole_value
 from jaxlora.peft._oriented import oriented
 from jaxlora.peft._places import Place, find_places
@@ -97,7 +100,7 @@ def tree_of_adapter(
   """`from_modules` of checked parameters, for a caller whose name its errors begin with."""
   nodes, treedef = flatten(params)
   leaves = dict(nodes)
-  known = known_roles(leaves, params, axes, probe)
+  known = _with_conv1d(known_roles(leaves, params, axes, probe), adapter, leaves)
   problems: list[str] = []
   parts = targets_of_parts(leaves, names, known)
   adapter = named_for_leaves(adapter, leaves, parts, known, problems)
@@ -133,6 +136,15 @@ def tree_of_adapter(
     raise fail(subject, [*adapter.unsupported, *problems], _PARTS if missing else "")
   warn_of(without_factors)
   return with_own_names(jax.tree_util.tree_unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()]))
+
+
+def _with_conv1d(known: KnownRoles, adapter: Adapter, leaves: Mapping[str, Any]) -> KnownRoles:
+  """What is known, with whether torch's modules of GPT-2's names are its Conv1D, by the adapter or else by the tree."""
+  told = told_by_adapter(adapter)
+  if told is None:
+    weights = {module_of(path): leaf for path, leaf in leaves.items() if split_path(path)[1] == "weight"}
+    told = told_by_model({name: math.prod(shape_of_leaf(leaf)) for name, leaf in weights.items()})
+  return dataclasses.replace(known, conv1d=told)
 
 
 def _adapted_leaves(

@@ -5,7 +5,8 @@ import dataclasses
 
 import numpy as np
 
-from jaxlora.peft._records import CONV1D, Module
+from jaxlora.peft._conv1d import is_named_conv1d
+from jaxlora.peft._records import Module
 
 Index = tuple[int, ...]  # along the stacked axes of a leaf
 
@@ -17,6 +18,7 @@ class Held:
   modules: dict[str, Module]
   tensors: dict[str, np.ndarray]  # by the name of the parameter
   problems: list[str]
+  conv1d: bool = True  # whether modules of GPT-2's names store their weights as (in, out)
   taken: set[str] = dataclasses.field(default_factory=set)  # names of modules and of parameters that went elsewhere
 
   def module(self, name: str) -> Module | None:
@@ -32,17 +34,16 @@ class Held:
     """A tensor of a module, with its outputs first."""
     tensor = self.tensors.get(name := f"{module}.{parameter}")
     self.taken |= {name} & self.tensors.keys()
-    return tensor.T if tensor is not None and _inputs_first(module, tensor) else tensor
+    return tensor.T if tensor is not None and self._inputs_first(module, tensor) else tensor
 
   def put_tensor(self, module: str, parameter: str, tensor: np.ndarray) -> None:
     name = f"{module}.{parameter}"
     if name in self.tensors:
       self.problems.append(f"{name}: several leaves or tensors have this name. Tell them apart by names=")
-    self.tensors[name] = tensor.T if _inputs_first(module, tensor) else tensor
+    self.tensors[name] = tensor.T if self._inputs_first(module, tensor) else tensor
 
-
-def _inputs_first(module: str, tensor: np.ndarray) -> bool:
-  return tensor.ndim == 2 and module.rpartition(".")[2] in CONV1D
+  def _inputs_first(self, module: str, tensor: np.ndarray) -> bool:
+    return self.conv1d and tensor.ndim == 2 and is_named_conv1d(module)
 
 
 def assembled(parts: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:

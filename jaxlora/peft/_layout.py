@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlora._base.paths import components
 from jaxlora._weight.roles import axes_of, factor_shape
-from jaxlora.peft._records import CONV1D, Module
+from jaxlora.peft._records import Module
 
 
 def torch_kind(path: str, module: str, roles: str, table: bool) -> str:
@@ -68,7 +68,7 @@ def factors_from_torch(module: Module, shape: Sequence[int], roles: str) -> tupl
   return a.reshape(ins), module.b_matrix.T.reshape(outs)
 
 
-def weight_to_torch(value: np.ndarray, roles: str, kind: str, module: str) -> np.ndarray:
+def weight_to_torch(value: np.ndarray, roles: str, kind: str, inputs_first: bool = False) -> np.ndarray:
   """A weight in the layout of its torch module.
 
   (out, in) or (out, in, *kernel); (in, out) for GPT-2's Conv1D; embeddings and vectors are the same in both.
@@ -79,18 +79,18 @@ def weight_to_torch(value: np.ndarray, roles: str, kind: str, module: str) -> np
   if kind == "conv":
     return weight
   matrix = weight.reshape(math.prod(weight.shape[: roles.count("o")]), -1)
-  return matrix.T if is_conv1d(module) else matrix
+  return matrix.T if inputs_first else matrix
 
 
 def weight_from_torch(
-  tensor: np.ndarray, shape: Sequence[int], roles: str, kind: str, module: str
+  tensor: np.ndarray, shape: Sequence[int], roles: str, kind: str, inputs_first: bool = False
 ) -> np.ndarray | None:
   """A weight of a torch module in the layout of a leaf of `shape`, or `None` where it does not fit."""
   if len(shape) == 1 or kind == "embedding":
     return tensor if tensor.shape == tuple(shape) else None
   order = _torch_order(roles, kind)
-  expected = weight_to_torch(np.empty(shape, np.int8), roles, kind, "").shape
-  transposed = kind == "linear" and tensor.ndim == 2 and is_conv1d(module)
+  expected = weight_to_torch(np.empty(shape, np.int8), roles, kind).shape
+  transposed = kind == "linear" and tensor.ndim == 2 and inputs_first
   for candidate in (tensor.T, tensor) if transposed else (tensor,):
     if candidate.shape == expected:
       return candidate.reshape([shape[d] for d in order]).transpose(np.argsort(order))
@@ -101,10 +101,6 @@ def _torch_order(roles: str, kind: str) -> list[int]:
   """The axes of a leaf in torch's order: outputs, inputs; of a convolution the input channels before the kernel's."""
   ins, outs = axes_of(roles, "i"), axes_of(roles, "o")
   return outs + ([ins[-1], *ins[:-1]] if kind == "conv" and channels_last(roles) else ins)
-
-
-def is_conv1d(module: str) -> bool:
-  return module.rpartition(".")[2] in CONV1D
 
 
 def magnitude_to_torch(magnitude: np.ndarray, kind: str, ndim: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,14 @@ class TorchModel:
     """The layers of a leaf: the index of each along the stacked axes, and the name of its torch module."""
     target, sizes = self.targets[path], shape_of_leaf(self.leaves[path])
     return [(index, target.name(index)) for index in np.ndindex(*(sizes[d] for d in self.stacks[path]))]
+
+  def sizes(self) -> dict[str, int]:
+    """How many elements the weight of each module has, by the module's name."""
+    sizes = {}
+    for name, held in self.parameters().items():
+      path, _ = held.get("weight", next(iter(held.values())))
+      sizes[name] = math.prod(shape_of_leaf(self.leaves[path])) // max(1, len(self.layers(path)))
+    return sizes
 
   def module_names(self) -> list[str] | None:
     """The names of all modules of the model; `None` for the trainable half of a tree, which has but some of them."""

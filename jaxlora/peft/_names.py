@@ -115,6 +115,11 @@ def split_path(path: str) -> tuple[str, str | None]:
   return path, None
 
 
+def module_of(path: str) -> str:
+  """The name that a leaf's module has in torch, but for the indices of layers."""
+  return split_path(path)[0].replace("/", ".").removeprefix("params.")
+
+
 def key_of(parameter: str) -> Key:
   """`head.classifier.weight` -> `head.classifier`, `weight`."""
   module, _, name = parameter.rpartition(".")

@@ -12,7 +12,7 @@ from jaxlora._adapt.layouts import Clue
 from jaxlora._weight.dora import squared_norms
 from jaxlora._weight.shapes import shape_of_leaf
 from jaxlora._weight.weight import UNIT_SCALE, LoraWeight
-from jaxlora.peft._layout import factors_from_torch, is_conv1d, torch_shapes, weight_from_torch
+from jaxlora.peft._layout import factors_from_torch, torch_shapes, weight_from_torch
 from jaxlora.peft._records import RESIZE, Module, is_resized
 from jaxlora.peft._roles import KnownRoles, roles_for_module, roles_of_layer
 
@@ -149,8 +149,9 @@ def whole_value(path: str, leaf: Any, tensors: Mapping[Index, tuple[str, np.ndar
     if parameter == "bias":
       found = tensor.reshape(layer) if tensor.ndim == 1 and tensor.size == math.prod(layer) else None
     else:
-      roles = roles_of_layer(path, layer, known, None if is_conv1d(module) else tensor.shape)
-      found = weight_from_torch(tensor, layer, roles, known.kind(path, module, roles), module)
+      inputs_first = known.stores_inputs_first(module)
+      roles = roles_of_layer(path, layer, known, None if inputs_first else tensor.shape)
+      found = weight_from_torch(tensor, layer, roles, known.kind(path, module, roles), inputs_first)
     if found is None:
       hint = f". {RESIZE}" if is_resized(name, layer, tensor.shape) else ""
       raise ValueError(f"{name} has shape {tensor.shape}, which does not fit a leaf of shape {shape}{hint}")

@@ -14,6 +14,7 @@ from jaxlora._base.patterns import first_match, nearest
 from jaxlora._weight.boxes import axis_names
 from jaxlora._weight.shapes import shape_of_leaf
 from jaxlora._weight.weight import LoraWeight
+from jaxlora.peft._conv1d import is_named_conv1d
 from jaxlora.peft._layout import names_a_convolution, torch_kind, torch_shapes
 from jaxlora.peft._names import split_path
 from jaxlora.peft._records import Module, PeftError
@@ -35,6 +36,7 @@ class KnownRoles:
     tied: leaves that the probe shows both looked up and multiplied by: an embedding that is also the head.
     axis_names: the names of the axes of leaves in Flax's boxes, by path.
     stacks: the stacked axes of leaves that have some, as far as they are known, by path.
+    conv1d: whether torch's modules of GPT-2's names are its Conv1D.
   """
 
   given: dict[str, str]
@@ -43,6 +45,7 @@ class KnownRoles:
   tied: frozenset[str]
   axis_names: Mapping[str, tuple[Any, ...]]
   stacks: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  conv1d: bool = True
 
   def clue(self, path: str, ndim: int) -> Clue | None:
     """The evidence on one layer's weight of `ndim` axes."""
@@ -53,6 +56,10 @@ class KnownRoles:
   def kind(self, path: str, module: str, roles: str) -> str:
     """The kind of torch module for a leaf."""
     return torch_kind(path, module, roles, table=self.layouts.is_table(path))
+
+  def stores_inputs_first(self, module: str) -> bool:
+    """Whether torch has the weight of a linear module as (in, out)."""
+    return self.conv1d and is_named_conv1d(module)
 
   def stacked_axes(self, path: str, count: int) -> tuple[int, ...]:
     """The axes of a leaf along which its layers lie, in the order of the indices in torch's name.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlora.peft._names import Key, split_path
+from jaxlora.peft._names import Key, module_of, split_path
 from jaxlora.peft._places import Place
 from jaxlora.peft._records import Adapter
 from jaxlora.peft._roles import KnownRoles, shape_of_leaf
@@ -54,11 +54,6 @@ def one_leaf_for_both_uses(
     return adapter
   problems.append(_problem(uses, table.path, uses.head or name, tied))
   return without_head(adapter, uses.head) if uses.head else adapter
-
-
-def module_of(path: str) -> str:
-  """The name that a leaf's module has in torch, but for the indices of layers."""
-  return split_path(path)[0].replace("/", ".").removeprefix("params.")
 
 
 def _token_embedding(leaves: Mapping[str, Any]) -> Place | None:

@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Collection
-import math
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.peft._config import config_of
+from jaxlora.peft._conv1d import told_by_model
 from jaxlora.peft._for_torch import joined_names, named_for_torch
 from jaxlora.peft._layout import factors_to_torch, magnitude_to_torch, weight_to_torch
 from jaxlora.peft._model import TorchModel
@@ -72,13 +73,7 @@ def module_sizes(tree: Any, names: Names, axes: Axes) -> dict[str, int] | None:
   """
   leaves = dict(flatten(tree, is_leaf=is_adapted)[0])
   model = TorchModel.of_leaves(leaves, names, known_roles(leaves, tree, axes, None), [])
-  if model.module_names() is None:
-    return None
-  sizes = {}
-  for name, held in model.parameters().items():
-    path, _ = held.get("weight", next(iter(held.values())))
-    sizes[name] = math.prod(shape_of_leaf(model.leaves[path])) // max(1, len(model.layers(path)))
-  return sizes
+  return None if model.module_names() is None else model.sizes()
 
 
 def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type: str | None = None) -> Adapter:
@@ -91,12 +86,13 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   problems: list[str] = []
   known = known_roles(leaves, tree, axes, None)
   model = TorchModel.of_leaves(leaves, names, known, problems)
+  known = dataclasses.replace(known, conv1d=told_by_model(model.sizes()))
   adapted = [path for path in model.targets if isinstance(leaves[path], LoraWeight)]
   modules = [module for path in adapted for module in _modules_of(path, model, known, subject, problems)]
   whole, bias = _trained_whole(
     model, known, {module.name for module in modules}, HEADS.get(str(task_type), ()), problems
   )
-  modules, whole = named_for_torch(modules, whole, leaves, model.layers, model.targets, problems)
+  modules, whole = named_for_torch(modules, whole, leaves, model.layers, model.targets, known.conv1d, problems)
   if not modules and not whole and not problems:
     raise ValueError(f"{subject}: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
   _check_together(modules, problems)
@@ -114,6 +110,7 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
     known=model.module_names(),
     dropout=max(dropouts, key=dropouts.count, default=0.0),
     packed=packed,
+    conv1d=known.conv1d,
   )
   if tied is not None:
     config["ensure_weight_tying"] = True
@@ -292,4 +289,4 @@ def _torch_tensor(
   except ValueError as error:
     problems.append(f"{path}: {error}")
     return None
-  return weight_to_torch(value, roles, known.kind(path, name, roles), name)
+  return weight_to_torch(value, roles, known.kind(path, name, roles), known.stores_inputs_first(name))

@@ -48,8 +48,8 @@ def leaves_with_rows(
         raise ValueError(f"some of its rows are trained, in layer {place.index} of a stack")
       module, roles = key_of(name)[0], roles_of_layer(path, leaf.shape, known)
       kind = known.kind(path, module, roles)
-      table = tokens.put_into(name, weight_to_torch(np.asarray(leaf), roles, kind, module))
-      value = weight_from_torch(table, leaf.shape, roles, kind, module)
+      table = tokens.put_into(name, weight_to_torch(np.asarray(leaf), roles, kind))
+      value = weight_from_torch(table, leaf.shape, roles, kind)
       found[path] = FullWeight(base=leaf, value=jnp.array(value, leaf.dtype))
     except ValueError as error:
       problems.append(f"{path} ({name}): {error}")

@@ -141,6 +141,44 @@ def test_whole_weights_in_both_layouts(name):
   jax.tree.map(close, saved, tensors)
 
 
+def block(attention, mlp):
+  """A block whose modules are called as GPT-2's: the outputs of `c_attn`, and the names of its MLP."""
+  shapes = {"attn": {"c_attn": (8, attention), "c_proj": (8, 8)}, "mlp": {mlp: (8, 12), "c_proj": (12, 8)}}
+  leaf = lambda shape: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
+  return {"h": {"0": jax.tree.map(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))}}
+
+
+BLOCKS = {  # and whether torch has them as GPT-2's Conv1D: (in, out)
+  "GPT-2": (block(24, "c_fc"), True),
+  "GPT-BigCode": (block(12, "c_fc"), False),  # one head of keys and values
+  "Qwen": (block(24, "w1"), False),
+}
+
+
+@pytest.mark.parametrize("model", BLOCKS)
+@pytest.mark.parametrize("said", ["by the tree", "by the configuration", "by a bias"])
+def test_square_weights_of_modules_called_as_gpt2s(model, said):
+  params, inputs_first = BLOCKS[model]
+  square, bias = np.asarray(normal(8, 8)), np.asarray(normal(8))
+  torch = square.T if inputs_first else square  # `square` is (out, in)
+  tree = jax.tree.map(lambda x: x, params)
+  own = "transformer.h.0.attn.c_proj"
+  tensors = {f"{own}.weight": torch, f"{own}.bias": bias}
+  config, modules = {}, {}
+  if said == "by the configuration":  # PEFT sets it where it finds a Conv1D
+    config = {"fan_in_fan_out": inputs_first}
+    modules = {name: linear(name, 8, 12) for name in ["transformer.h.0.mlp.c_fc"]} if model != "Qwen" else {}
+    modules |= {name: linear(name, 8, 24) for name in ["transformer.h.0.attn.c_attn"] if model == "Qwen"}
+  if said == "by a bias":
+    wide = np.asarray(normal(12, 8) if inputs_first else normal(8, 12))
+    tensors |= {"transformer.h.0.mlp.c_proj.weight": wide, "transformer.h.0.mlp.c_proj.bias": bias}
+  loaded = peft.from_modules(peft.Adapter(modules, tensors, {}, config), tree)
+  close(loaded["h"]["0"]["attn"]["c_proj"]["kernel"].value, square.T)
+  back = peft.to_modules(loaded)
+  jax.tree.map(close, back.whole, tensors)
+  assert back.config["fan_in_fan_out"] == bool(modules and inputs_first)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Stacked axes that do not lead.
 
