@@ -72,6 +72,7 @@ class Layouts:
     typed: path -> what the type of its module says: roles, `TABLE` or `NOT_KERNEL`.
     told: path -> `"io"` or `"oi"` of matrices whose own bias, or adapter, fits one way alone.
     biased: the paths in `told` of which the bias told.
+    beside_bias: the matrices that are the only weight beside a bias: no tables, which have none.
   """
 
   given: Mapping[str, str]
@@ -79,6 +80,7 @@ class Layouts:
   typed: Mapping[str, str]
   told: Mapping[str, str]
   biased: frozenset[str]
+  beside_bias: frozenset[str]
 
   @classmethod
   def of_tree(
@@ -86,8 +88,11 @@ class Layouts:
   ) -> "Layouts":
     """Collects the evidence on a tree, whose leaves are given by path."""
     shapes = {path: shape_of_leaf(leaf) for path, leaf in leaves.items()}
-    told = _told_by_biases(shapes)
-    return cls(given, seen, typed_parameters(tree, shapes), told, frozenset(told))
+    biases = _own_biases(shapes)
+    found = {path: _layout_by_bias(shapes[path], bias) for path, bias in biases.items()}
+    # A `b` beside a `w` may be any vector.
+    told = {path: way for path, way in found.items() if way and not (way == "oi" and components(path)[-1] == "w")}
+    return cls(given, seen, typed_parameters(tree, shapes), told, frozenset(told), frozenset(biases))
 
   def beside(self, told: Mapping[str, str]) -> "Layouts":
     """The same, with matrices whose adapters fit one way alone."""
@@ -95,7 +100,8 @@ class Layouts:
 
   def is_table(self, path: str) -> bool:
     """Whether a leaf is a table that is looked up in, by its module's type or its name."""
-    return self.typed.get(path) == TABLE or (path not in self.typed and names_a_table(path))
+    named = names_a_table(path) and path not in self.beside_bias
+    return self.typed.get(path) == TABLE or (path not in self.typed and named)
 
   def is_no_kernel(self, path: str) -> bool:
     """Whether the type of its module says that a leaf is contracted with nothing: tables, norms."""
@@ -168,22 +174,19 @@ def _module(path: str) -> str:
   return "/".join(components(path)[-2:-1])
 
 
-def _told_by_biases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-  """The layouts of matrices, or of stacks of them, that are the only weight beside a bias, and are not square."""
+def _own_biases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+  """The bias of each matrix, or stack of them, that is the only weight beside one; an `embedding` is a table still."""
   by_module: dict[str, dict[str, tuple[int, ...]]] = {}
   for path, shape in shapes.items():
     *modules, name = components(path)
     by_module.setdefault("/".join(modules), {})[name] = shape
-  told = {}
+  found = {}
   for module, beside in by_module.items():
     weights = [name for name, shape in beside.items() if name not in _BIASES and len(shape) >= 2]
     biases = [beside[name] for name in _BIASES if name in beside]
-    path = "/".join(filter(None, [module, *weights]))
-    if len(weights) == len(biases) == 1 and not names_a_table(path):
-      found = _layout_by_bias(beside[weights[0]], biases[0])
-      if found is not None and not (weights[0] == "w" and found == "oi"):  # a `b` beside a `w` may be any vector
-        told[path] = found
-  return told
+    if len(weights) == len(biases) == 1 and weights[0] != "embedding":
+      found["/".join(filter(None, [module, *weights]))] = biases[0]
+  return found
 
 
 def _layout_by_bias(shape: Sequence[int], bias: Sequence[int]) -> str | None:

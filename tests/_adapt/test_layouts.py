@@ -41,6 +41,8 @@ def matrix(*shape):
     ({"weight": matrix(6, 8), "bias": matrix(6)}, ("oi", True)),
     ({"W": matrix(6, 8), "b": matrix(6)}, ("oi", True)),
     ({"wte": {"weight": matrix(11, 8)}}, ("io", True)),
+    ({"embed": {"weight": matrix(6, 8), "bias": matrix(6)}}, ("oi", True)),  # a layer: tables have no bias
+    ({"embed": {"weight": square(), "bias": matrix(8)}}, ("oi", False)),
     ({"embed": {"embedding": matrix(8, 8), "bias": matrix(8)}}, ("io", True)),
   ],
 )
