@@ -11,7 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 import jaxlora
-from tests.helpers.adapters import drawn, trained
+from tests.helpers.adapters import trained
 from tests.helpers.arrays import array
 
 
@@ -33,8 +33,7 @@ class Case:
   @property
   def config(self) -> jaxlora.LoraConfig:
     targets = lambda path, leaf: path in self.roles
-    axes = self.roles if self.told else None
-    return jaxlora.LoraConfig(rank=self.rank, alpha=3, targets=targets, axes=axes, init=drawn)
+    return jaxlora.LoraConfig(rank=self.rank, alpha=3, targets=targets, axes=self.roles if self.told else None)
 
   def adapted(self) -> Any:
     """The adapted tree with B away from zero, so that the adapter does something."""

@@ -62,6 +62,11 @@ def nothing_shared() -> Iterator[None]:
 
 def forget() -> None:
   trace_cache._once.cache_clear()
+  for name, module in list(sys.modules.items()):
+    if name.partition(".")[0] == "jaxlora":
+      for member in list(vars(module).values()):
+        if hasattr(member, "clear_cache"):  # a function that the library compiles
+          member.clear_cache()
   for build in helpers.BUILDERS.values():
     build.cache_clear()
 

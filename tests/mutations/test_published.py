@@ -62,8 +62,8 @@ def merged_twice(patch):
   patch.setattr(
     merge,
     "_merged",
-    lambda path, node, *rest: MERGED(
-      path, dataclasses.replace(node, base=node.materialize()) if isinstance(node, LoraWeight) else node, *rest
+    lambda node, *rest: MERGED(
+      dataclasses.replace(node, base=node.materialize()) if isinstance(node, LoraWeight) else node, *rest
     ),
   )
 
