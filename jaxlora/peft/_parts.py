@@ -104,7 +104,8 @@ class Experts:
       lora_A = a as (experts * rank, in),    lora_B[o, r * experts + e] = b[e, r, o]
 
   Stacked leaves called `experts/gate_up_proj`, and `experts/down_proj` beside one, need no entry. A is that of the
-  inputs, as PEFT has it with transformers 5.
+  inputs, as PEFT has it with transformers 5; in earlier versions a module that stores its experts as (in, out), such as
+  gpt-oss', does not say so to PEFT: set `is_transposed = True` on it before `PeftModel.from_pretrained`.
 
   Attributes:
     parameter: its name in torch, with `\1` and `{}` as elsewhere in `names`; `{}` is for stacks beside the experts',

@@ -97,6 +97,16 @@ RULES = (
     broken=checks.missing_heads,
   ),
   Rule(
+    name="experts",
+    readers=("peft",),
+    requires="a module whose parameters hold experts as (in, out) says is_transposed, as those of transformers 5 do",
+    otherwise="PEFT takes A for the outputs: an error for other sizes, and wrong without a word for equal ones",
+    remedy="load it with transformers 5, or set is_transposed = True on the module before PeftModel.from_pretrained",
+    source="peft/tuners/lora/layer.py: ParamWrapper.__init__",
+    broken=checks.packed_experts,
+    note=True,
+  ),
+  Rule(
     name="null-patterns",
     readers=("peft",),
     requires="rank_pattern and alpha_pattern are objects",

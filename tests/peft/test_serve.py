@@ -226,7 +226,8 @@ def test_experts_in_one_parameter_and_rows_of_tokens(tmp_path):
   tree = helpers.adapted(base, rank=2, targets=".*w1", axes={".*": "sio"})
   names = {r"layer_(\d)/w1": peft.Experts(r"model.layers.\1.mlp.experts.gate_up_proj")}
   peft.save(tmp_path, tree, names=names)
-  assert not peft.check(tmp_path, "peft")
+  (note,) = peft.check(tmp_path, "peft")
+  assert (note.rule.name, note.rule.note) == ("experts", True)
   tokens = tmp_path / "tokens"
   peft.save(tokens, tree_of("plain"))
   edit(
