@@ -117,10 +117,7 @@ def tree_of_adapter(
   for name, module in adapter.modules.items():
     if place := places.get((name, "weight")):
       modules.setdefault(place.path, {})[place.index] = module
-  whole: dict[str, dict[Index, tuple[str, np.ndarray]]] = {}
-  for name, tensor in [*adapter.bases.items(), *adapter.whole.items()]:
-    if place := places.get(key_of(name)):
-      whole.setdefault(place.path, {})[place.index] = (name, tensor)
+  whole = _by_leaf({**adapter.bases, **adapter.whole}, places)
   known, untold = with_layers(known, leaves, modules, whole, names)
   problems += untold.values()
   known_places = {key: place for key, place in places.items() if place.path not in untold}
@@ -136,6 +133,17 @@ def tree_of_adapter(
     raise fail(subject, [*adapter.unsupported, *problems], _PARTS if missing else "")
   warn_of(without_factors)
   return with_own_names(jax.tree_util.tree_unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()]))
+
+
+def _by_leaf(
+  tensors: Mapping[str, np.ndarray], places: Mapping[Key, Place]
+) -> dict[str, dict[Index, tuple[str, np.ndarray]]]:
+  """The names and tensors of parameters that have a leaf, by its path and the index along its stacked axes."""
+  found: dict[str, dict[Index, tuple[str, np.ndarray]]] = {}
+  for name, tensor in tensors.items():
+    if place := places.get(key_of(name)):
+      found.setdefault(place.path, {})[place.index] = (name, tensor)
+  return found
 
 
 def _with_conv1d(known: KnownRoles, adapter: Adapter, leaves: Mapping[str, Any]) -> KnownRoles:
@@ -156,10 +164,7 @@ def _adapted_leaves(
   problems: list[str],
 ) -> dict[str, Any]:
   """The new leaves by path; modules and tensors that do not fit theirs are added to `problems`."""
-  whole: dict[str, dict[Index, tuple[str, np.ndarray]]] = {}
-  for name, tensor in adapter.whole.items():
-    if place := places.get(key_of(name)):
-      whole.setdefault(place.path, {})[place.index] = (name, tensor)
+  whole = _by_leaf(adapter.whole, places)
   new: dict[str, Any] = {}
   lost: dict[str, float] = {}
   for path, layers in modules.items():

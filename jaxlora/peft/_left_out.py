@@ -30,8 +30,9 @@ class LeftOut:
   partial: bool
 
 
-def left_out(adapter: Adapter, leaves: Mapping[str, Any], new: Mapping[str, Any], held: Mapping[str, Collection[Any]]
-) -> list[LeftOut]:  # fmt: skip
+def left_out(
+  adapter: Adapter, leaves: Mapping[str, Any], new: Mapping[str, Any], held: Mapping[str, Collection[Any]]
+) -> list[LeftOut]:
   """The weights that `target_modules` names and the adapter does not adapt.
 
   Args:
