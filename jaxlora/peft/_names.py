@@ -243,6 +243,11 @@ def default_target(path: str, stacked: int) -> Target:
   module, parameter = split_path(path)
   of_diffusers = any(map(_DIFFUSERS.fullmatch, components(module)))
   parts = name_parts(module, numbered=_IN_DIFFUSERS if of_diffusers else _NUMBERED_LIST)
+  if not parts or (stacked and any(brace in module for brace in "{}")):
+    raise PeftError(
+      f"{path}: no name for a torch module, which has components, and braces only for the index of a stacked layer. Say"
+      f" one: names={{{re.escape(path)!r}: 'the.module.name'}}"
+    )
   if stacked:
     lists = scanned_lists(parts)
     if len(lists) != stacked:

@@ -190,3 +190,20 @@ def test_a_group_may_hold_several_components_of_a_path(names, tmp_path):
   peft.save(tmp_path, tree, names=names)
   assert list(read(tmp_path).modules) == ["net.layers.0.attn.q"]
   assert_equal(peft.load(tmp_path, base, names=names), tree)
+
+
+@pytest.mark.parametrize(
+  ("params", "roles", "name"),
+  [
+    ({"": {"kernel": normal(6, 4)}}, "io", "some.module"),
+    ({"layers": {"x{y}": {"kernel": normal(2, 6, 4)}}}, "sio", "model.layers.{}.x"),
+  ],
+)
+def test_names_that_torch_cannot_have(params, roles, name, tmp_path):
+  tree = adapted(params, targets=".*kernel", axes={".*": roles})
+  with pytest.raises(peft.PeftError, match=r"no name for a torch module.*names=") as caught:
+    peft.save(tmp_path, tree)
+  (pattern,) = re.findall(r"names={'(.*?)': 'the.module.name'}", str(caught.value))
+  names = {pattern.replace("\\\\", "\\"): name}  # the remedy
+  peft.save(tmp_path, tree, names=names)
+  assert_equal(peft.load(tmp_path, params, names=names), tree)
