@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,9 @@ def read_with_keys(folder: Path, *, adapter_name: str | None = None, mapped: boo
   config = {} if other is not None else _read_config(folder)
   mlx = is_mlx(config)
   file = other or folder / (MLX_WEIGHTS if mlx and (folder / MLX_WEIGHTS).is_file() else WEIGHTS)
-  tensors = _read_tensors(file, mapped)
+  tensors = {}
+  for shard in _shards_of(file):
+    tensors |= _read_tensors(shard, mapped)
   problems = [] if mapped else not_finite(tensors)
   if mlx:
     adapter = adapter_of_mlx(tensors, config, problems)
@@ -117,6 +120,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
   return config
 
 
+_SHARD = re.compile(r"adapter_model-(\d+)-of-(\d+)\.safetensors")
+
+
+def _shards_of(file: Path) -> list[Path]:
+  """The file itself, or where it is not there, the files into which other savers have cut PEFT's: all of them.
+
+  Raises:
+    PeftError: if some are missing.
+  """
+  cut = {found[0]: found for name in file.parent.glob("*.safetensors") if (found := _SHARD.fullmatch(name.name))}
+  if file.is_file() or not cut:
+    return [file]
+  count = max(int(found[2]) for found in cut.values())
+  numbers = sorted(int(found[1]) for found in cut.values())
+  if numbers != list(range(1, count + 1)):
+    raise PeftError(f"{file.parent}: found {listed(sorted(cut))}, expected all of {count} files, from 1 to {count}.")
+  return [file.parent / name for name in sorted(cut)]
+
+
 def _read_tensors(path: Path, mapped: bool) -> dict[str, np.ndarray]:
   import safetensors  # an extra: jaxlora[peft]
 
@@ -127,7 +149,8 @@ def _read_tensors(path: Path, mapped: bool) -> dict[str, np.ndarray]:
         f"{folder}: the weights are in {PICKLE}, a pickle, which can run any code when read; jaxlora reads none."
         " Save it again with PEFT's save_pretrained(folder), which writes safetensors."
       )
-    raise PeftError(f"{folder}: no {WEIGHTS}; expected the folder that PEFT's save_pretrained writes.")
+    others = listed(sorted(name.name for name in folder.glob("*.safetensors"))) or "no .safetensors file"
+    raise PeftError(f"{folder}: found {others}, expected {WEIGHTS}, as PEFT's save_pretrained writes it.")
   tensors, problems = {}, []
   try:
     for key, stored in stored_tensors(path).items():

@@ -208,3 +208,25 @@ def test_fields_that_are_null(config, tmp_path):
   loaded = peft.load(tmp_path, base)
   assert_equal(loaded, tree)
   assert isinstance(loaded["head"]["kernel"].a, jax.Array)
+
+
+def test_a_file_cut_into_several(tmp_path):
+  peft.save(tmp_path / "whole", adapted(params(), targets=".*embedding", train="head/.*"))
+  tensors = tensors_of(tmp_path / "whole")
+  names, config = sorted(tensors), (tmp_path / "whole" / "adapter_config.json").read_bytes()
+  folder = tmp_path / "cut"
+  folder.mkdir()
+  (folder / "adapter_config.json").write_bytes(config)
+  for k in range(3):
+    part = {name: tensors[name] for name in names[k::3]}
+    save_file(part, folder / f"adapter_model-0000{k + 1}-of-00003.safetensors")
+  assert read(folder).modules.keys() == read(tmp_path / "whole").modules.keys()
+  (folder / "adapter_model-00002-of-00003.safetensors").unlink()
+  with pytest.raises(
+    peft.PeftError, match=r"found adapter_model-00001-of-00003.safetensors, .* expected all of 3 files"
+  ):
+    read(folder)
+  (folder / "adapter_model-00001-of-00003.safetensors").rename(folder / "model.safetensors")
+  (folder / "adapter_model-00003-of-00003.safetensors").unlink()
+  with pytest.raises(peft.PeftError, match=r"found model.safetensors, expected adapter_model.safetensors"):
+    read(folder)
