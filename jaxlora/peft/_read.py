@@ -44,7 +44,7 @@ def read_with_keys(folder: Path, *, adapter_name: str | None = None, mapped: boo
   config = {} if other is not None else _read_config(folder)
   mlx = is_mlx(config)
   file = other or folder / (MLX_WEIGHTS if mlx and (folder / MLX_WEIGHTS).is_file() else WEIGHTS)
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for shard in _shards_of(file):
     tensors |= _read_tensors(shard, mapped)
   problems = [] if mapped else not_finite(tensors)

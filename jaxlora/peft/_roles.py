@@ -148,8 +148,12 @@ def confirmed(path: str, node: LoraWeight, known: KnownRoles) -> LoraWeight:
     return dataclasses.replace(node, a=node.b, b=node.a, roles=given)
   if node.sure or given is not None:
     return node
-  told = known.clue(path, len(node.roles.replace("s", "")))
-  if told is not None and told.roles == node.roles.replace("s", ""):
+  roles = node.roles.replace("s", "")
+  told = known.clue(path, len(roles))
+  inputs_first = "".join(sorted(roles))  # as Flax' kernels have them, split into heads or not
+  if told is not None and told.roles == roles:
+    return node
+  if told is None and len(roles) > 2 and components(path)[-1] == "kernel" and roles == inputs_first:
     return node
   why = f"{told.why}, which is {told.roles!r}" if told is not None else known.layouts.weighed(path)
   raise ValueError(
@@ -173,7 +177,7 @@ def roles_for_module(path: str, layer: Sequence[int], module: Module, known: Kno
   fits = [roles for roles in (last, first) if torch_shapes(layer, roles, "conv", module.rank) == found]
   told = known.clue(path, len(layer))
   if len(fits) < 2 or components(path)[-1] == "kernel":
-    return Clue(fits[0] if fits else last, "its adapter fits that way alone")
+    return Clue(fits[0] if fits else last, "its adapter fits that way alone", by_name=len(fits) > 1)
   if told is None:
     raise ValueError(f"shape {tuple(layer)} fits as {last!r} and as {first!r}; say axes= or probe=")
   return told
@@ -188,7 +192,8 @@ def _roles_by_sizes(path: str, shape: Sequence[int], ins: int, outs: int, known:
   told = known.clue(path, len(shape))
   fits = _fits(shape, ins, outs)
   if len(shape) != 2:
-    return Clue(_with_heads(path, shape, fits, ins, outs), "its adapter fits that way alone")
+    roles = _with_heads(path, shape, fits, ins, outs)
+    return Clue(roles, "its adapter fits that way alone", by_name=len({way[0] for way in fits}) > 1)
   if len(fits) == 2 and told is None:
     raise ValueError(f"{known.layouts.weighed(path)}, and a square one does not tell; say axes= or probe=")
   if len(fits) == 2 and told is not None:

@@ -124,6 +124,22 @@ def test_a_loaded_guess_that_the_function_contradicts_is_an_error():
     jaxlora.wrap(lambda p, x: x @ p["q"]["weight"])(tree, normal(3, 8))
 
 
+def test_a_kernel_with_heads_that_fits_both_ways_is_checked_by_the_function():
+  """(heads, width, features) of a projection to heads, which is (out, in): the adapter fits (in, out) as well."""
+  params, x = {"q_proj": {"kernel": normal(2, 4, 8)}}, normal(3, 8)
+  tree = loaded(params, linear("q_proj", 8, 8))
+  use = lambda p, x: jnp.einsum("bd,hkd->bhk", x, p["q_proj"]["kernel"])
+  with pytest.raises(ValueError, match="q_proj/kernel: roles 'iio' of shape"):
+    jaxlora.wrap(use)(tree, x)
+  tree = loaded(params, linear("q_proj", 8, 8), axes={".*": "ooi"})  # the remedy
+  close(jaxlora.wrap(use)(tree, x), use(jaxlora.merge(tree), x))
+  out = loaded({"o_proj": params["q_proj"]}, linear("o_proj", 8, 8))
+  jaxlora.wrap(lambda p, x: jnp.einsum("bhk,hkd->bd", x, p["o_proj"]["kernel"]))(out, normal(3, 2, 4))
+  for shape, name in (((8, 2, 4), "q_proj"), ((2, 4, 8), "o_proj")):  # Flax' own layouts
+    tree = loaded({name: {"kernel": normal(*shape)}}, module := linear(name, 8, 8))
+    close(peft.to_modules(tree).modules[name].delta(), module.delta())
+
+
 @pytest.mark.parametrize("name", ["weight", "kernel"])
 def test_whole_weights_in_both_layouts(name):
   square, wide = normal(8, 8), normal(12, 4)
