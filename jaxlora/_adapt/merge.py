@@ -93,6 +93,8 @@ def _merged(node: Any, dtype: Any) -> Merged:
   here = node.with_parts({name: on_device(part) for name, part in held.items()})
   leaf, finite, lost = _formed_and_checked(here, dtype)
   leaf = node.value if isinstance(node, FullWeight) and dtype == node.value.dtype else moved(leaf, space_of(node.base))
+  if isinstance(lost, jax.core.Tracer):  # a trace around this call, of which the tree is a constant
+    return Merged(leaf)
   broken = [name for name in held if name != "base" and not finite[name]]
   return Merged(leaf, broken or [_SUM] * (not finite[_SUM]), float(lost))
 

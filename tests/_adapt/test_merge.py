@@ -65,3 +65,13 @@ def test_sums_of_narrow_parts_are_formed_in_float32():
   tree = narrow(1.0, dtype=jnp.bfloat16)
   got, want = np.asarray(jaxlora.merge(tree)["w"], np.float64), exact(tree)
   assert np.all(np.abs(got - want) <= 2.0**-8 * np.abs(want) + 1e-6)  # rounded once
+
+
+@pytest.mark.parametrize("fields", [{}, {"variant": "dora"}, {"train": ["bias"], "dtype": "bfloat16"}], ids=str)
+def test_a_tree_that_a_compiled_function_closes_over_is_merged_inside(fields):
+  """Its arrays are known there, and what is made of them is not."""
+  tree = adapted(
+    {"kernel": array(1, (6, 4), jnp.float32), "bias": array(2, (4,), jnp.float32)}, targets="kernel", **fields
+  )
+  inside = jax.jit(lambda: jaxlora.merge(tree))()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), inside, jaxlora.merge(tree))
