@@ -9,6 +9,7 @@ import os
 
 # Thousands of small programs are compiled once and run once: the machine code need not be good.
 _FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+_FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]  # small programs: what is compiled in parts is compiled in 32
 if importlib.metadata.version("jaxlib").startswith(
   "0.10."
 ):  # where it is a choice, the older emitters take half the time
