@@ -110,12 +110,20 @@ def write_tree(tensors: Mapping[str, Any], values: Mapping[str, np.ndarray], tar
   """
   import orbax.checkpoint as ocp
 
-  tree: dict[str, Any] = {}
+  tree: dict[Any, Any] = {}
   for path, tensor in tensors.items():
-    *modules, leaf = (str(getattr(key, "key", getattr(key, "idx", key))) for key in tensor.keys)
+    *modules, leaf = (key.idx if hasattr(key, "idx") else str(getattr(key, "key", key)) for key in tensor.keys)
     node = tree
     for module in modules:
       node = node.setdefault(module, {})
     node[leaf] = values[path]
   with ocp.PyTreeCheckpointer() as checkpointer:
-    checkpointer.save(target, args=ocp.args.PyTreeSave(tree))
+    checkpointer.save(target, args=ocp.args.PyTreeSave(_with_lists(tree)))
+
+
+def _with_lists(node: Any) -> Any:
+  """A tree of dictionaries with lists for those whose keys are positions; what is left out there is `None`."""
+  if not isinstance(node, dict):
+    return node
+  inner = {key: _with_lists(value) for key, value in node.items()}
+  return [inner.get(k) for k in range(1 + max(inner))] if all(isinstance(key, int) for key in inner) else inner

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from jaxlora.peft._records import Adapter, Module
+from jaxlora.peft._tied import is_head
 
 # The modules that PEFT saves whole for a task, by the ends of their names: peft/peft_model.py.
 HEADS = {
@@ -80,15 +81,11 @@ def tied_head(folder: Folder) -> list[str]:
   """The adapted embedding and head of a tied model."""
   if not folder.config.get("ensure_weight_tying"):
     return []
-  return [name for name, module in folder.modules.items() if module.kind == "embedding" or _is_head(name)]
+  return [name for name, module in folder.modules.items() if module.kind == "embedding" or is_head(name)]
 
 
 def head_that_may_be_tied(folder: Folder) -> list[str]:
-  return [] if tied_head(folder) else [name for name in folder.modules if _is_head(name)]
-
-
-def _is_head(name: str) -> bool:
-  return name.rpartition(".")[2] == "lm_head"
+  return [] if tied_head(folder) else [name for name in folder.modules if is_head(name)]
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be

@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxlora
-from jaxlora import checkpoint
+from jaxlora import checkpoint, peft
 from jaxlora._files.msgpack import msgpack_tensors
 from tests.cli.files import PARAMS, flat
+from tests.helpers import adapted, array
 
 
 def packed(folder, params=PARAMS):
@@ -84,6 +85,18 @@ def test_an_orbax_base_is_written_as_one(run, tmp_path, folders, tree, under):
     restored = checkpointer.restore(tmp_path / "out")
   assert_merged(flat(restored), tree)
   assert "exists" in run("merge", base, folders / "peft", tmp_path / "out", code=1)["error"]
+
+
+def test_an_orbax_base_with_lists_keeps_them(run, tmp_path):
+  layer = lambda k: {"q_proj": {"kernel": array(k, (6, 4), jnp.float32)}}
+  params = {"layers": [layer(k) for k in range(11)], "norms": ({"scale": jnp.ones(3)},)}
+  tree = adapted(params, targets=".*kernel")
+  peft.save(tmp_path / "p", tree)
+  saved(tmp_path / "base", params)
+  run("merge", tmp_path / "base", tmp_path / "p", tmp_path / "out")
+  with ocp.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(tmp_path / "out", jax.tree.map(ocp.utils.to_shape_dtype_struct, params))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), restored, jaxlora.merge(tree))
 
 
 @pytest.mark.parametrize("kind", BASES)
