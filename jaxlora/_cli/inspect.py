@@ -50,7 +50,7 @@ def _peft_report(options: Any) -> tuple[dict[str, Any], list[Row], list[str]]:
   ]
   about = {"format": adapter.form.lower(), "config": adapter.config, "unsupported": list(adapter.unsupported)}
   model = adapter.config.get("base_model_name_or_path")
-  lines = [f"an adapter of {adapter.form}'s" + (f", base model {model}" if model or adapter.form == "PEFT" else "")]
+  lines = [f"an adapter, {adapter.form}; base model {model}"]
   lines += [] if tied is None else [f"{tied} is tied to its embedding: both are adapted alike"]
   return about, rows, lines + [f"not supported here: {reason}" for reason in adapter.unsupported]
 

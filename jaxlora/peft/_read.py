@@ -1,5 +1,6 @@
 """Reads a PEFT folder: the files, as far as anybody's may be trusted."""
 
+import dataclasses
 import json
 from pathlib import Path
 import re
@@ -12,7 +13,7 @@ from jaxlora._base.text import listed, short
 from jaxlora.peft._diffusers import DIFFUSERS_WEIGHTS, adapter_of_diffusers
 from jaxlora.peft._mlx import MLX_WEIGHTS, adapter_of_mlx, is_mlx
 from jaxlora.peft._patterns import LONGEST_NAME
-from jaxlora.peft._records import CONFIG, PICKLE, WEIGHTS, Adapter, PeftError, fail, raise_problems
+from jaxlora.peft._records import CONFIG, PICKLE, SEVERAL, WEIGHTS, Adapter, PeftError, fail, raise_problems
 from jaxlora.peft._state import adapter_of, not_finite
 
 _LARGEST_CONFIG = 1 << 24  # bytes; PEFT's own are kilobytes
@@ -44,8 +45,9 @@ def read_with_keys(folder: Path, *, adapter_name: str | None = None, mapped: boo
   config = {} if other is not None else _read_config(folder)
   mlx = is_mlx(config)
   file = other or folder / (MLX_WEIGHTS if mlx and (folder / MLX_WEIGHTS).is_file() else WEIGHTS)
+  files = [file] if other is not None else _shards_of(file)
   tensors: dict[str, np.ndarray] = {}
-  for shard in _shards_of(file):
+  for shard in files:
     tensors |= _read_tensors(shard, mapped)
   problems = [] if mapped else not_finite(tensors)
   if mlx:
@@ -54,6 +56,7 @@ def read_with_keys(folder: Path, *, adapter_name: str | None = None, mapped: boo
     adapter = adapter_of_diffusers(tensors, _metadata_of(file), adapter_name, problems)
   else:
     adapter = adapter_of(tensors, config, problems, adapter_name)
+    adapter = adapter if len(files) == 1 else dataclasses.replace(adapter, form=SEVERAL)
   if problems:
     raise fail(f"{folder}", [*adapter.unsupported, *problems])
   return adapter, list(tensors)

@@ -17,6 +17,9 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # GPT-2's modules with weights of shape (in, out)
 
 
+SEVERAL = "PEFT, in several files"  # which PEFT itself does not write or read
+
+
 class PeftError(ValueError):
   """A PEFT folder that cannot be read, or a tree that no PEFT folder can hold; the message lists every reason."""
 
@@ -135,8 +138,8 @@ class Adapter:
     unsupported: reasons not to use the adapter: options that make the tensors parts of another method than LoRA.
     packed: the adapted parameters that hold several experts, by name: which of the modules are those of one.
     tokens: rows that replace some of a parameter's, by its name: `trainable_token_indices`.
-    form: whose files it was read from: `"PEFT"`, `"mlx-lm"`, `"diffusers"` or `"kohya"`, in whose names `_` stands for
-      the dots of torch's.
+    form: whose files it was read from: `"PEFT"`, also `"PEFT, in several files"`, `"mlx-lm"`, `"diffusers"` or
+      `"kohya"`, in whose names `_` stands for the dots of torch's.
   """
 
   modules: dict[str, Module]

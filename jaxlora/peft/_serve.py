@@ -47,6 +47,17 @@ _SERVERS = ("vllm", "sglang", "llama.cpp")
 
 RULES = (
   Rule(
+    name="file",
+    readers=("peft", "vllm", "llama.cpp"),
+    requires="the weights are in one file, adapter_model.safetensors",
+    otherwise="they are not found",
+    remedy=_REWRITE,
+    source="peft/utils/save_and_load.py: load_peft_weights; vllm/lora/lora_model.py: LoRAModel.from_local_checkpoint;"
+    " llama.cpp/convert_lora_to_gguf.py: main",
+    broken=checks.several_files,
+    made=True,
+  ),
+  Rule(
     name="keys",
     readers=("peft",),
     requires="keys begin with base_model.model. once, and have no wrapper's name in them",

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from typing import Any
 
-from jaxlora.peft._records import Adapter, Module
+from jaxlora.peft._records import SEVERAL, Adapter, Module
 from jaxlora.peft._tied import is_head
 
 # The modules that PEFT saves whole for a task, by the ends of their names: peft/peft_model.py.
@@ -47,6 +47,10 @@ _SERVERS = re.compile(
   rf"{_WRAPPED}(?:base_model\.model\.)?(?!base_model\.model\.)"
   r"(?!.*\.(?:lora_[AB]|lora_embedding_[AB]|modules_to_save)\.(?!weight$|bias$))"
 )
+
+
+def several_files(folder: Folder) -> list[str]:
+  return [SEVERAL] if folder.adapter.form == SEVERAL else []
 
 
 def keys_that_peft_leaves_out(folder: Folder) -> list[str]:

@@ -86,7 +86,7 @@ def served(
   made = {finding.reader for finding in found if finding.rule.made}
   if made:
     patterns = {field: adapter.config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")}
-    adapter = dataclasses.replace(adapter, config=adapter.config | patterns)
+    adapter = dataclasses.replace(adapter, config=adapter.config | patterns, form="PEFT")
     adapter = uniform(adapter) if made != {"peft"} and not adapter.packed else adapter
     found = findings(adapter, (), readers, known)
   problems = [str(finding) for finding in found if not finding.rule.note]

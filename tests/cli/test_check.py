@@ -51,6 +51,22 @@ def test_the_remedy_of_a_message_works(run, folder, tmp_path):
       np.testing.assert_allclose(update, read(folder).modules[name].delta(), rtol=1e-6, atol=1e-7)
 
 
+def test_an_adapter_in_several_files_is_written_as_one(run, folder, tmp_path):
+  file = folder / "adapter_model.safetensors"
+  tensors = load_file(file)
+  file.unlink()
+  for k, name in enumerate(sorted(tensors), 1):
+    save_file({name: tensors[name]}, folder / f"adapter_model-{k:05}-of-{len(tensors):05}.safetensors")
+  assert [problem["rule"] for problem in run("check", folder, "--serve", "peft", code=1)["problems"]] == ["file"]
+  assert run("inspect", folder)["format"] == "peft, in several files"
+  run("check", folder, "--serve", "peft", "--write", tmp_path / "served")  # the remedy
+  assert run("check", tmp_path / "served", "--serve", "peft")["problems"] == []
+  found = load_file(tmp_path / "served" / "adapter_model.safetensors")
+  assert found.keys() == tensors.keys()
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(found[name], tensor)
+
+
 def test_notes_do_not_count(run, folder):
   report = run("check", folder, "--serve", "llama.cpp", code=1)
   assert [note["rule"] for note in report["notes"]] == ["base"]

@@ -221,6 +221,8 @@ def test_a_file_cut_into_several(tmp_path):
     part = {name: tensors[name] for name in names[k::3]}
     save_file(part, folder / f"adapter_model-0000{k + 1}-of-00003.safetensors")
   assert read(folder).modules.keys() == read(tmp_path / "whole").modules.keys()
+  (finding,) = peft.check(folder, "peft")  # which does not read it
+  assert finding.rule.name == "file"
   (folder / "adapter_model-00002-of-00003.safetensors").unlink()
   with pytest.raises(
     peft.PeftError, match=r"found adapter_model-00001-of-00003.safetensors, .* expected all of 3 files"
