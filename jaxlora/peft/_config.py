@@ -10,6 +10,7 @@ from jaxlora._base.text import short
 from jaxlora.peft._conv1d import is_named_conv1d
 from jaxlora.peft._patterns import exact_patterns, is_number, target_modules
 from jaxlora.peft._records import Module, Packed
+from jaxlora.peft._serve_checks import module_saved_with
 
 
 def config_of(
@@ -21,6 +22,7 @@ def config_of(
   dropout: float = 0.0,
   packed: Mapping[str, Packed] = MappingProxyType({}),
   conv1d: bool = True,
+  heads: Sequence[str] = (),
 ) -> dict[str, Any]:
   """The configuration with which `PeftModel.from_pretrained` builds an adapter of these modules and parameters.
 
@@ -34,11 +36,12 @@ def config_of(
     dropout: of all modules. PEFT has none on parameters that hold several experts: with those it is 0.
     packed: the parameters that hold several experts, by name.
     conv1d: whether modules of GPT-2's names are its Conv1D.
+    heads: ends of the names of modules that PEFT saves whole for the task, whatever they consist of.
 
   Raises:
     PeftError: if PEFT's patterns cannot tell the adapted modules from others.
   """
-  saved = _modules_to_save(whole, modules, bias)
+  saved = sorted({module_saved_with(name, heads) or name for name in _modules_to_save(whole, modules, bias)})
   scalings = {module.scaling for module in modules.values()}
   # One option says how alpha becomes a scale; where the modules differ, alpha is told as the standard one takes it.
   alphas = {
@@ -80,12 +83,12 @@ def _target_parameters(packed: Collection[str]) -> list[str]:
   return sorted({".".join(name.split(".")[-2:]) for name in packed})
 
 
-def _modules_to_save(whole: Mapping[str, np.ndarray], adapted: Collection[str], bias: str) -> list[str]:
+def _modules_to_save(whole: Mapping[str, np.ndarray], adapted: Collection[str], bias: str) -> set[str]:
   """The modules whose parameters are in `whole` and are no biases that the `bias` option covers."""
   names = {name.rpartition(".")[::2] for name in whole}
   weights = {module for module, parameter in names if parameter != "bias"}
   biases_alone = {module for module, parameter in names if parameter == "bias"} - weights - set(adapted)
-  return sorted(weights | (biases_alone if bias != "all" else set()))
+  return weights | (biases_alone if bias != "all" else set())
 
 
 def _integral(alpha: float) -> float:

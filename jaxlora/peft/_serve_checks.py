@@ -153,14 +153,21 @@ def no_targets(folder: Folder) -> list[str]:
   return [] if folder.config.get("target_modules") else ["target_modules: none"]
 
 
-def _ends_with(name: str, endings: Collection[str]) -> bool:
-  return any(name.endswith(ending) for ending in endings)
+def module_saved_with(name: str, endings: Collection[str]) -> str | None:
+  """The module that PEFT saves whole, as its name ends so: this one, or one that it is in; `None` for neither."""
+  parts = name.split(".")
+  containers = (".".join(parts[: k + 1]) for k in range(len(parts)))
+  return next((container for container in containers if container.endswith(tuple(endings))), None)
+
+
+def _is_saved(name: str, endings: Collection[str]) -> bool:
+  return module_saved_with(name, endings) is not None
 
 
 def adapted_heads(folder: Folder) -> list[str]:
   heads = HEADS.get(str(folder.config.get("task_type")), ())
   saved = [*heads, *(folder.config.get("modules_to_save") or [])]
-  return [f"{name}: adapted" for name in folder.modules if _ends_with(name, saved)]
+  return [f"{name}: adapted" for name in folder.modules if _is_saved(name, saved)]
 
 
 def missing_heads(folder: Folder) -> list[str]:
@@ -171,9 +178,9 @@ def missing_heads(folder: Folder) -> list[str]:
   heads = HEADS.get(str(folder.config.get("task_type")), ())
   asked = [*heads, *(folder.config.get("modules_to_save") or [])]
   held = {name.rpartition(".")[0] for name in folder.adapter.whole} | set(folder.modules)
-  if not asked or any(_ends_with(name, asked) for name in held):
+  if not asked or any(_is_saved(name, asked) for name in held):
     return []
-  if folder.known is not None and not any(_ends_with(name, asked) for name in folder.known):
+  if folder.known is not None and not any(_is_saved(name, asked) for name in folder.known):
     return []
   return [f"no weights of {' or '.join(dict.fromkeys(asked))}"]
 

@@ -21,7 +21,7 @@ from jaxlora.peft._names import Names, check_names
 from jaxlora.peft._packed import packed_problems
 from jaxlora.peft._records import Adapter, Module, PeftError, fail, raise_problems
 from jaxlora.peft._roles import Axes, KnownRoles, confirmed, known_roles, roles_of_layer, shape_of_leaf
-from jaxlora.peft._serve_checks import HEADS
+from jaxlora.peft._serve_checks import HEADS, module_saved_with
 from jaxlora.peft._state import not_finite, state_of
 from jaxlora.peft._tied import HEADLESS, NEVER_CALLED, head_name, is_embedding, is_shared, tied_head
 from jaxlora.peft._tied_leaves import own_head
@@ -111,6 +111,7 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
     dropout=max(dropouts, key=dropouts.count, default=0.0),
     packed=packed,
     conv1d=known.conv1d,
+    heads=HEADS.get(str(task_type), ()),
   )
   if tied is not None:
     config["ensure_weight_tying"] = True
@@ -249,7 +250,7 @@ def _trained_whole(
   ]
   bias_alone = {name for name, which in trained.items() if which == {"bias"} and "weight" in parameters[name]}
   saved = {name for name, which in trained.items() if which} - bias_alone
-  saved |= {name for name in set(parameters) - set(adapted) if name.endswith(tuple(heads))}
+  saved |= {name for name in set(parameters) - set(adapted) if module_saved_with(name, heads)}
   # PEFT goes by the ends of names: a module that is called like a saved one is saved, too, with the base's values.
   saved |= {name for name in set(parameters) - set(adapted) if any(name.endswith(other) for other in saved)}
   replaced = [(name, parameter) for name in saved for parameter in parameters[name]]

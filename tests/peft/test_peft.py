@@ -713,3 +713,34 @@ def test_an_encoders_embedding_that_is_the_head_too(tmp_path):
   again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out").eval()
   with torch.no_grad():
     assert_same(again(ids).logits.numpy(), model(input_ids=ids).logits.numpy())
+
+
+@pytest.mark.parametrize("train", [None, ["classifier"]], ids=str)
+def test_a_head_of_several_layers(train, tmp_path):
+  """RoBERTa's classifier: PEFT takes all of it from the file."""
+  config = transformers.RobertaConfig(vocab_size=37, hidden_size=16, intermediate_size=8, num_hidden_layers=1)
+  config.num_attention_heads, config.initializer_range = 2, 0.2
+  torch.manual_seed(0)
+  base, ids = transformers.RobertaForSequenceClassification(config).eval(), torch.arange(3, 9).reshape(2, 3)
+  leaves = {}
+  for name, tensor in base.state_dict().items():
+    module, _, parameter = name.rpartition(".")
+    linear = isinstance(base.get_submodule(module), torch.nn.Linear)
+    leaf = "kernel" if linear and parameter == "weight" else {"weight": "scale"}.get(parameter, parameter)
+    leaves[f"{module}.{leaf}".replace(".", "/")] = jnp.asarray(tensor.numpy().T if leaf == "kernel" else tensor.numpy())
+  tree = jaxlora.adapt(leaves, jaxlora.LoraConfig(rank=2, targets=".*query/kernel", train=train), KEY)
+  frozen, trainable = jaxlora.split(tree)
+  random = np.random.default_rng(1)
+  tree = jaxlora.join(frozen, jax.tree.map(lambda x: x + random.normal(0, 0.1, x.shape).astype(x.dtype), trainable))
+  jaxlora.peft.save(tmp_path, tree, task_type="SEQ_CLS")
+  model = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+  found = {path: np.asarray(leaf) for path, leaf in jaxlora.merge(tree).items()}
+  with torch.no_grad():
+    for name, parameter in base.named_parameters():
+      path = name.replace(".", "/")
+      kernel = f"{path.removesuffix('/weight')}/kernel"
+      value = (
+        found[kernel].T if kernel in found else found.get(path, found.get(f"{path.removesuffix('/weight')}/scale"))
+      )
+      parameter.copy_(torch.from_numpy(np.array(value)))
+    assert_same(model(input_ids=ids).logits.numpy(), base(ids).logits.numpy())

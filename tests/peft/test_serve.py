@@ -324,6 +324,26 @@ def test_heads_that_peft_takes_from_the_file(tmp_path):
     peft.save(tmp_path, tree, task_type="CLASSIFICATION")
 
 
+def test_a_head_of_several_layers_is_saved_whole(tmp_path):
+  """RoBERTa's: PEFT saves the module `classifier`, whatever it consists of."""
+  layer = lambda out: {"kernel": normal(8, out), "bias": normal(out)}
+  base = {"query": {"kernel": normal(8, 8)}, "classifier": {"dense": layer(8), "out_proj": layer(3)}}
+  for fields in ({}, {"train": "classifier/.*"}, {"train": "classifier/out_proj/.*"}):
+    tree = helpers.adapted(base, targets="query/kernel", **fields)
+    peft.save(tmp_path, tree, task_type="SEQ_CLS")
+    whole = {f"classifier.{name}.{parameter}" for name in ("dense", "out_proj") for parameter in ("weight", "bias")}
+    assert read(tmp_path).whole.keys() == whole
+    assert read(tmp_path).config["modules_to_save"] == ["classifier"]
+    assert not peft.check(tmp_path, "peft")
+    jax.tree.map(np.testing.assert_array_equal, jaxlora.merge(peft.load(tmp_path, base)), jaxlora.merge(tree))
+  with pytest.raises(
+    peft.PeftError, match=r"classifier\.dense: PEFT adapts nothing in .* \(classifier\)\n.*adapt fewer"
+  ):
+    peft.save(tmp_path, helpers.adapted(base, targets=".*(query|dense)/kernel"), task_type="SEQ_CLS")
+  with pytest.raises(peft.PeftError, match=r"peft, head: .* found no weights of classifier or score"):
+    peft.save(tmp_path, jaxlora.split(helpers.adapted(base, targets="query/kernel"))[1], task_type="SEQ_CLS")
+
+
 def test_a_model_whose_names_begin_like_pefts(tmp_path):
   """A reward model that holds its language model as `base_model`."""
   base = {"base_model": {"model": {"layers": {"0": {"up_proj": {"kernel": normal(8, 8)}}}}}}
