@@ -33,6 +33,7 @@ from jaxlora._weight.variant import Variant
 from jaxlora._weight.weight import FullWeight, LoraWeight
 from jaxlora.arithmetic import combine, combine_with_report, cosine, interpolate, norms, scale, subtract
 from jaxlora.init import init_from_data
+from jaxlora.quant import QuantizedArray, dequantize, quantize, quantize_with_report
 from jaxlora.serving import Bank, pad, route, stack
 from jaxlora.svd import (
   LeafTruncation,
@@ -57,6 +58,7 @@ __all__ = [
   "LowRank",
   "MaterializeError",
   "MaterializeWarning",
+  "QuantizedArray",
   "RoundingWarning",
   "Start",
   "Summary",
@@ -71,6 +73,7 @@ __all__ = [
   "compress",
   "compress_with_report",
   "cosine",
+  "dequantize",
   "explain",
   "extract",
   "extract_with_report",
@@ -89,6 +92,9 @@ __all__ = [
   "optimizer",
   "pad",
   "prune",
+  "quant",
+  "quantize",
+  "quantize_with_report",
   "register_variant",
   "route",
   "scale",

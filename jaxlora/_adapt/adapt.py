@@ -10,6 +10,7 @@ from jaxlora._adapt.config import LeafPlan, LoraConfig
 from jaxlora._adapt.initializers import INITIALIZERS, FromWeight, from_weight, kaiming
 from jaxlora._adapt.plan import plan_tree
 from jaxlora._base.checks import is_abstract
+from jaxlora._base.coded import decoded, type_of_leaf
 from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.memory import on_device
@@ -67,7 +68,8 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
       make = _abstract if is_abstract(leaf) else _factored
       return make(leaf, *plan.adapted[path], path not in plan.unsure, key, drawn)
     if path in plan.whole:
-      return FullWeight(base=leaf, value=leaf if is_abstract(leaf) else jnp.array(leaf, copy=True))
+      whole = type_of_leaf(leaf) if is_abstract(leaf) else jnp.array(decoded(leaf), copy=True)
+      return FullWeight(base=leaf, value=whole)
     return leaf
 
   return with_own_names(jax.tree_util.tree_unflatten(plan.treedef, [one(*pair) for pair in plan.leaves.items()]))
@@ -127,7 +129,7 @@ def _abstract(base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array,
 
 def _given(both: FromWeight, start: Start, plan: LeafPlan) -> dict[str, jax.Array]:
   """The factors that an initialiser of both makes of the weight."""
-  w = matrices(on_device(start.base), start.roles).astype(wide(start.base))
+  w = matrices(decoded(on_device(start.base)), start.roles).astype(wide(start.base))
   factors = both.make(start.key, w, plan.rank, SCALINGS[plan.scaling](plan.alpha, plan.rank))
   shape = jnp.shape(start.base)
   return {

@@ -8,6 +8,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
+from jaxlora._base.coded import decoded
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._base.paths import flatten
@@ -16,7 +17,7 @@ from jaxlora._base.rounding import RoundingWarning, notable
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts, check_values, check_weight
 from jaxlora._weight.partitioned import with_plain_boxes
-from jaxlora._weight.tree import adapted_leaves, map_adapted
+from jaxlora._weight.tree import adapted_leaves, is_leaf_node, map_adapted
 from jaxlora._weight.weight import FullWeight, is_adapted, parts
 
 
@@ -47,7 +48,7 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
     >>> jax.tree.map(jnp.shape, merge(tree))
     {'bias': (5,), 'kernel': (6, 5)}
   """
-  nodes, treedef = flatten(tree, is_leaf=is_adapted)
+  nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
   adapted = [(path, node) for path, node in nodes if is_adapted(node)]
   for path, node in adapted:
     check_weight(node, f"merge: {path}")
@@ -88,7 +89,7 @@ def _merged(node: Any, dtype: Any) -> Merged:
   """A node's plain weight. Inside of a trace nothing is known of its values."""
   dtype = node.base.dtype if dtype is None else jnp.dtype(dtype)
   held = parts(node)
-  if any(isinstance(part, jax.core.Tracer) for part in held.values()):
+  if any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(held)):
     return Merged(_formed(node, dtype)[0])
   here = node.with_parts({name: on_device(part) for name, part in held.items()})
   leaf, finite, lost = _formed_and_checked(here, dtype)
@@ -104,6 +105,7 @@ _SUM = "base + A B"
 
 @functools.partial(one_program, static_argnums=1)
 def _formed_and_checked(node: Any, dtype: Any) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+  node = node.with_parts({"base": decoded(node.base)})
   stored, exact = _formed(node, dtype)
   finite = {name: jnp.isfinite(part).all() for name, part in parts(node).items() if name != "base"}
   finite[_SUM] = ~(jnp.isfinite(node.base) & ~jnp.isfinite(stored)).any()  # a base may hold infinities of its own
@@ -115,6 +117,7 @@ def _formed(node: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
   if isinstance(node, FullWeight):
     return node.value.astype(dtype), node.value
   wide = wider_dtype(jnp.float32, functools.reduce(wider_dtype, [part.dtype for part in parts(node).values()]))
+  node = node.with_parts({"base": decoded(node.base)})
   exact = node.materialize(wide)
   return exact.astype(dtype), exact
 

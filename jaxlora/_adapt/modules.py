@@ -6,7 +6,7 @@ from typing import Any
 
 from jax import tree_util
 
-from jaxlora._weight.weight import is_adapted
+from jaxlora._weight.tree import is_leaf_node
 
 TABLE, NOT_KERNEL = "table", "no kernel"
 
@@ -54,7 +54,7 @@ def typed_parameters(tree: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str
     place: node for place, node in tree_util.tree_flatten_with_path(tree, is_leaf=is_module)[0] if is_module(node)
   }
   found = {}
-  for path, (place, _) in zip(shapes, tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)[0], strict=True):
+  for path, (place, _) in zip(shapes, tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf_node)[0], strict=True):
     if place[:-1] in modules:
       node = modules[place[:-1]]
       fields, told = next(kinds[kind] for kind in kinds if isinstance(node, kind))

@@ -15,7 +15,9 @@ from jaxlora._adapt.targets import select
 from jaxlora._base.dtypes import holds_factors
 from jaxlora._base.paths import flatten
 from jaxlora._base.patterns import first_match
+from jaxlora._quant.array import check_quantized
 from jaxlora._weight.roles import fan
+from jaxlora._weight.tree import is_leaf_node
 from jaxlora._weight.variant import variant_named
 from jaxlora._weight.weight import is_adapted
 
@@ -43,11 +45,12 @@ def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | Non
   """The plan of a tree, checked; see `adapt` for the arguments and the errors."""
   if not isinstance(config, LoraConfig):
     raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
-  nodes, treedef = flatten(params, is_leaf=is_adapted)
+  nodes, treedef = flatten(params, is_leaf=is_leaf_node)
   if not nodes:
     raise ValueError("adapt: the tree has no leaves; pass the model's parameters.")
   leaves = dict(nodes)
   for path, leaf in leaves.items():
+    check_quantized(leaf, f"adapt: {path}")
     if is_adapted(leaf):
       raise ValueError(f"adapt: {path} is adapted already. Merge first (jaxlora.merge), or adapt the original tree.")
   given = {path: roles for path in leaves if (roles := first_match(config.axes, path)) is not None}

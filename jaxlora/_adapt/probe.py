@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlora._adapt.evidence import INPUT, NONE, Evidence, Label, Seen, joined, unknown
 from jaxlora._adapt.observer import Observer
+from jaxlora._base.coded import is_coded, type_of_leaf
 from jaxlora._jax.control_flow import Branches, Scan, Structure, Unreadable, While
 from jaxlora._transform.interpreter import Handler, interpret
 
@@ -29,7 +30,8 @@ def study(probe: Callable[[Any], Any], params: Any) -> list[Evidence]:
   Raises:
     TypeError: if the probe cannot be called with the parameters alone.
   """
-  leaves, treedef = jax.tree_util.tree_flatten(params)
+  leaves, treedef = jax.tree_util.tree_flatten(params, is_leaf=is_coded)
+  leaves = [*map(type_of_leaf, leaves)]
   arrays = {k: leaf for k, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
 
   def flat(arrays: dict[int, Any]) -> list[Any]:

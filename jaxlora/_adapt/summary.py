@@ -6,9 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxlora._base.coded import type_of_leaf
 from jaxlora._base.paths import flatten
+from jaxlora._base.sizes import bytes_of
 from jaxlora._base.text import size, table
-from jaxlora._weight.tree import check_adapted
+from jaxlora._weight.tree import check_adapted, is_leaf_node
 from jaxlora._weight.weight import LoraWeight, is_adapted, parts, trained_parts
 
 _ADAM_MOMENTS = 2
@@ -109,11 +111,6 @@ def _elements(*arrays: Any) -> int:
   return sum(math.prod(jnp.shape(array)) for array in arrays)
 
 
-def _bytes(*arrays: Any) -> int:
-  # Random keys count; Python numbers among the leaves do not.
-  return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays if hasattr(array, "dtype"))
-
-
 def summary(tree: Any) -> Summary:
   """Counts what is adapted, what trains, and what that costs in memory.
 
@@ -137,7 +134,7 @@ def summary(tree: Any) -> Summary:
     ValueError: if the tree has no adapted leaf, or is a half.
   """
   check_adapted(tree, "summary")
-  nodes, _ = flatten(tree, is_leaf=is_adapted)
+  nodes, _ = flatten(tree, is_leaf=is_leaf_node)
   leaves: list[LeafSummary] = []
   bases: list[Any] = []
   trained: list[Any] = []
@@ -154,10 +151,10 @@ def summary(tree: Any) -> Summary:
     total_parameters=_elements(*bases),
     trainable_parameters=_elements(*trained),
     adapted_parameters=sum(leaf.base_parameters for leaf in leaves),
-    base_bytes=_bytes(*bases),
-    trainable_bytes=_bytes(*trained),
-    optimizer_bytes=_ADAM_MOMENTS * _bytes(*trained),
-    full_optimizer_bytes=_ADAM_MOMENTS * _bytes(*bases),
+    base_bytes=bytes_of(bases),
+    trainable_bytes=bytes_of(trained),
+    optimizer_bytes=_ADAM_MOMENTS * bytes_of(trained),
+    full_optimizer_bytes=_ADAM_MOMENTS * bytes_of([*map(type_of_leaf, bases)]),
   )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._base.coded import is_coded
 from jaxlora._base.text import listed
 
 
@@ -18,6 +19,8 @@ def is_known(*arrays: Any) -> bool:
 
 def is_abstract(leaf: Any) -> bool:
   """Whether a leaf is only a shape and a dtype, such as a `jax.ShapeDtypeStruct`, and no array of any kind."""
+  if is_coded(leaf):
+    return any(map(is_abstract, jax.tree.leaves(leaf)))
   array = isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "__array__")
   return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not array
 

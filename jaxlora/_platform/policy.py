@@ -12,10 +12,11 @@ import jax
 from jaxlora._base.labelled import Labelled, Result, contract
 from jaxlora._jax.by_platform import EVERYWHERE, Form, by_platform
 from jaxlora._jax.linear_call import Transpose, Transposes
+from jaxlora._platform.codes import LookUp, by_selects, look_up_by_compiler
 from jaxlora._platform.expand import expand
 from jaxlora._platform.kept_sum import kept_sum, plain_sum, sum_once
 from jaxlora._platform.regions import Region, find_regions
-from jaxlora._platform.wait import Wait, at_once, by_barrier, by_compiler, on_cpus
+from jaxlora._platform.wait import Wait, at_once, by_barrier, by_compiler, codes_by_compiler, on_cpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Policy:
     expand: the second thin product `h B`, by labels.
     wait: how what is rematerialised waits for its cotangent.
     wait_softmax: how the derivative of a softmax waits, which is made of its kept result.
+    wait_codes: how the codes of a quantised weight wait, of which a product forms the weight once more.
+    look_up: how codes become the values that a format's book has for them.
     regions: from a jaxpr to the norms, softmaxes and activations that are differentiated as one.
     rematerialises: whether the inputs of adapted products are made again in the backward pass, where that is cheap.
     widens_bases: whether the compiler makes a wider copy of a half-precision weight for its product. Such a copy is
@@ -85,6 +88,8 @@ class Policy:
   shares_traces: bool
   banks: Banks
   banks_in_tiles: Banks
+  wait_codes: Wait = by_barrier
+  look_up: LookUp = by_selects
   joins: bool = True
   few_tokens: int = 1024
   keeps_rows: bool = True
@@ -148,12 +153,16 @@ CPU = Policy(
   shares_traces=True,
   banks=Banks(spare_terms=8, loops=True),
   banks_in_tiles=_ACCELERATED,
+  wait_codes=codes_by_compiler,
+  look_up=look_up_by_compiler,
   tiled=("tpu",),
   merges=("cuda", "rocm"),
 )
 GPU = dataclasses.replace(
   CPU,
   name="gpu",
+  wait_codes=by_barrier,
+  look_up=by_selects,
   add=plain_sum,
   add_once=plain_sum,
   expand=contract,

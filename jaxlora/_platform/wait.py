@@ -86,15 +86,58 @@ def _on_cpus(elsewhere: Wait, residuals: Sequence[Any], cotangents: Sequence[Any
   return by_platform(elsewhere, {"cpu": Form(_by_arithmetic, single_device=True)}, residuals, cotangents)
 
 
+def codes_by_compiler(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """`by_compiler` of codes: integers wait, too."""
+  if any(0 in jnp.shape(cotangent) for cotangent in cotangents):
+    return residuals
+  forms = {"cpu": Form(_codes_by_arithmetic, single_device=True)}
+  return by_platform(by_barrier, forms, list(residuals), list(cotangents))
+
+
+def _codes_by_arithmetic(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  zero = _zero_of(cotangents[0])
+  return [
+    value | zero.astype(value.dtype) if jnp.issubdtype(value.dtype, jnp.integer) else waited
+    for value, waited in zip(residuals, _by_arithmetic(residuals, cotangents), strict=True)
+  ]
+
+
+def by_first_element(wait: Wait, values: Any, x: jax.Array) -> Any:
+  """A pytree of arrays that waits for the first element of `x`, in forward passes. Batches of `x` do not batch it."""
+
+  @jax.custom_batching.custom_vmap
+  def waiting(values, element):
+    leaves, treedef = jax.tree.flatten(values)
+    return jax.tree.unflatten(treedef, wait(leaves, [element]))
+
+  @waiting.def_vmap
+  def _(size, batched, values, element):
+    del size
+    of_values, of_element = batched
+    one = element[0] if of_element else element
+    if not any(jax.tree.leaves(of_values)):
+      return waiting(values, one), of_values
+    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, of_values)
+    every = jax.tree.map(lambda _: True, of_values)
+    return jax.vmap(lambda values: waiting(values, one), in_axes=(axes,))(values), every
+
+  return values if 0 in x.shape else waiting(values, _first_element(x))
+
+
 def _by_arithmetic(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
   """Residuals times one, where that one is made of a cotangent's bits.
 
   For narrow formats, which would be widened and rounded, a bitwise or with such a zero. No compiler pass ahead of code
   generation sees what it is; code generation does, and it costs nothing.
   """
-  bits = lax.bitcast_convert_type(_first_element(cotangents[0]).astype(jnp.float32), jnp.uint32)
-  zero = lax.shift_right_logical(lax.shift_right_logical(bits, jnp.uint32(31)), jnp.uint32(1))
+  zero = _zero_of(cotangents[0])
   return [_unchanged(value, zero) if _has_bits(value) else value for value in residuals]
+
+
+def _zero_of(cotangent: Any) -> jax.Array:
+  """A zero that is made of a cotangent's bits."""
+  bits = lax.bitcast_convert_type(_first_element(cotangent).astype(jnp.float32), jnp.uint32)
+  return lax.shift_right_logical(lax.shift_right_logical(bits, jnp.uint32(31)), jnp.uint32(1))
 
 
 def _has_bits(value: Any) -> bool:

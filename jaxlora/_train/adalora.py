@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._base.paths import flatten
-from jaxlora._weight.tree import adapted_leaves
-from jaxlora._weight.weight import LoraWeight, is_adapted, parts, with_parts
+from jaxlora._weight.tree import adapted_leaves, is_leaf_node
+from jaxlora._weight.weight import LoraWeight, parts, with_parts
 
 
 def _pruned_leaves(tree: Any, what: str) -> dict[str, LoraWeight]:
@@ -104,7 +104,7 @@ def prune(tree: Any, scores: dict[str, jax.Array], budget: int) -> Any:
       )
   kept = _highest([scores[path] for path in leaves], budget)
   masks = {path: mask.astype(w.extra["keep"].dtype) for (path, w), mask in zip(leaves.items(), kept, strict=True)}
-  nodes, treedef = flatten(tree, is_leaf=is_adapted)
+  nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
   new = [with_parts(node, {"keep": masks[path]}) if path in masks else node for path, node in nodes]
   return jax.tree_util.tree_unflatten(treedef, new)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlora._base.coded import is_coded
 from jaxlora._train.view import check_trainable, extra_in_halves, is_placeholder, trainable_half
 from jaxlora._weight.describe import is_array
 from jaxlora._weight.tree import adapted_leaves, is_half_leaf, map_adapted
@@ -197,6 +198,8 @@ def _zeros(leaf: Any) -> Any:
 
   Numbers of Python's own stay such; of leaves that are no numbers there is no zero.
   """
+  if is_coded(leaf):
+    return jax.tree.map(_zeros, leaf)
   if not is_array(leaf):
     return type(leaf)(0) if isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) else None
   dtype = jnp.dtype(bool) if leaf.dtype == jax.dtypes.float0 else leaf.dtype

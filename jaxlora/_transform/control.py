@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, ShardMap, Structure, While, forwarded
 from jaxlora._jax.jaxpr import open_jaxpr, specified_sharding
+from jaxlora._transform.coded import Coded
+from jaxlora._transform.coded_equations import coded_specs, placed
 from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
 from jaxlora._transform.record import Record, Use
 from jaxlora._weight.placement import factor_spec
@@ -141,6 +143,8 @@ def _pinned(value: Any, sharding: Any) -> Any:
   if sharding is None:
     return value
   if isinstance(value, TracedWeight):
+    if isinstance(value.base, Coded):
+      return value.replace(base=placed(value.base, sharding))
     return value.replace(base=lax.with_sharding_constraint(value.base, sharding))
   return lax.with_sharding_constraint(value, sharding)
 
@@ -218,7 +222,8 @@ def _scan(handler: Any, eqn: Any, scan: Scan, values: Sequence[Any]) -> list[Any
   first, last = scan.constants, scan.constants + scan.carries
   consts = values[:first]
   carry = Carry(handler, eqn, scan.jaxpr, scan.constants, values[first:last])
-  runs = [x.along_first() if isinstance(x, TracedWeight) else (x, lambda here: here) for x in values[last:]]
+  xs = [_with_slices(handler, eqn, x) for x in values[last:]]
+  runs = [x.along_first() if isinstance(x, TracedWeight) else (x, lambda here: here) for x in xs]
   steps = jnp.arange(scan.length) if drops(values) else None
   inner, results = handler.inner(scan.jaxpr), len(eqn.outvars) - scan.carries
 
@@ -228,13 +233,28 @@ def _scan(handler: Any, eqn: Any, scan: Scan, values: Sequence[Any]) -> list[Any
     with handler.record.in_a_loop():
       out = inner(*(at_step(const, step) for const in consts), *carry.unpack(free, step), *here)
     new = as_arrays(handler, carry.pack(out[: scan.carries]), eqn, "a scan")
-    return new, [y.replace(key=None) if isinstance(y, TracedWeight) else y for y in out[scan.carries :]]
+    ys = [_without_steps(handler, eqn, y) for y in out[scan.carries :]]
+    return new, [y.replace(key=None) if isinstance(y, TracedWeight) else y for y in ys]
 
   loop = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
   free, ys = lax.scan(body, carry.free, (steps, [sliced for sliced, _ in runs]), **loop, **scan.options)
   by_path = {w.path: w.key for w in weights_in(values)}
   stacked = [y.replace(roles="s" + y.roles, key=by_path[y.path]) if isinstance(y, TracedWeight) else y for y in ys]
   return [*carry.unpack(free), *stacked[:results], *(jnp.sum(total, 0) for total in stacked[results:])]
+
+
+def _with_slices(handler: Any, eqn: Any, x: Any) -> Any:
+  """What a scan runs over: a quantised weight whose parts it cannot slice is formed ahead of it."""
+  if not isinstance(x, TracedWeight) or not isinstance(x.base, Coded) or x.base.along_first() is not None:
+    return x
+  return handler.dequantized(x, eqn, "a scan runs over an axis along which its blocks run")
+
+
+def _without_steps(handler: Any, eqn: Any, y: Any) -> Any:
+  """A result that a scan stacks: a quantised weight of which more is put off than casts and scalars is formed."""
+  if not isinstance(y, TracedWeight) or not isinstance(y.base, Coded) or y.base.moves:
+    return y
+  return handler.dequantized(y, eqn, "a scan stacks what became of it")
 
 
 def _while(handler: Any, eqn: Any, loop: While, values: Sequence[Any]) -> list[Any]:
@@ -284,7 +304,15 @@ def _shard_map(handler: Any, eqn: Any, found: ShardMap, values: Sequence[Any]) -
     if not isinstance(value, TracedWeight):
       return spec
     key = None if value.key is None else jax.sharding.PartitionSpec()
-    return value.mapped(lambda factor, own: factor_spec(spec, value.roles, own), base=spec, key=key)
+    base = coded_specs(value.base, spec, found.mesh)
+    return value.mapped(lambda factor, own: factor_spec(spec, value.roles, own), base=base, key=key)
+
+  def split(value: Any, spec: Any) -> Any:
+    """A quantised weight of which a device would hold a part of a block is formed ahead."""
+    whole = isinstance(value, TracedWeight) and coded_specs(value.base, spec, found.mesh) is None
+    return handler.dequantized(value, eqn, "a device would hold a part of a block of it") if whole else value
+
+  values = [split(*pair) for pair in zip(values, found.in_specs, strict=True)]
 
   def body(*args: Any) -> tuple[Any, ...]:
     return tuple(as_arrays(handler, inner(*args), eqn, "a shard_map"))

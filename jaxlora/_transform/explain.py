@@ -1,4 +1,4 @@
-"""`explain`: which path each adapted weight takes through a function, and why."""
+"""`explain`: which path each adapted or quantised weight takes through a function, and why."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -8,8 +8,10 @@ import weakref
 
 import jax
 
+from jaxlora._base.coded import is_coded
 from jaxlora._base.text import table
 from jaxlora._platform.policy import choose_policy
+from jaxlora._transform.frozen import CODES
 from jaxlora._transform.held import opened
 from jaxlora._transform.record import Record, Use
 from jaxlora._transform.wrap import argument_leaves, call
@@ -63,8 +65,10 @@ class Explanation:
   def __str__(self) -> str:
     rows = [("leaf", "path taken", "primitive", "source", "why")]
     for use in self.uses:
-      taken = ("factored" + (f", {use.way}" if use.way else "")) if use.factored else "MATERIALISED"
-      rows.append((use.path, taken, use.primitive, use.source, use.reason or "x W + s (x A) B"))
+      taken, product = ("codes", "x W") if use.way == CODES else ("factored", "x W + s (x A) B")
+      taken += f", {use.way}" if use.way not in ("", CODES) else ""
+      taken = taken if use.factored else "MATERIALISED"
+      rows.append((use.path, taken, use.primitive, use.source, use.reason or product))
     rows.extend((path, "unused", "-", "-", "the function never multiplies by it") for path in self.unused)
     return f"{table(rows)}\npolicy: {self.policy}, by {self.chosen_by}"
 
@@ -90,9 +94,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
   if routed is not None:
     paths = routed.paths(*args)
   else:
-    paths = [path for path, node in nodes if isinstance(node, LoraWeight)]
+    paths = [path for path, node in nodes if isinstance(node, LoraWeight) or is_coded(node)]
   if not paths:
-    raise ValueError("explain: no argument holds an adapted weight. Make one with jaxlora.adapt(params, config, key).")
+    raise ValueError(
+      "explain: no argument holds an adapted or a quantised weight. Make one with jaxlora.adapt(params, config, key)."
+    )
   leaves, inner = jax.tree_util.tree_flatten([node for _, node in nodes])
   record = _plain_record(leaves) if routed is None else routed.record(leaves)
   abstract = [k for k, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]

@@ -2,18 +2,24 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxlora._base.coded import decoded, is_coded
 from jaxlora._base.dtypes import beside, inexact
 from jaxlora._base.memory import moved, on_device, space_of
+from jaxlora._jax.control_flow import Scan, While
 from jaxlora._jax.jaxpr import varying_axes
 from jaxlora._platform.recipes import Recipe
+from jaxlora._transform.coded import Coded
 from jaxlora._weight.roles import factor_axes, factor_shape, low_rank_delta, times_gain
 from jaxlora._weight.weight import LoraWeight
+
+ADAPTED = "base + A B was formed as one array"
+QUANTISED = "the quantised weight was formed as one array of floats"
 
 
 class Unfactorable(Exception):
@@ -26,7 +32,7 @@ class TracedWeight:
   Rules are registered by kind (`_transform/rule.py`). Where a kind has no rule for a primitive, `simpler` is tried.
 
   Attributes:
-    base: the frozen array that it is made of.
+    base: the frozen array that it is made of, or a `Coded`.
     roles: one letter for each axis of the array that it stands for.
     key: the random key of its dropout, or `None`.
     path: of its leaf.
@@ -36,6 +42,8 @@ class TracedWeight:
   roles: str
   key: Any
   path: str
+
+  formed: ClassVar[str] = ADAPTED  # what a report says where it becomes one array
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -70,7 +78,7 @@ class TracedWeight:
 
   def together(self) -> Any:
     """The same with its factors in the memory of its base, which is where a product computes."""
-    space = space_of(self.base)
+    space = space_of(jax.tree.leaves(self.base)[0])
     apart = [part for part in jax.tree.leaves(self.replace(key=None)) if space_of(part) != space]
     return self.mapped(lambda factor, own: moved(factor, space)) if apart else self
 
@@ -80,7 +88,9 @@ class TracedWeight:
 
   def into(self, structure: Any, operand: int) -> "TracedWeight":
     """The same weight as it enters control flow as the given operand."""
-    del structure, operand
+    del operand
+    if isinstance(structure, (Scan, While)) and isinstance(self.base, Coded):
+      return self.replace(base=self.base.replace(varies=False))
     return self
 
 
@@ -129,15 +139,21 @@ class Factored(TracedWeight):
 
     A factor that lacks the axis is the same in every step: so is A where a head is cut into chunks of its outputs.
     """
-    held = {"base": self.base}
+    held = {"base": self.base.along_first() if isinstance(self.base, Coded) else self.base}
     for name, own in (("a", "i"), ("b", "o"), ("gain", self.gained)):
       axes, part = factor_axes(self.roles, own), getattr(self, name)
       if part is not None and 0 in axes:
         held[name] = jnp.moveaxis(part, axes.index(0), 0)
-    return held, lambda here: self.replace(**here, roles=self.roles[1:])
+
+    def whole(here: dict[str, Any]) -> "Factored":
+      base = here["base"].in_one_step() if isinstance(here["base"], Coded) else here["base"]
+      return self.replace(**here | {"base": base}, roles=self.roles[1:])
+
+    return held, whole
 
   def array(self) -> jax.Array:
-    base, a, b, gain = (on_device(part) for part in (self.base, self.a, self.b, self.gain))
+    a, b, gain = (on_device(part) for part in (self.a, self.b, self.gain))
+    base = decoded(on_device(self.base))
     delta = low_rank_delta(a, b, self.roles)
     whole = times_gain(base.astype(delta.dtype) + delta, gain, self.roles, self.gained)
     return moved(whole.astype(self.base.dtype), space_of(self.base))
@@ -154,9 +170,10 @@ def factored(weight: LoraWeight, path: str, key: jax.Array | None) -> Factored:
   parts = {name: part if name == "base" else on_device(part) for name, part in weight.parts().items()}
   weight = weight.with_parts({**parts, "base": lax.stop_gradient(weight.base)})
   a, b = weight.factors()
-  gain = None if weight.kind.gain is None else dataclasses.replace(weight, base=on_device(weight.base)).gain(a, b)
+  on = lambda: dataclasses.replace(weight, base=decoded(on_device(weight.base)))
+  gain = None if weight.kind.gain is None else on().gain(a, b)
   return Factored(
-    base=weight.base,
+    base=Coded(weight.base) if is_coded(weight.base) else weight.base,
     a=beside(a, dtype),
     b=beside(b, dtype),
     gain=None if gain is None else beside(gain, dtype),

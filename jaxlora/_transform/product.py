@@ -27,6 +27,7 @@ from jaxlora._platform import joint
 from jaxlora._platform.joint import Weight
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.wait import late, on_cpus
+from jaxlora._transform.coded import Coded, CodedProduct, product_with
 from jaxlora._transform.factored import Factored
 from jaxlora._transform.pairing import Pairing
 from jaxlora._transform.thin import Shrink
@@ -77,10 +78,20 @@ class Product:
     return (w, x) if self.weight_first else (x, w)
 
   def base(self, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The base's own product. Where the compiler makes a wider copy of W, the backward pass makes that again."""
+    """The base's own product. Where the compiler makes a wider copy of W, the backward pass makes that again; of codes
+    it forms W again in any case.
+    """
+    if isinstance(w, Coded):
+      return product_with(Plain(self), x, w, self.policy, self.result.looping)
     if self.policy.widens_bases and w.dtype.itemsize == 2 and not explicitly_sharded(x):
       return late(lambda residuals, x: self.plain(x, residuals[0]), (w,), x, on_cpus)
     return self.plain(x, w)
+
+  def again(self, w: Any, x: jax.Array) -> jax.Array:
+    """The base's own product with a tangent, or, transposed, with a cotangent."""
+    if isinstance(w, Coded):
+      return late(CodedProduct(Plain(self), self.policy, self.result.looping).linear, w, x, self.policy.wait_codes)
+    return self.base(x, w)
 
   def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
     """`x W`."""
@@ -114,7 +125,7 @@ class Product:
 
   def joins(self, x: jax.Array, weight: Weight) -> bool:
     """Whether the products had better be one: of matrices, in one dtype, not sharded by type, and of many tokens."""
-    alike = len({array.dtype for array in (x, *weight)}) == 1
+    alike = len({array.dtype for array in (x, *weight)}) == 1 and not isinstance(weight[0], Coded)
     tokens = elements([size for size, label in zip(x.shape, self.labels, strict=True) if isinstance(label, tuple)])
     many = tokens > self.policy.few_tokens
     return many and alike and not explicitly_sharded(x) and self.matrices(weight) is not None
@@ -141,6 +152,16 @@ class Product:
     (n,) = (label for label in v.labels if label != k)
     known = {*first.labels} == {RANK, k} and {*second.labels} == {RANK, n} and run_of(self.wanted, self.free, w.shape)
     return joint.Matrices(labels, v, first, second, k, n, RANK) if known else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """`x W` of a product, as a function of the two: equal for products that are alike."""
+
+  product: Product
+
+  def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+    return self.product.plain(x, w)
 
 
 def run_of(labels: Sequence[Hashable], run: Sequence[int], shape: Sequence[int]) -> tuple[Hashable, ...] | None:

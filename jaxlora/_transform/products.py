@@ -34,6 +34,7 @@ from jaxlora._platform.policy import Policy
 from jaxlora._platform.product_forms import Joined, Moving, SideBySide, TransposeJoined, TransposeSideBySide
 from jaxlora._platform.recipes import Recipe
 from jaxlora._platform.wait import at_once, late
+from jaxlora._transform.coded import formed
 from jaxlora._transform.product import Product
 from jaxlora._transform.thin import Shrink, Shrinks
 from jaxlora._transform.thin_derivative import shrink_along_factor
@@ -110,7 +111,7 @@ class Products:
     self, product: Product, x: jax.Array, h: Labelled, weight: Weight, sources: Sequence[Any], expand: Any, add: Any
   ) -> jax.Array:
     """One of them: two products and a sum, or one product."""
-    base = product.plain(x, weight[0])
+    base = product.plain(x, formed(weight[0], x, product.policy, product.result.looping))
     separately = lambda base, x, h, weight, sources: add(base, product.expand(h, weight[2], expand))
     if not product.joins(x, weight):
       return separately(base, x, h, weight, sources)
@@ -161,7 +162,7 @@ class Along:
       moved = [h if d is None else added(d, h) for d, h in zip(d_thin, through, strict=True)]
     out = []
     for product, h, (w, _, b), dh, db in zip(each, thin, weights, moved, d_seconds, strict=True):
-      terms = [] if dx is None else [product.base(dx, w)]
+      terms = [] if dx is None else [product.again(w, dx)]
       terms += [] if dh is None else [product.expand(dh, b)]
       terms += [] if db is None else [product.expand(h, db)]
       out.append(functools.reduce(lambda x, y: x + y.astype(x.dtype), terms))

@@ -11,7 +11,8 @@ import jax
 
 from jaxlora._jax.jaxpr import source_line
 from jaxlora._platform.policy import Policy
-from jaxlora._transform.factored import TracedWeight
+from jaxlora._transform.coded import Coded
+from jaxlora._transform.factored import QUANTISED, TracedWeight
 
 ON_MATERIALIZE = ("ignore", "warn", "error")
 
@@ -35,6 +36,7 @@ class Use:
     source: the user's source line.
     reason: why it was materialised; empty where it was not.
     way: by which of several ways, where its kind of weight has more than one; empty else.
+    formed: what was formed as one array, where it was materialised.
     met: the role of the axes that met the input, `"i"` or `"o"`; empty where it was materialised, or met by both.
   """
 
@@ -44,6 +46,7 @@ class Use:
   source: str
   reason: str = ""
   way: str = ""
+  formed: str = ""
   met: str = ""
 
 
@@ -124,8 +127,13 @@ class Record:
 
   def materialize(self, w: TracedWeight, primitive: str, source: str, reason: str) -> jax.Array:
     """Forms the weight, and says so."""
-    self.report(Use(w.path, primitive, False, source, reason), w.key is not None)
+    self.report(Use(w.path, primitive, False, source, reason, formed=w.formed), w.key is not None)
     return w.array()
+
+  def dequantized(self, w: TracedWeight, value: Coded, primitive: str, source: str, reason: str) -> jax.Array:
+    """Forms the base of a weight, or what became of it, and says so."""
+    self.report(Use(w.path, primitive, False, source, reason, formed=QUANTISED), False)
+    return value.dequantize(self.policy)
 
   def used(self, w: TracedWeight, primitive: str, source: str, way: str, met: str) -> None:
     """Notes a product of a weight that stayed factored."""
@@ -136,20 +144,23 @@ class Record:
     """Notes a materialised weight, and warns or raises as the user chose."""
     self.uses.append(use)
     message = (
-      f"{use.path}: base + A B was formed as one array at `{use.primitive}` ({use.source or 'unknown source line'}):"
+      f"{use.path}: {use.formed} at `{use.primitive}` ({use.source or 'unknown source line'}):"
       f" {use.reason}. The result is right, but this costs a weight's worth of memory and gradient"
+    )
+    remedy = (
+      "Leave the leaf in floats (exclude= of jaxlora.quantize)" if use.formed == QUANTISED else "Exclude the leaf"
     )
     if drops:
       message += ", and the adapter's dropout does not act there"
     if self.on_materialize == "error":
       raise MaterializeError(
-        f"{message}. Exclude the leaf, rewrite that line, or allow it with wrap(..., on_materialize='warn')."
+        f"{message}. {remedy}, rewrite that line, or allow it with wrap(..., on_materialize='warn')."
       )
     place = (use.path, use.primitive, use.source)
     if self.on_materialize == "warn" and place not in self.seen:
       self.seen.add(place)
       warnings.warn(
-        f"{message}. Exclude the leaf, or silence this with wrap(..., on_materialize='ignore').",
+        f"{message}. {remedy}, or silence this with wrap(..., on_materialize='ignore').",
         MaterializeWarning,
         stacklevel=2,
       )

@@ -33,6 +33,7 @@ class Op(NamedTuple):
     shrink: computes a first thin product.
     ahead: the product, without a gain, where it was computed ahead.
     note: takes down a word on how the product was computed, for `explain`.
+    formed: the array of a coded value, where a rule needs one; any other value as it is.
   """
 
   primitive: Any
@@ -46,6 +47,7 @@ class Op(NamedTuple):
   shrink: ShrinkBy
   ahead: Any
   note: Callable[[str], None]
+  formed: Callable[[Any], Any]
 
 
 class Ahead(NamedTuple):

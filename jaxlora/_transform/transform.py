@@ -15,8 +15,11 @@ from jaxlora._jax.control_flow import Structure, Unreadable
 from jaxlora._jax.jaxpr import bind, equation_context
 from jaxlora._platform.recipes import REGION, Origins
 from jaxlora._platform.region_derivative import Comparable, evaluate_region, is_norm, rematerialised
+from jaxlora._transform.coded import Coded
+from jaxlora._transform.coded_equations import bind_coded
 from jaxlora._transform.control import CONTROL, Rebuild
 from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
+from jaxlora._transform.frozen import FrozenWeight
 from jaxlora._transform.interpreter import Handler, RegionEquation, Step, interpret, plan
 from jaxlora._transform.meetings import side_met
 from jaxlora._transform.products import Products, evaluate_products
@@ -89,6 +92,11 @@ class Transform(Handler):
       return value
     return self.record.materialize(value, eqn.primitive.name, self.record.source(eqn), reason)
 
+  def dequantized(self, w: TracedWeight, eqn: Any, reason: str) -> Any:
+    """A weight with its codes as floats, with a report; one without an adapter is an array then."""
+    array = self.record.dequantized(w, w.base, eqn.primitive.name, self.record.source(eqn), reason)
+    return array if isinstance(w, FrozenWeight) else w.replace(base=array)
+
   def control(self, eqn: Any, found: Structure, values: Sequence[Any]) -> list[Any]:
     if type(found) not in self.controls:
       raise Unfactorable("the function has a derivative or batching rule of its own, which must hold")
@@ -120,7 +128,7 @@ class Transform(Handler):
     return Op(
       primitive=eqn.primitive,
       params=eqn.params,
-      bind=lambda *args, **changes: bind(eqn, args, **changes),
+      bind=functools.partial(self.bound, eqn, w),
       result=eqn.outvars[0].aval,
       use=self.record.products[w.path],
       recipe=self._origins.recipe if policy.rematerialises else lambda value: None,
@@ -129,7 +137,15 @@ class Transform(Handler):
       shrink=shrink,
       ahead=self._ahead.pop(id(eqn), None),
       note=note,
+      formed=lambda value: value.dequantize(policy) if isinstance(value, Coded) else value,
     )
+
+  def bound(self, eqn: Any, w: TracedWeight, *args: Any, **changes: Any) -> list[Any]:
+    """The equation on other operands, which may be coded values."""
+    if not any(isinstance(arg, Coded) for arg in args):
+      return bind(eqn, args, **changes)
+    form = lambda value, reason: self.record.dequantized(w, value, eqn.primitive.name, self.record.source(eqn), reason)
+    return bind_coded(eqn, {**eqn.params, **changes}, args, self.record.policy, self.record.looping, form)
 
   def region(self, equation: RegionEquation, values: Sequence[Any]) -> list[Any]:
     region = equation.region

@@ -4,21 +4,26 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 import numpy as np
 
+from jaxlora._base.coded import is_coded
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import short
 from jaxlora._platform.policy import check_tuning, choose_policy
+from jaxlora._quant.array import check_quantized
+from jaxlora._transform.coded import Coded
 from jaxlora._transform.control import named
 from jaxlora._transform.factored import TracedWeight, factored, weights_in
+from jaxlora._transform.frozen import FrozenWeight
 from jaxlora._transform.held import described, opened
 from jaxlora._transform.interpreter import interpret
 from jaxlora._transform.meetings import Unsure, check_roles
 from jaxlora._transform.record import ON_MATERIALIZE, Record
 from jaxlora._transform.transform import Transform
 from jaxlora._weight.checks import check_values, check_weight
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 
 
 def wrap(
@@ -130,7 +135,7 @@ def call(
 
   named(flat, getattr(fn, "__name__", "wrapped"))
   values = [leaves[k] for k in dynamic]
-  traced = jax.make_jaxpr(flat)(*(value.base if isinstance(value, TracedWeight) else value for value in values))
+  traced = jax.make_jaxpr(flat)(*map(_stand_in, values))
   out = [_returned(record, value) for value in interpret(traced, values, Transform(record))]
   weights = {path: node for path, node in nodes if isinstance(node, LoraWeight) and not node.sure}
   check_roles({path: Unsure(node.roles, tuple(node.shape)) for path, node in weights.items()}, record.uses)
@@ -138,6 +143,12 @@ def call(
   arrays_out = iter(out)
   full_out = [static_out[k] if k in static_out else next(arrays_out) for k in range(out_tree.num_leaves)]
   return jax.tree_util.tree_unflatten(out_tree, full_out)
+
+
+def _stand_in(value: Any) -> Any:
+  """What the function is traced on in the place of a value."""
+  base = value.base if isinstance(value, TracedWeight) else value
+  return base.like if isinstance(base, Coded) else base
 
 
 def _returned(record: Record, value: Any) -> Any:
@@ -149,10 +160,14 @@ def _returned(record: Record, value: Any) -> Any:
 
 def traced_value(node: Any, path: str, dropout_key: Any) -> Any:
   """Converts an argument leaf to its traced value."""
+  if is_coded(node) and not isinstance(node, TracedWeight):
+    check_quantized(node, path)
+    return FrozenWeight.of(Coded(lax.stop_gradient(node)), path)
   if not is_adapted(node):  # traced weights among them, of functions that make their own
     return node
   check_weight(node, path)
   check_values(node, path)
+  check_quantized(node.base, path)
   if isinstance(node, FullWeight):
     return node.value
   return factored(node, path, None if dropout_key is None else leaf_key(dropout_key, path))
@@ -177,4 +192,4 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
 
 
 def _is_weight(node: Any) -> bool:
-  return is_adapted(node) or isinstance(node, TracedWeight)
+  return is_leaf_node(node) or isinstance(node, TracedWeight)

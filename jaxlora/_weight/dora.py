@@ -7,6 +7,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxlora._base.coded import decoded
 from jaxlora._base.dtypes import precise
 from jaxlora._base.memory import on_device
 from jaxlora._base.programs import one_program
@@ -38,7 +39,7 @@ def _ordered(x: jax.Array, roles: str, order: Sequence[int]) -> jax.Array:
 
 
 def _dora_start(start: Start) -> dict[str, jax.Array]:
-  norm = jnp.sqrt(squared_norms(on_device(start.base), start.roles))
+  norm = jnp.sqrt(squared_norms(decoded(on_device(start.base)), start.roles))
   return {**lora_start(start), "magnitude": norm, "norm": norm.copy()}
 
 

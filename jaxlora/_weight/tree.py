@@ -5,13 +5,19 @@ from typing import Any
 
 import jax
 
+from jaxlora._base.coded import is_coded
 from jaxlora._base.paths import flatten
 from jaxlora._weight.checks import check_parts
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 
 
+def is_leaf_node(node: Any) -> bool:
+  """Whether a node stands for one array, adapted or coded: the `is_leaf` of every walk over leaves."""
+  return is_adapted(node) or is_coded(node)
+
+
 def is_half_leaf(node: Any) -> bool:
-  return node is None or is_adapted(node)
+  return node is None or is_leaf_node(node)
 
 
 def map_adapted(lora: Callable[[Any], Any], full: Callable[[Any], Any], plain: Callable[[Any], Any], tree: Any) -> Any:
@@ -22,12 +28,12 @@ def map_adapted(lora: Callable[[Any], Any], full: Callable[[Any], Any], plain: C
       return lora(node)
     return full(node) if isinstance(node, FullWeight) else plain(node)
 
-  return jax.tree_util.tree_map(one, tree, is_leaf=is_adapted)
+  return jax.tree_util.tree_map(one, tree, is_leaf=is_leaf_node)
 
 
 def adapted_leaves(tree: Any) -> list[tuple[str, Any]]:
   """The adapted nodes of a tree with their paths."""
-  nodes, _ = flatten(tree, is_leaf=is_adapted)
+  nodes, _ = flatten(tree, is_leaf=is_leaf_node)
   return [(path, node) for path, node in nodes if is_adapted(node)]
 
 
@@ -42,4 +48,4 @@ def check_adapted(tree: Any, what: str) -> None:
 
 def base_tree(tree: Any) -> Any:
   """The tree with the base of every adapted node in its place, `None` in a trainable half."""
-  return jax.tree_util.tree_map(lambda node: node.base if is_adapted(node) else node, tree, is_leaf=is_adapted)
+  return jax.tree_util.tree_map(lambda node: node.base if is_adapted(node) else node, tree, is_leaf=is_leaf_node)

@@ -4,18 +4,19 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxlora._base.coded import decoded
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.export import serialised_dataclass
 from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._weight.aside import Aside
 from jaxlora._weight.describe import full_line, is_array, lora_line
-from jaxlora._weight.flax import KnownToFlax
+from jaxlora._weight.node import Node
 from jaxlora._weight.roles import factor_axes, low_rank_delta, times_gain
 from jaxlora._weight.variant import Variant, variant_named
 
@@ -28,34 +29,10 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 UNIT_SCALE: dict[str, Callable[[int], float]] = {"standard": float, "rslora": math.sqrt}  # rank -> alpha of scale 1
 
 
-class _Node(metaclass=KnownToFlax):
-  """A node that holds named arrays. It is no array; using it as one is an error that says what to do."""
-
-  def parts(self) -> dict[str, Any]:
-    """The arrays that the node holds, by name."""
-    raise NotImplementedError
-
-  def with_parts(self, changes: Mapping[str, Any]) -> Any:
-    """The node with some of its parts replaced."""
-    raise NotImplementedError
-
-  def __array__(self, *_: Any, **__: Any) -> NoReturn:  # NumPy would make an array of one object
-    self.__jax_array__()
-
-  def __getitem__(self, _: Any) -> NoReturn:  # as a Variable of flax.nnx does
-    self.__jax_array__()
-
-  def __jax_array__(self) -> NoReturn:
-    raise TypeError(
-      f"a {type(self).__name__} was used as an array. Call the function through jaxlora.wrap(fn), the tree an argument"
-      " of fn or fn itself, not closed over; or turn the tree into plain parameters first with jaxlora.merge(tree)."
-    )
-
-
 @serialised_dataclass
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class LoraWeight(_Node):
+class LoraWeight(Node):
   """One adapted weight: a frozen base and the factors of its low-rank update.
 
       W' = base + scale * sum_r a[..., r, in] b[..., r, out],    scale = alpha / rank   (alpha / sqrt(rank): rsLoRA)
@@ -230,14 +207,14 @@ class LoraWeight(_Node):
     wide = functools.reduce(wider_dtype, [part.dtype for part in held.values()], dtype)
     here = self.with_parts(held)
     a, b = here.with_parts({name: part.astype(wide) for name, part in held.items()}).factors()
-    whole = held["base"].astype(wide) + low_rank_delta(a, b, self.roles)
+    whole = decoded(held["base"]).astype(wide) + low_rank_delta(a, b, self.roles)
     return moved(times_gain(whole, here.gain(a, b), self.roles).astype(dtype), space_of(self.base))
 
 
 @serialised_dataclass
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class FullWeight(_Node):
+class FullWeight(Node):
   """One leaf trained whole (a bias, a norm, a new head): `value` trains, `base` is kept so that `strip` is exact.
 
   Attributes:

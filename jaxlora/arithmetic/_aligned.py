@@ -11,7 +11,7 @@ from jaxlora._base.checks import check_finite, is_known
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_weight
-from jaxlora._weight.tree import check_adapted
+from jaxlora._weight.tree import check_adapted, is_leaf_node
 from jaxlora._weight.weight import LoraWeight, is_adapted, parts
 from jaxlora.arithmetic._sums import base_leaf
 
@@ -20,7 +20,7 @@ def aligned(trees: Sequence[Any], names: Sequence[str], what: str) -> tuple[dict
   """The nodes of all trees by path; raises unless they are adapters of one base."""
   for tree, name in zip(trees, names, strict=True):
     check_adapted(tree, f"{what}: {name}")
-  flat = [flatten(tree, is_leaf=is_adapted) for tree in trees]
+  flat = [flatten(tree, is_leaf=is_leaf_node) for tree in trees]
   first, treedef = flat[0]
   nodes = {path: [node] for path, node in first}
   for (other, other_def), name in zip(flat[1:], names[1:], strict=True):

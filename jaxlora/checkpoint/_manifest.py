@@ -16,7 +16,7 @@ from jaxlora._version import __version__
 from jaxlora._weight.aside import Aside
 from jaxlora._weight.checks import check_weight
 from jaxlora._weight.fingerprint import prints
-from jaxlora._weight.tree import base_tree
+from jaxlora._weight.tree import base_tree, is_leaf_node
 from jaxlora._weight.variant import VARIANTS
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, parts
 from jaxlora.checkpoint._arrays import Arrays, entry_of, value_of
@@ -34,7 +34,7 @@ def manifest_of(tree: Any, metadata: Any, arrays: Arrays) -> dict[str, Any]:
   check_json(metadata, "metadata")
   if not isinstance(metadata, dict):
     raise CheckpointError(f"metadata: found {metadata!r}, expected a dict.")
-  nodes, _ = flatten(tree, is_leaf=is_adapted)
+  nodes, _ = flatten(tree, is_leaf=is_leaf_node)
   adapted = [(path, node) for path, node in nodes if is_adapted(node)]
   if not adapted:
     raise CheckpointError("the tree has no adapted leaf; make one with jaxlora.adapt(params, config, key).")

@@ -10,7 +10,8 @@ from jaxlora._base.keys import typed_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
 from jaxlora._weight.roles import thin
-from jaxlora._weight.weight import LoraWeight, is_adapted
+from jaxlora._weight.tree import is_leaf_node
+from jaxlora._weight.weight import LoraWeight
 from jaxlora.init._eva import eva
 from jaxlora.init._lora_ga import lora_ga
 from jaxlora.init._options import Options
@@ -109,7 +110,7 @@ def init_from_data(
   for path, weight in weights.items():
     _check_fresh(path, weight)
   new = (eva if method == "eva" else lora_ga)(tree, weights, options)
-  nodes, treedef = flatten(tree, is_leaf=is_adapted)
+  nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
   return jax.tree_util.tree_unflatten(treedef, [new.get(path, node) for path, node in nodes])
 
 

@@ -14,7 +14,8 @@ from jaxlora._base.matrix import matmul, svd
 from jaxlora._base.paths import flatten
 from jaxlora._transform.wrap import wrap
 from jaxlora._weight.roles import laid_out, thin
-from jaxlora._weight.weight import LoraWeight, is_adapted, start_subtracted
+from jaxlora._weight.tree import is_leaf_node
+from jaxlora._weight.weight import LoraWeight, start_subtracted
 from jaxlora.init._options import Options, check_missing, orthonormal_rows, random_rows, rows_shape, side, without_start
 
 
@@ -64,7 +65,7 @@ def _gradient_products(
 
   With A zero the gradient of A is `B G^T`, with B zero that of B is `A G`, for the gradient G of the weight, (in, out).
   """
-  flat, treedef = flatten(tree, is_leaf=is_adapted)
+  flat, treedef = flatten(tree, is_leaf=is_leaf_node)
   loss = loss_of_factors(options.fn, treedef, [path for path, _ in flat])
   nodes = [node for _, node in flat]
   gradient = jax.jit(jax.grad(loss))

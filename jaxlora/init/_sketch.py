@@ -31,7 +31,7 @@ from jaxlora._transform.record import Record
 from jaxlora._transform.rule import PRODUCTS, find_rule
 from jaxlora._transform.transform import Transform
 from jaxlora._weight.roles import factor_shape
-from jaxlora._weight.tree import is_adapted
+from jaxlora._weight.tree import is_leaf_node
 from jaxlora._weight.weight import FullWeight, LoraWeight
 
 
@@ -148,7 +148,7 @@ def sketcher(fn: Callable[..., Any], seen: Seen) -> Callable[[dict[str, jax.Arra
   """
 
   def energy(factors: dict[str, jax.Array], tree: Any, batch: Any) -> jax.Array:
-    nodes, treedef = flatten(tree, is_leaf=is_adapted)
+    nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
     values = [_traced_value(path, node, factors) for path, node in nodes]
     plain = [value.base if isinstance(value, Factored) else value for value in values]
     traced = jax.make_jaxpr(fn)(jax.tree_util.tree_unflatten(treedef, plain), batch)

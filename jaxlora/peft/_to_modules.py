@@ -11,6 +11,7 @@ import numpy as np
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts
+from jaxlora._weight.tree import is_leaf_node
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.peft._config import config_of
 from jaxlora.peft._conv1d import told_by_model
@@ -71,7 +72,7 @@ def module_sizes(tree: Any, names: Names, axes: Axes) -> dict[str, int] | None:
 
   `None` for the trainable half of a tree, which has but some of them.
   """
-  leaves = dict(flatten(tree, is_leaf=is_adapted)[0])
+  leaves = dict(flatten(tree, is_leaf=is_leaf_node)[0])
   model = TorchModel.of_leaves(leaves, names, known_roles(leaves, tree, axes, None), [])
   return None if model.module_names() is None else model.sizes()
 
@@ -81,7 +82,7 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
 
   The task tells which head torch's model has: PEFT takes those of some tasks from the file, trained or not.
   """
-  leaves = dict(flatten(tree, is_leaf=is_adapted)[0])
+  leaves = dict(flatten(tree, is_leaf=is_leaf_node)[0])
   check_names(names, leaves)
   problems: list[str] = []
   known = known_roles(leaves, tree, axes, None)

@@ -37,7 +37,7 @@ def frozen_step(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def oracle(fn: Callable[..., Any]) -> Callable[..., Any]:
   """What `wrap(fn)` must equal."""
-  return lambda tree, *args: fn(jaxlora.merge(tree), *args)
+  return lambda tree, *args: fn(jaxlora.dequantize(jaxlora.merge(tree)), *args)
 
 
 def assert_close(got: Any, want: Any, tolerance: float) -> None:

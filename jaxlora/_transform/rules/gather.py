@@ -101,6 +101,7 @@ def _gather(op: Op, args: Sequence[Any]) -> list[Any]:
   base = op.bind(*args_with(args, w.base))[0]
   a, b = looked_up_in(w.a, "i"), looked_up_in(w.b, "o")
   if w.roles[axis] != "s":
+    base = op.formed(base)
     delta = contract(a, b, [RANK], Result(base.dtype)).ordered(result_labels)
     result = op.policy.sum(base, delta, op.looping)
     if w.gain is None:

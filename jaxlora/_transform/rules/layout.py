@@ -57,7 +57,8 @@ def reshape(op: Op, args: Sequence[Any]) -> list[Any]:
   new = tuple(op.params["new_sizes"])
   given = w.base
   if op.params.get("dimensions") is not None:  # a transposition first
-    w = permuted(w, op.params["dimensions"], lax.transpose(w.base, op.params["dimensions"]))
+    sizes = [w.shape[d] for d in op.params["dimensions"]]
+    w = permuted(w, op.params["dimensions"], jax.ShapeDtypeStruct(sizes, given.dtype))  # of the base, its sizes alone
   if 0 in new:
     raise Unfactorable("a reshape of nothing")
   roles = regrouped_roles(w.roles, w.shape, new)
@@ -165,7 +166,7 @@ def _each(op: Op, args: Sequence[Any]) -> list[Any]:
 
 
 @rule(*BARRIERS)
-def _barrier(op: Op, args: Sequence[Any]) -> list[Any]:
+def barrier(op: Op, args: Sequence[Any]) -> list[Any]:
   """An identity on several values at once: the parts of the weights take their places among them."""
   held = [arg.replace(key=None) if isinstance(arg, TracedWeight) else arg for arg in args]
   parts, treedef = jax.tree.flatten(held)

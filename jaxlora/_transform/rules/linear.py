@@ -37,9 +37,19 @@ def _neg(op: Op, args: Sequence[Any]) -> list[Any]:
 @rule(*SCALINGS)
 def _scale(op: Op, args: Sequence[Any]) -> list[Any]:
   """Times or over a scalar. Only one factor takes it: the product is linear in each."""
-  w, scalar = args if isinstance(args[0], TracedWeight) else args[::-1]
-  if isinstance(scalar, TracedWeight) or jnp.ndim(scalar) != 0 or (op.primitive.name == "div" and w is args[1]):
+  w: Any = args[0] if isinstance(args[0], TracedWeight) else args[1]
+  if not is_scaled(op, args):
     raise Unfactorable("a product with something that is not a scalar")
   base = op.bind(*args_with(args, w.base))[0]
   b = op.bind(*args_with(args, w.b))[0]
   return [w.replace(base=base, b=b)]
+
+
+def is_scaled(op: Op, args: Sequence[Any]) -> bool:
+  """Whether an equation is a weight times or over a scalar, or takes a weight alone."""
+  if len(args) == 1:
+    return True
+  w, scalar = args if isinstance(args[0], TracedWeight) else args[::-1]
+  return not (
+    isinstance(scalar, TracedWeight) or jnp.ndim(scalar) != 0 or (op.primitive.name == "div" and w is args[1])
+  )

@@ -47,7 +47,7 @@ def _base_only(op: Op, args: Sequence[Any]) -> list[Any]:
 
 
 @rule(*TRANSFERS)
-def _device_put(op: Op, args: Sequence[Any]) -> list[Any]:
+def device_put(op: Op, args: Sequence[Any]) -> list[Any]:
   """Other devices or another memory, of several arrays at once: the base goes where the weight goes.
 
   Factors follow to other devices and into the device's memory. The host's they leave to the base: it is large, and they

@@ -1,0 +1,256 @@
+"""Coded values: how the transform carries an array that is codes, and not floats.
+
+An equation that only rearranges such an array rearranges its parts, or is put off until the array is formed. Products
+form it where they need it, forwards and once more backwards: what differentiation keeps are codes.
+
+Reading order: what is put off -> the value -> its products.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+import jax.numpy as jnp
+
+from jaxlora._base.memory import on_device
+from jaxlora._jax.jaxpr import bind
+from jaxlora._jax.primitives import CASTS, NEGATIONS, ROUNDINGS, SCALINGS
+from jaxlora._jax.trace_cache import traced_once
+from jaxlora._platform.policy import Policy
+from jaxlora._platform.wait import by_first_element, late
+from jaxlora._quant.array import QuantizedArray
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is put off.
+
+ELEMENTWISE = (*CASTS, *ROUNDINGS, *NEGATIONS, *SCALINGS)  # of one array, and scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+  """An equation of one array that is bound when that is formed.
+
+  Attributes:
+    primitive, given: of the equation, its parameters as pairs.
+    place: which of its operands the array is.
+    others: how many other operands it has.
+    shape, dtype: of its result.
+  """
+
+  primitive: Any
+  given: tuple[tuple[str, Any], ...]
+  place: int
+  others: int
+  shape: tuple[int, ...]
+  dtype: Any
+
+  @property
+  def params(self) -> dict[str, Any]:
+    return dict(self.given)
+
+  @property
+  def is_elementwise(self) -> bool:
+    return self.primitive.name in ELEMENTWISE
+
+  def __call__(self, x: jax.Array, others: Sequence[Any]) -> jax.Array:
+    return bind(self, [*others[: self.place], x, *others[self.place :]])[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The value.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coded:
+  """An array that is codes.
+
+  Attributes:
+    node: a `QuantizedArray`, or any node with `shape`, `dtype` and `dequantize()`.
+    scalars: the other operands of what is put off.
+    steps: what is put off, in order.
+    varies: whether it is another one in every step of the innermost loop, so that no compiler moves its floats out.
+  """
+
+  node: Any
+  scalars: tuple[Any, ...] = ()
+  steps: tuple[Later, ...] = dataclasses.field(default=(), metadata={"static": True})
+  varies: bool = dataclasses.field(default=False, metadata={"static": True})
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.steps[-1].shape if self.steps else tuple(self.node.shape)
+
+  @property
+  def dtype(self) -> Any:
+    return jnp.dtype(self.steps[-1].dtype if self.steps else self.node.dtype)
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def like(self) -> jax.ShapeDtypeStruct:
+    """The type of the array."""
+    return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+  @property
+  def moves(self) -> bool:
+    """Whether its parts can be rearranged in the place of the array."""
+    return isinstance(self.node, QuantizedArray) and all(step.is_elementwise for step in self.steps)
+
+  def replace(self, **changes: Any) -> "Coded":
+    return dataclasses.replace(self, **changes)
+
+  def moved(self, node: Any) -> "Coded":
+    """The same with rearranged parts."""
+    steps = tuple(dataclasses.replace(step, shape=tuple(node.shape)) for step in self.steps)
+    return self.replace(node=node, steps=steps)
+
+  def later(self, eqn: Any, params: dict[str, Any], args: Sequence[Any]) -> "Coded":
+    """The same with an equation put off in which it is the one operand that is no scalar."""
+    (place,) = (k for k, arg in enumerate(args) if arg is self)
+    others = [arg for k, arg in enumerate(args) if k != place]
+    step = Later(eqn.primitive, tuple(sorted(params.items())), place, len(others), (), None)
+    out = jax.eval_shape(step, self.like, others)
+    step = dataclasses.replace(step, shape=tuple(out.shape), dtype=out.dtype)
+    return self.replace(scalars=(*self.scalars, *others), steps=(*self.steps, step))
+
+  def dequantize(self, policy: Policy | None = None) -> jax.Array:
+    """The array in floats."""
+    here = on_device(self.node)
+    how = () if policy is None or not isinstance(here, QuantizedArray) else (policy.look_up,)
+    x, first = here.dequantize(*how), 0
+    for step in self.steps:
+      x, first = step(x, self.scalars[first : first + step.others]), first + step.others
+    return x
+
+  def along_first(self) -> "Coded | None":
+    """What a loop over the first axis takes slices of; `None` where slices of the parts are none of the array."""
+    if not self.moves:
+      return None if self.steps or not _slices(self.node) else self
+    node = _whole_along_first(self.node)
+    return None if node is None else self.moved(node)
+
+  def in_one_step(self) -> "Coded":
+    """The slice of one step of a loop over its first axis, whose parts have been sliced."""
+    return self.replace(steps=tuple(dataclasses.replace(s, shape=s.shape[1:]) for s in self.steps), varies=True)
+
+
+def _whole_along_first(node: QuantizedArray) -> QuantizedArray | None:
+  """A quantised array whose parts have all steps of a loop over the first axis; `None` where blocks run along it."""
+  count, parts = node.shape[0], {}
+  for name, part in node.parts().items():
+    if isinstance(part, QuantizedArray):
+      part = _whole_along_first(part) if part.shape[0] == count else None
+    elif part.shape[0] == 1 != count:
+      part = lax.broadcast_in_dim(part, (count, *part.shape[1:]), range(part.ndim))
+    elif part.shape[0] != count:
+      part = None
+    if part is None:
+      return None
+    parts[name] = part
+  return node.with_parts(parts)
+
+
+def _slices(node: Any) -> bool:
+  """Whether the slices of another library's node along its first axis, all parts alike, are nodes for slices of it."""
+  first = lambda node: jax.tree.map(lambda part: part[0], node).dequantize()
+  try:
+    out = jax.eval_shape(first, node)
+  except (TypeError, ValueError, IndexError):
+    return False
+  return tuple(out.shape) == tuple(node.shape[1:]) and out.dtype == node.dtype
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Its products.
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedProduct:
+  """`fn(x, W)`, linear in x, of a coded W: equal for products that are alike.
+
+      dy = fn(dx, W),   W formed again of its codes once the cotangent has arrived
+
+  Attributes:
+    fn: of two arrays.
+    policy: how codes become numbers, and how they wait.
+    looping: whether this is inside the body of a loop: what is formed there is not to be moved out of it.
+  """
+
+  fn: Callable[[Any, Any], Any]
+  policy: Policy
+  looping: bool
+
+  def __call__(self, x: jax.Array, w: Coded) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+      return self.linear(w, x)
+
+    @jax.custom_jvp
+    def product(x, w):
+      return self.fn(x, formed(w, x, self.policy, self.looping))
+
+    def jvp(primals, tangents):
+      (x, w), (dx, dw) = primals, tangents
+      y = product(x, w)
+      terms = [] if isinstance(dx, SymbolicZero) else [late(self.linear, w, dx, self.policy.wait_codes)]
+      terms += self.along_scalars(x, w, dw)
+      return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+
+    product.defjvp(jvp, symbolic_zeros=True)
+    return product(x, w)
+
+  def linear(self, w: Coded, x: jax.Array) -> jax.Array:
+    return self.fn(x, w.dequantize(self.policy))
+
+  def along_scalars(self, x: jax.Array, w: Coded, dw: Any) -> list[jax.Array]:
+    """The tangent along scalars that multiply the array, and may train: the array itself is frozen."""
+    leaves, treedef = jax.tree.flatten(w)
+    steps = jax.tree.leaves(dw, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    moving = [k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)]
+    if not moving:
+      return []
+
+    def of(*values: Any) -> jax.Array:
+      full = list(leaves)
+      for k, value in zip(moving, values, strict=True):
+        full[k] = value
+      return self.linear(jax.tree.unflatten(treedef, full), x)
+
+    return [jax.jvp(of, [leaves[k] for k in moving], [steps[k] for k in moving])[1]]
+
+
+def formed(w: Any, x: jax.Array, policy: Policy, looping: bool) -> jax.Array:
+  """The array of a coded value, for a product with `x` that is not itself differentiated; any other as it is."""
+  if not isinstance(w, Coded):
+    return w
+  if looping and not w.varies:
+    w = by_first_element(policy.wait_codes, w, x)
+  return w.dequantize(policy)
+
+
+def product_with(fn: Callable[[Any, Any], Any], x: jax.Array, w: Coded, policy: Policy, looping: bool) -> jax.Array:
+  """`fn(x, W)`, linear in x, of a coded W; traced once for all that are alike where `fn` says which are."""
+  product = CodedProduct(fn, policy, looping)
+  return traced_once(product, x, w) if policy.shares_traces else product(x, w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """An equation of an input and a weight as a function of the two: equal for equations that are alike."""
+
+  primitive: Any
+  given: tuple[tuple[str, Any], ...]
+  weight_first: bool
+
+  @property
+  def params(self) -> dict[str, Any]:
+    return dict(self.given)
+
+  def __call__(self, x: Any, w: Any) -> Any:
+    return bind(self, (w, x) if self.weight_first else (x, w))[0]

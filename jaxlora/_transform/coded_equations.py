@@ -1,0 +1,157 @@
+"""Equations of coded values: rearranged by their parts, put off, computed with the array formed inside, or refused."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from jaxlora._base.memory import moved as moved_to
+from jaxlora._jax.jaxpr import bind
+from jaxlora._jax.primitives import IDENTITIES, PLACEMENTS, TRANSFERS
+from jaxlora._platform.policy import Policy
+from jaxlora._quant.array import QuantizedArray
+from jaxlora._transform.coded import ELEMENTWISE, Bound, Coded, product_with
+from jaxlora._transform.moves import lookup_of, moved, moves_of
+
+BILINEAR = ("dot_general", "conv_general_dilated")
+# What is put off where parts do not follow.
+LAYOUT = ("transpose", "squeeze", "reshape", "broadcast_in_dim", "slice", "dynamic_slice", "rev")
+
+
+def bind_coded(
+  eqn: Any,
+  params: dict[str, Any],
+  args: Sequence[Any],
+  policy: Policy,
+  looping: bool,
+  form: Callable[[Coded, str], jax.Array],
+) -> list[Any]:
+  """The results of an equation of which some operand is a coded value: arrays, or coded values in turn.
+
+  Args:
+    eqn: the equation.
+    params: its parameters, of which some may have been changed.
+    args: its operands.
+    policy: how codes become numbers.
+    looping: whether it is inside the body of a loop.
+    form: forms a value as one array, and says so, with the reason.
+  """
+  name = eqn.primitive.name
+  if name in TRANSFERS:
+    return [_sent(arg, target) for arg, target in zip(args, params["devices"], strict=True)]
+  coded = [arg for arg in args if isinstance(arg, Coded)]
+  out = None
+  if len(coded) == 1:
+    (w,) = coded
+    if name in BILINEAR:
+      return [_product(eqn, params, args, w, policy, looping)]
+    out = _rearranged(eqn, params, args, w)
+  if out is not None:
+    return out
+  reason = f"no rule keeps codes through `{name}`"
+  return bind(eqn, [form(arg, reason) if isinstance(arg, Coded) else arg for arg in args], **changed(eqn, params))
+
+
+def changed(eqn: Any, params: dict[str, Any]) -> dict[str, Any]:
+  """The parameters that are not those of the equation."""
+  return {name: value for name, value in params.items() if eqn.params.get(name) is not value}
+
+
+def _product(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded, policy: Policy, looping: bool) -> Any:
+  weight_first = args[0] is w
+  fn = Bound(eqn.primitive, tuple(sorted(params.items())), weight_first)
+  return product_with(fn, args[1 if weight_first else 0], w, policy, looping)
+
+
+def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded) -> list[Any] | None:
+  """The results as coded values; `None` where the array has to be formed."""
+  name = eqn.primitive.name
+  if name in IDENTITIES:
+    return [jax.tree.map(lambda part: bind(eqn, [part])[0], w)]
+  if name in PLACEMENTS:
+    return [placed(w, params.get("sharding"))]
+  if name in ELEMENTWISE:
+    return [w.later(eqn, params, args)]
+  if name == "gather" and args[0] is w and w.moves:
+    move = lookup_of(params, args[1], w.shape)
+    node = None if move is None else moved(w.node, move)
+    return None if node is None else [w.moved(node)]
+  if args[0] is not w or name not in (*LAYOUT, "split"):
+    return None
+  if w.moves and (moves := moves_of(name, params, args, w.shape)) is not None:
+    nodes = [moved(w.node, move) for move in moves]
+    if None not in nodes:
+      return [w.moved(node) for node in nodes]
+  return [w.later(eqn, params, args)] if name in LAYOUT else _split(eqn, params, w)
+
+
+def _split(eqn: Any, params: dict[str, Any], w: Coded) -> list[Any]:
+  """A split as slices that are put off."""
+  axis, first = int(params["axis"]), 0
+  out: list[Any] = []
+  for size in params["sizes"]:
+    cut = lambda x, first=first, size=size: lax.slice_in_dim(x, first, first + int(size), axis=axis)
+    (equation,) = jax.make_jaxpr(cut)(w.like).eqns
+    out.append(w.later(equation, dict(equation.params), [w]))
+    first += int(size)
+  return out
+
+
+def placed(w: Coded, sharding: Any) -> Coded:
+  """A coded value whose codes lie as its array is to; its other parts are small and follow the compiler."""
+  if not isinstance(w.node, QuantizedArray) or not w.moves or sharding is None:
+    return w
+  return w.moved(w.node.with_parts({"codes": lax.with_sharding_constraint(w.node.codes, sharding)}))
+
+
+def _sent(value: Any, target: Any) -> Any:
+  """A value on other devices or in another memory; a coded one with all its parts."""
+  if isinstance(target, jax.memory.Space):
+    return moved_to(value, target)
+  if not isinstance(value, Coded) or target is None:
+    return value if target is None else jax.device_put(value, target)
+  if isinstance(target, jax.sharding.NamedSharding):
+    return jax.tree.map(lambda part: jax.device_put(part, _along(part, w=value, sharding=target)), value)
+  return jax.tree.map(lambda part: jax.device_put(part, target), value)
+
+
+def _along(part: Any, w: Coded, sharding: Any) -> Any:
+  spec = spec_of_part(sharding.spec, jnp.shape(part), w.shape, dict(sharding.mesh.shape)) or ()
+  return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def spec_of_part(spec: Any, part: Sequence[int], shape: Sequence[int], mesh: dict[Any, int]) -> tuple[Any, ...] | None:
+  """How a part is partitioned where its array is so; `None` where a device would hold a part of a block."""
+  if len(part) != len(shape):
+    return None
+  out = []
+  for n, k, names in zip(shape, part, (*spec, *[None] * (len(shape) - len(spec))), strict=True):
+    count = 1
+    for name in names if isinstance(names, tuple) else (names,):
+      count *= 1 if name is None else mesh[name]
+    if k == 1 != n:
+      out.append(None)
+    elif k % count:
+      return None
+    else:
+      out.append(names)
+  return tuple(out)
+
+
+def coded_specs(w: Any, spec: Any, mesh: Any) -> Any:
+  """The specs of the parts of a coded value inside of `shard_map`; `None` where a device would hold a part of a block.
+
+  Any other value has the spec itself.
+  """
+  if not isinstance(w, Coded):
+    return spec
+  if not w.moves or w.scalars:
+    return None
+  sizes, leaves = dict(mesh.shape), jax.tree.leaves(w)
+  found = [spec_of_part(spec, jnp.shape(leaf), w.shape, sizes) for leaf in leaves]
+  if any(each is None for each in found):
+    return None
+  specs = [jax.sharding.PartitionSpec(*each) for each in found if each is not None]
+  return jax.tree.unflatten(jax.tree.structure(w), specs)

@@ -1,0 +1,14 @@
+"""Bases that are not floats: trees whose weights are codes and scales."""
+
+from jaxlora._quant.array import QuantizedArray
+from jaxlora.quant._quantize import dequantize, quantize, quantize_with_report
+from jaxlora.quant._report import LeafQuantization, Quantization
+
+__all__ = [
+  "LeafQuantization",
+  "Quantization",
+  "QuantizedArray",
+  "dequantize",
+  "quantize",
+  "quantize_with_report",
+]

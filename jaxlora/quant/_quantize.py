@@ -1,0 +1,168 @@
+"""`quantize` and `dequantize`: between trees of floats and trees whose weights are codes and scales."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora._base.checks import all_finite, is_abstract, is_known, positive
+from jaxlora._base.coded import decoded
+from jaxlora._base.sizes import bytes_of
+from jaxlora._quant.array import QuantizedArray
+from jaxlora._quant.encode import encode
+from jaxlora._quant.formats import PUBLIC
+from jaxlora._weight.tree import is_leaf_node
+from jaxlora._weight.weight import is_adapted
+from jaxlora.quant._plan import Axes, Plan, plan_tree
+from jaxlora.quant._report import LeafQuantization, Quantization, leaf_report
+
+
+def quantize(
+  params: Any,
+  format: str,
+  *,
+  block_size: int | None = 64,
+  double: bool = True,
+  targets: Any = "all-linear",
+  exclude: Any = None,
+  axes: Mapping[str, str] | None = None,
+  probe: Callable[[Any], Any] | None = None,
+) -> Any:
+  """Puts a `QuantizedArray` in the place of every targeted leaf: codes, and a scale for each block of them.
+
+      W -> value(codes) * scales
+
+  Blocks run along the contracted axes of a weight, and along the features of an embedding. A block is the largest
+  divisor of the axis from half of `block_size` to the whole of it, else the next larger one: none is cut, none padded.
+  The tree goes wherever the floats went: `adapt`, `wrap`, `split`, `merge`, checkpoints, banks. Call functions of it
+  through `wrap`, adapted or not.
+
+  One leaf after the other is moved to the device, written and let go of: of a tree of NumPy arrays (memory-mapped
+  files, say) no more than one is on the device in floats.
+
+  Args:
+    params: any pytree of arrays; leaves may be `jax.ShapeDtypeStruct`s.
+    format: `"nf4"` (the code book of QLoRA: codes and scales are bitsandbytes' bit for bit), `"int8"`, `"int4"`
+      (-7 to 7), `"q4_0"` (-8 to 7, scaled by the element of the largest magnitude), `"fp8"` (e4m3).
+    block_size: elements that share a scale; `None` for all along the contracted axes, a scale for each output.
+    double: whether scales are written as codes of 8 bits, too, with a scale for 256 of them.
+    targets, exclude: which leaves, as in `LoraConfig`. Embeddings have to be named.
+    axes: pattern -> roles, as in `LoraConfig`.
+    probe: as in `adapt`: tells which axes are contracted.
+
+  Returns:
+    A tree of the same nesting.
+
+  Raises:
+    ValueError: naming the leaf, what was found and what to do: an unknown format, a pattern without a match, a leaf
+      that is adapted, quantised, no float, empty or a vector, NaN or infinite values, kernels of which nothing tells
+      the contracted axes.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (128, 32)), "bias": jnp.zeros(32)}}
+    >>> tree = quantize(params, "nf4")
+    >>> tree["dense"]["kernel"]
+    QuantizedArray(128x32 float32 as nf4, blocks 64x1, double)
+    >>> jaxlora.wrap(lambda p, x: x @ p["dense"]["kernel"])(tree, jnp.ones((2, 128))).shape
+    (2, 32)
+
+  Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314, sections 3.1 and 3.2.
+  """
+  plan = _checked(params, format, block_size, targets, exclude, axes, probe)
+  return plan.treedef.unflatten(
+    [
+      _quantized(path, leaf, plan.axes[path], format, block_size, double) if path in plan.axes else leaf
+      for path, leaf in plan.leaves.items()
+    ]
+  )
+
+
+def quantize_with_report(
+  params: Any,
+  format: str,
+  *,
+  block_size: int | None = 64,
+  double: bool = True,
+  targets: Any = "all-linear",
+  exclude: Any = None,
+  axes: Mapping[str, str] | None = None,
+  probe: Callable[[Any], Any] | None = None,
+) -> tuple[Any, Quantization]:
+  """`quantize`, and what each leaf lost by it.
+
+  Args:
+    params, format, block_size, double, targets, exclude, axes: as for `quantize`.
+    probe: as for `quantize`. Here it is run, too, on the floats and on what they became.
+
+  Returns:
+    The tree, and a `Quantization`: fields to compute with, a table when printed.
+
+  Raises:
+    ValueError: as `quantize`.
+
+  Example:
+    >>> import jax, jaxlora
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (128, 32))}
+    >>> tree, report = quantize_with_report(params, "nf4", probe=lambda p: jax.numpy.ones((2, 128)) @ p["kernel"])
+    >>> [f"{leaf.path}: {leaf.bits:.1f} bits, error {leaf.error:.2f}" for leaf in report.leaves]
+    ['kernel: 4.1 bits, error 0.09']
+  """
+  plan = _checked(params, format, block_size, targets, exclude, axes, probe)
+  leaves: list[Any] = []
+  reports: list[LeafQuantization] = []
+  for path, leaf in plan.leaves.items():
+    if path in plan.axes:
+      new = _quantized(path, leaf, plan.axes[path], format, block_size, double)
+      reports.append(leaf_report(path, leaf, new))
+    leaves.append(new if path in plan.axes else leaf)
+  tree = plan.treedef.unflatten(leaves)
+  sizes = bytes_of(params), bytes_of(tree)
+  return tree, Quantization(tuple(reports), *sizes, None)
+
+
+def _checked(params: Any, format: Any, block_size: Any, targets: Any, exclude: Any, axes: Any, probe: Any) -> Plan:
+  if format not in PUBLIC:
+    raise ValueError(f"quantize: format is {format!r}, expected one of {', '.join(map(repr, PUBLIC))}.")
+  if block_size is not None:
+    positive(block_size, "quantize: block_size")
+  return plan_tree(params, targets, exclude, axes, probe)
+
+
+def _quantized(path: str, leaf: Any, axes: Axes, format: str, block_size: int | None, double: bool) -> QuantizedArray:
+  make = lambda x: encode(x, format, axes.along, axes.across, block_size, double)
+  if is_abstract(leaf):
+    return jax.eval_shape(make, leaf)
+  array = jnp.asarray(leaf)
+  if is_known(array) and not all_finite(array.astype(jnp.float32)):
+    raise ValueError(
+      f"quantize: {path}: found NaN or infinite values (in float32), expected finite ones: one of them spoils its whole"
+      f" block. Repair the weight, or leave it out (exclude=)."
+    )
+  return jax.block_until_ready(make(array))
+
+
+def dequantize(tree: Any) -> Any:
+  """Floats again: every quantised leaf, and every quantised base of an adapted one, as the array that it stands for.
+
+  Args:
+    tree: what `quantize` returned, adapted or not.
+
+  Returns:
+    A tree of the same nesting; leaves that are not quantised are the same.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (128, 32))}
+    >>> back = dequantize(jaxlora.quantize(params, "int8"))["kernel"]
+    >>> bool(jnp.abs(back - params["kernel"]).max() < 0.02)
+    True
+  """
+
+  def one(node: Any) -> Any:
+    if is_adapted(node):
+      return node.with_parts({"base": decoded(node.base)})
+    return decoded(node)
+
+  return jax.tree.map(one, tree, is_leaf=is_leaf_node)

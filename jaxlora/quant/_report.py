@@ -1,0 +1,73 @@
+"""The report on a quantisation: what each leaf takes now, and what it lost."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora._base.dtypes import precise
+from jaxlora._base.sizes import bytes_of
+from jaxlora._base.text import size, table
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafQuantization:
+  """One quantised leaf.
+
+  Attributes:
+    path: its path.
+    shape: of the weight.
+    format: of its codes.
+    block: how many elements along each axis share a scale.
+    bits: for each element, scales included.
+    error: `||W - W'|| / ||W||`, by Frobenius' norm; `None` where the values are not known.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  format: str
+  block: tuple[int, ...]
+  bits: float
+  error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+  """What `quantize_with_report` found; prints as a table.
+
+  Attributes:
+    leaves: the quantised leaves.
+    bytes_before, bytes_after: of the whole tree.
+    output_error: `||f(W) - f(W')|| / ||f(W)||` of what the probe returns; `None` without a probe.
+  """
+
+  leaves: tuple[LeafQuantization, ...]
+  bytes_before: int
+  bytes_after: int
+  output_error: float | None
+
+  def __str__(self) -> str:
+    rows = [("leaf", "shape", "format", "blocks", "bits", "error")]
+    for leaf in self.leaves:
+      sizes, blocks = (" x ".join(map(str, sizes)) for sizes in (leaf.shape, leaf.block))
+      error = "-" if leaf.error is None else f"{leaf.error:.4f}"
+      rows.append((leaf.path, sizes, leaf.format, blocks, f"{leaf.bits:.3f}", error))
+    outputs = "" if self.output_error is None else f"; the probe's results differ by {self.output_error:.4f}"
+    return f"{table(rows)}\n{size(self.bytes_before)} before, {size(self.bytes_after)} after{outputs}"
+
+
+def leaf_report(path: str, before: Any, after: Any) -> LeafQuantization:
+  """The report on one leaf; `before` may be a shape and a dtype alone."""
+  error = None if isinstance(before, jax.ShapeDtypeStruct) else float(relative_error(before, after))
+  bits = 8 * bytes_of(after) / math.prod(after.shape)
+  return LeafQuantization(path, after.shape, after.format, after.block, bits, error)
+
+
+@jax.jit
+def relative_error(before: jax.Array, after: Any) -> jax.Array:
+  """`||W - W'|| / ||W||`; 0 where W is 0."""
+  values = after.dequantize() if hasattr(after, "dequantize") else after
+  lost, whole = (jnp.sum(jnp.square(precise(x))) for x in (precise(before) - precise(values), before))
+  return jnp.where(whole > 0, jnp.sqrt(lost / jnp.where(whole > 0, whole, 1)), 0)

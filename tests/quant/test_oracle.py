@@ -1,0 +1,41 @@
+"""`wrap(f)(tree)` equals `f(merge(dequantize(tree)))` on quantised trees, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxlora
+from tests import helpers
+from tests.helpers import profiles
+
+FORMATS = ["nf4", "int8", "int4", "q4_0", "fp8"]
+CROSS = profiles.product(helpers.WRAPPERS, helpers.legal)
+
+
+def is_leaf(node):
+  return isinstance(node, jaxlora.LoraWeight | jaxlora.QuantizedArray)
+
+
+def quantised(case, format="nf4", **options):
+  """The case's parameters with every weight in codes. Blocks of 4: the weights are small."""
+  targets = lambda path, leaf: path in case.roles
+  return jaxlora.quantize(case.params, format, **{"block_size": 4, "targets": targets, "axes": case.roles} | options)
+
+
+def adapted(case, *args, **options):
+  """The case's adapted tree on bases in codes."""
+  on = lambda node, base: node.with_parts({"base": base}) if isinstance(node, jaxlora.LoraWeight) else node
+  return jax.tree.map(on, case.adapted(), quantised(case, *args, **options), is_leaf=is_leaf)
+
+
+@pytest.mark.parametrize(("build", "wrap"), CROSS)
+def test_factored_on_codes_equals_merged(build, wrap, x64):
+  case = helpers.BUILDERS[build](jnp.float64)
+  helpers.check(
+    helpers.WRAPPERS[wrap](case.fn),
+    adapted(case),
+    case.args,
+    1e-12,
+    reverse=wrap not in helpers.FORWARD_ONLY,
+    on_materialize="ignore",
+  )
