@@ -17,8 +17,8 @@ from jaxlora._base.rounding import RoundingWarning, notable
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts, check_values, check_weight
 from jaxlora._weight.partitioned import with_plain_boxes
-from jaxlora._weight.tree import adapted_leaves, is_leaf_node, map_adapted
-from jaxlora._weight.weight import FullWeight, is_adapted, parts
+from jaxlora._weight.tree import adapted_leaves, map_adapted
+from jaxlora._weight.weight import FullWeight, is_adapted, is_leaf_node, parts
 
 
 def merge(tree: Any, *, dtype: Any = None) -> Any:

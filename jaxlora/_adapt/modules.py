@@ -6,7 +6,7 @@ from typing import Any
 
 from jax import tree_util
 
-from jaxlora._weight.tree import is_leaf_node
+from jaxlora._weight.weight import is_leaf_node
 
 TABLE, NOT_KERNEL = "table", "no kernel"
 

@@ -17,9 +17,8 @@ from jaxlora._base.paths import flatten
 from jaxlora._base.patterns import first_match
 from jaxlora._quant.array import check_quantized
 from jaxlora._weight.roles import fan
-from jaxlora._weight.tree import is_leaf_node
 from jaxlora._weight.variant import variant_named
-from jaxlora._weight.weight import is_adapted
+from jaxlora._weight.weight import is_adapted, is_leaf_node
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from jaxlora._base.coded import type_of_leaf
 from jaxlora._base.paths import flatten
 from jaxlora._base.sizes import bytes_of
 from jaxlora._base.text import size, table
-from jaxlora._weight.tree import check_adapted, is_leaf_node
-from jaxlora._weight.weight import LoraWeight, is_adapted, parts, trained_parts
+from jaxlora._weight.tree import check_adapted
+from jaxlora._weight.weight import LoraWeight, is_adapted, is_leaf_node, parts, trained_parts
 
 _ADAM_MOMENTS = 2
 

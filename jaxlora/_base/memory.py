@@ -4,20 +4,18 @@ from typing import Any
 
 import jax
 
-from jaxlora._base.coded import is_coded
-
 Space = jax.memory.Space
 
 
 def space_of(x: Any) -> Any:
-  """The memory space of an array, as its type says; of a coded leaf, that of its codes."""
-  first = jax.tree.leaves(x)[0] if is_coded(x) else x
+  """The memory space of an array, as its type says; of a leaf of several arrays, that of the first."""
+  first = x if jax.tree_util.all_leaves([x]) else jax.tree.leaves(x)[0]
   return getattr(jax.typeof(first), "memory_space", Space.Device)
 
 
 def moved(x: Any, space: Any) -> Any:
   """The array in a memory space; the very array where it is there, or where it is known by its type alone."""
-  if is_coded(x):
+  if not jax.tree_util.all_leaves([x]):
     return jax.tree.map(lambda part: moved(part, space), x)
   if not isinstance(x, jax.Array) or space_of(x) == space:
     return x

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._base.paths import flatten
-from jaxlora._weight.tree import adapted_leaves, is_leaf_node
-from jaxlora._weight.weight import LoraWeight, parts, with_parts
+from jaxlora._weight.tree import adapted_leaves
+from jaxlora._weight.weight import LoraWeight, is_leaf_node, parts, with_parts
 
 
 def _pruned_leaves(tree: Any, what: str) -> dict[str, LoraWeight]:

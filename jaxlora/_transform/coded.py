@@ -9,7 +9,7 @@ Reading order: what is put off -> the value -> its products.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax import lax
@@ -20,8 +20,8 @@ from jaxlora._base.memory import on_device
 from jaxlora._jax.jaxpr import bind
 from jaxlora._jax.primitives import CASTS, NEGATIONS, ROUNDINGS, SCALINGS
 from jaxlora._jax.trace_cache import traced_once
-from jaxlora._platform.policy import Policy
-from jaxlora._platform.wait import by_first_element, late
+from jaxlora._platform.codes import LookUp
+from jaxlora._platform.wait import Wait, by_first_element, late
 from jaxlora._quant.array import QuantizedArray
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -62,6 +62,17 @@ class Later:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The value.
+
+
+class HowCodes(Protocol):
+  """What is asked of a policy: how codes become numbers, how they wait, whether products that are alike are one."""
+
+  @property
+  def look_up(self) -> LookUp: ...
+  @property
+  def wait_codes(self) -> Wait: ...
+  @property
+  def shares_traces(self) -> bool: ...
 
 
 @jax.tree_util.register_dataclass
@@ -120,7 +131,7 @@ class Coded:
     step = dataclasses.replace(step, shape=tuple(out.shape), dtype=out.dtype)
     return self.replace(scalars=(*self.scalars, *others), steps=(*self.steps, step))
 
-  def dequantize(self, policy: Policy | None = None) -> jax.Array:
+  def dequantize(self, policy: "HowCodes | None" = None) -> jax.Array:
     """The array in floats."""
     here = on_device(self.node)
     how = () if policy is None or not isinstance(here, QuantizedArray) else (policy.look_up,)
@@ -184,7 +195,7 @@ class CodedProduct:
   """
 
   fn: Callable[[Any, Any], Any]
-  policy: Policy
+  policy: HowCodes
   looping: bool
 
   def __call__(self, x: jax.Array, w: Coded) -> jax.Array:
@@ -225,7 +236,7 @@ class CodedProduct:
     return [jax.jvp(of, [leaves[k] for k in moving], [steps[k] for k in moving])[1]]
 
 
-def formed(w: Any, x: jax.Array, policy: Policy, looping: bool) -> jax.Array:
+def formed(w: Any, x: jax.Array, policy: HowCodes, looping: bool) -> jax.Array:
   """The array of a coded value, for a product with `x` that is not itself differentiated; any other as it is."""
   if not isinstance(w, Coded):
     return w
@@ -234,7 +245,7 @@ def formed(w: Any, x: jax.Array, policy: Policy, looping: bool) -> jax.Array:
   return w.dequantize(policy)
 
 
-def product_with(fn: Callable[[Any, Any], Any], x: jax.Array, w: Coded, policy: Policy, looping: bool) -> jax.Array:
+def product_with(fn: Callable[[Any, Any], Any], x: jax.Array, w: Coded, policy: HowCodes, looping: bool) -> jax.Array:
   """`fn(x, W)`, linear in x, of a coded W; traced once for all that are alike where `fn` says which are."""
   product = CodedProduct(fn, policy, looping)
   return traced_once(product, x, w) if policy.shares_traces else product(x, w)

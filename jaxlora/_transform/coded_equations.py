@@ -42,7 +42,7 @@ def bind_coded(
   if name in TRANSFERS:
     return [_sent(arg, target) for arg, target in zip(args, params["devices"], strict=True)]
   coded = [arg for arg in args if isinstance(arg, Coded)]
-  out = None
+  out: list[Any] | None = None
   if len(coded) == 1:
     (w,) = coded
     if name in BILINEAR:
@@ -126,7 +126,7 @@ def spec_of_part(spec: Any, part: Sequence[int], shape: Sequence[int], mesh: dic
   """How a part is partitioned where its array is so; `None` where a device would hold a part of a block."""
   if len(part) != len(shape):
     return None
-  out = []
+  out: list[Any] = []
   for n, k, names in zip(shape, part, (*spec, *[None] * (len(shape) - len(spec))), strict=True):
     count = 1
     for name in names if isinstance(names, tuple) else (names,):

@@ -97,7 +97,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     paths = [path for path, node in nodes if isinstance(node, LoraWeight) or is_coded(node)]
   if not paths:
     raise ValueError(
-      "explain: no argument holds an adapted or a quantised weight. Make one with jaxlora.adapt(params, config, key)."
+      "explain: no argument holds an adapted weight or a quantised one. Make one with jaxlora.adapt(params, config,"
+      " key)."
     )
   leaves, inner = jax.tree_util.tree_flatten([node for _, node in nodes])
   record = _plain_record(leaves) if routed is None else routed.record(leaves)

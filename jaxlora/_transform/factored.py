@@ -14,7 +14,6 @@ from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._jax.control_flow import Scan, While
 from jaxlora._jax.jaxpr import varying_axes
 from jaxlora._platform.recipes import Recipe
-from jaxlora._transform.coded import Coded
 from jaxlora._weight.roles import factor_axes, factor_shape, low_rank_delta, times_gain
 from jaxlora._weight.weight import LoraWeight
 
@@ -32,7 +31,7 @@ class TracedWeight:
   Rules are registered by kind (`_transform/rule.py`). Where a kind has no rule for a primitive, `simpler` is tried.
 
   Attributes:
-    base: the frozen array that it is made of, or a `Coded`.
+    base: the frozen array that it is made of, or a `Coded` one.
     roles: one letter for each axis of the array that it stands for.
     key: the random key of its dropout, or `None`.
     path: of its leaf.
@@ -89,7 +88,7 @@ class TracedWeight:
   def into(self, structure: Any, operand: int) -> "TracedWeight":
     """The same weight as it enters control flow as the given operand."""
     del operand
-    if isinstance(structure, (Scan, While)) and isinstance(self.base, Coded):
+    if isinstance(structure, (Scan, While)) and is_coded(self.base):
       return self.replace(base=self.base.replace(varies=False))
     return self
 
@@ -139,14 +138,14 @@ class Factored(TracedWeight):
 
     A factor that lacks the axis is the same in every step: so is A where a head is cut into chunks of its outputs.
     """
-    held = {"base": self.base.along_first() if isinstance(self.base, Coded) else self.base}
+    held = {"base": self.base.along_first() if is_coded(self.base) else self.base}
     for name, own in (("a", "i"), ("b", "o"), ("gain", self.gained)):
       axes, part = factor_axes(self.roles, own), getattr(self, name)
       if part is not None and 0 in axes:
         held[name] = jnp.moveaxis(part, axes.index(0), 0)
 
     def whole(here: dict[str, Any]) -> "Factored":
-      base = here["base"].in_one_step() if isinstance(here["base"], Coded) else here["base"]
+      base = here["base"].in_one_step() if is_coded(here["base"]) else here["base"]
       return self.replace(**here | {"base": base}, roles=self.roles[1:])
 
     return held, whole
@@ -173,7 +172,7 @@ def factored(weight: LoraWeight, path: str, key: jax.Array | None) -> Factored:
   on = lambda: dataclasses.replace(weight, base=decoded(on_device(weight.base)))
   gain = None if weight.kind.gain is None else on().gain(a, b)
   return Factored(
-    base=Coded(weight.base) if is_coded(weight.base) else weight.base,
+    base=weight.base,
     a=beside(a, dtype),
     b=beside(b, dtype),
     gain=None if gain is None else beside(gain, dtype),

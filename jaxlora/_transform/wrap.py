@@ -168,6 +168,8 @@ def traced_value(node: Any, path: str, dropout_key: Any) -> Any:
   check_weight(node, path)
   check_values(node, path)
   check_quantized(node.base, path)
+  if is_coded(node.base):
+    node = node.with_parts({"base": Coded(node.base)})
   if isinstance(node, FullWeight):
     return node.value
   return factored(node, path, None if dropout_key is None else leaf_key(dropout_key, path))

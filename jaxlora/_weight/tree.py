@@ -5,15 +5,9 @@ from typing import Any
 
 import jax
 
-from jaxlora._base.coded import is_coded
 from jaxlora._base.paths import flatten
 from jaxlora._weight.checks import check_parts
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
-
-
-def is_leaf_node(node: Any) -> bool:
-  """Whether a node stands for one array, adapted or coded: the `is_leaf` of every walk over leaves."""
-  return is_adapted(node) or is_coded(node)
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 
 
 def is_half_leaf(node: Any) -> bool:

@@ -10,7 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxlora._base.coded import decoded
+from jaxlora._base.coded import decoded, is_coded
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.export import serialised_dataclass
 from jaxlora._base.memory import moved, on_device, space_of
@@ -241,6 +241,11 @@ Adapted = LoraWeight | FullWeight
 def is_adapted(node: Any) -> bool:
   """Whether a node is one of ours: the `is_leaf` of every walk over a combined tree."""
   return isinstance(node, Adapted)
+
+
+def is_leaf_node(node: Any) -> bool:
+  """Whether a node stands for one array, adapted or coded: the `is_leaf` of every walk over leaves."""
+  return is_adapted(node) or is_coded(node)
 
 
 def parts(node: Adapted) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from jaxlora._base.checks import check_finite, is_known
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_weight
-from jaxlora._weight.tree import check_adapted, is_leaf_node
-from jaxlora._weight.weight import LoraWeight, is_adapted, parts
+from jaxlora._weight.tree import check_adapted
+from jaxlora._weight.weight import LoraWeight, is_adapted, is_leaf_node, parts
 from jaxlora.arithmetic._sums import base_leaf
 
 

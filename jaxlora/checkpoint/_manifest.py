@@ -16,9 +16,9 @@ from jaxlora._version import __version__
 from jaxlora._weight.aside import Aside
 from jaxlora._weight.checks import check_weight
 from jaxlora._weight.fingerprint import prints
-from jaxlora._weight.tree import base_tree, is_leaf_node
+from jaxlora._weight.tree import base_tree
 from jaxlora._weight.variant import VARIANTS
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, parts
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node, parts
 from jaxlora.checkpoint._arrays import Arrays, entry_of, value_of
 from jaxlora.checkpoint._errors import CheckpointError
 

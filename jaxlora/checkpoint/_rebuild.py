@@ -10,8 +10,7 @@ from jaxlora._base.paths import flatten
 from jaxlora._weight.fingerprint import Print, prints, shape_of
 from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.placement import put_on, sharding_of
-from jaxlora._weight.tree import is_leaf_node
-from jaxlora._weight.weight import is_adapted, parts, with_parts
+from jaxlora._weight.weight import is_adapted, is_leaf_node, parts, with_parts
 from jaxlora.checkpoint._arrays import as_jax_array
 from jaxlora.checkpoint._errors import CheckpointError, CheckpointWarning, one_error
 from jaxlora.checkpoint._manifest import node_of

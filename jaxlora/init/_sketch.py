@@ -31,8 +31,7 @@ from jaxlora._transform.record import Record
 from jaxlora._transform.rule import PRODUCTS, find_rule
 from jaxlora._transform.transform import Transform
 from jaxlora._weight.roles import factor_shape
-from jaxlora._weight.tree import is_leaf_node
-from jaxlora._weight.weight import FullWeight, LoraWeight
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_leaf_node
 
 
 @dataclasses.dataclass

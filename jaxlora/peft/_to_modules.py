@@ -11,8 +11,7 @@ import numpy as np
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts
-from jaxlora._weight.tree import is_leaf_node
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 from jaxlora.peft._config import config_of
 from jaxlora.peft._conv1d import told_by_model
 from jaxlora.peft._for_torch import joined_names, named_for_torch

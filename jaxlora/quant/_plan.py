@@ -15,8 +15,7 @@ from jaxlora._base.coded import is_coded
 from jaxlora._base.paths import flatten
 from jaxlora._base.patterns import first_match
 from jaxlora._weight.roles import axes_of
-from jaxlora._weight.tree import is_leaf_node
-from jaxlora._weight.weight import is_adapted
+from jaxlora._weight.weight import is_adapted, is_leaf_node
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,7 @@ from jaxlora._base.sizes import bytes_of
 from jaxlora._quant.array import QuantizedArray
 from jaxlora._quant.encode import encode
 from jaxlora._quant.formats import PUBLIC
-from jaxlora._weight.tree import is_leaf_node
-from jaxlora._weight.weight import is_adapted
+from jaxlora._weight.weight import is_adapted, is_leaf_node
 from jaxlora.quant._plan import Axes, Plan, plan_tree
 from jaxlora.quant._report import LeafQuantization, Quantization, leaf_report
 
@@ -35,8 +34,8 @@ def quantize(
 
   Blocks run along the contracted axes of a weight, and along the features of an embedding. A block is the largest
   divisor of the axis from half of `block_size` to the whole of it, else the next larger one: none is cut, none padded.
-  The tree goes wherever the floats went: `adapt`, `wrap`, `split`, `merge`, checkpoints, banks. Call functions of it
-  through `wrap`, adapted or not.
+  The tree goes wherever the floats went: `adapt`, `wrap`, `split`, `merge`. Call functions of it through `wrap`, with
+  adapters or without.
 
   One leaf after the other is moved to the device, written and let go of: of a tree of NumPy arrays (memory-mapped
   files, say) no more than one is on the device in floats.

@@ -9,8 +9,7 @@ from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
 from jaxlora._base.patterns import first_match
 from jaxlora._base.text import listed
-from jaxlora._weight.tree import is_leaf_node
-from jaxlora._weight.weight import LoraWeight
+from jaxlora._weight.weight import LoraWeight, is_leaf_node
 from jaxlora.svd._ranks import rank_of_energy, rank_or_energy
 from jaxlora.svd._truncation import Row, Truncation, report_of, warn_of_flag
 from jaxlora.svd._update import delta_svd, lora_leaves, weight_of_svd

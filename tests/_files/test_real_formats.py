@@ -144,3 +144,35 @@ def test_mxfp4(tmp_path):
   name, form, got = decoded(tmp_path, {"experts.down_proj_blocks": blocks, "experts.down_proj_scales": scales})
   assert (name, form) == ("experts.down_proj", "MXFP4")
   np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(OUT, IN), (512, 64), (128, 1024)])
+def test_nf4_of_our_own_is_that_of_bitsandbytes(shape):
+  """Codes and scales to the bit; the scales' own codes to its kernel's rounding, which is not always the nearest."""
+  functional = pytest.importorskip("bitsandbytes.functional")
+  import jaxlora
+
+  value = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 0.05
+  value[3, :64] = 0
+  params = {"w": value.numpy().T}
+  options = {"targets": "w", "axes": {"w": "io"}}
+  one, double = (jaxlora.quantize(params, "nf4", double=double, **options)["w"] for double in (False, True))
+  packed, state = functional.quantize_4bit(value, quant_type="nf4", blocksize=64)
+  codes = np.asarray(one.codes).astype(np.uint8).T.reshape(-1)
+  np.testing.assert_array_equal((codes[::2] << 4) | codes[1::2], packed.numpy().reshape(-1))
+  np.testing.assert_array_equal(np.asarray(one.scales).T.reshape(-1), state.absmax.numpy())
+  np.testing.assert_array_equal(np.asarray(one.dequantize()).T, functional.dequantize_4bit(packed, state).numpy())
+  packed, state = functional.quantize_4bit(value, quant_type="nf4", blocksize=64, compress_statistics=True)
+  np.testing.assert_array_equal(double.codes, one.codes)
+  apart = np.asarray(double.scales.codes).T.reshape(-1).astype(int) - state.absmax.numpy()
+  assert np.abs(apart).max() <= 1
+  assert (apart != 0).mean() < 0.02
+  np.testing.assert_allclose(np.asarray(double.scales.scales).T.reshape(-1), state.state2.absmax.numpy(), rtol=1e-5)
+  np.testing.assert_allclose(float(double.scales.offset[0, 0]), float(state.offset), rtol=1e-5)
+
+
+def test_the_dynamic_map_is_that_of_bitsandbytes():
+  functional = pytest.importorskip("bitsandbytes.functional")
+  from jaxlora._quant.books import DYNAMIC8
+
+  np.testing.assert_array_equal(np.float32(DYNAMIC8), functional.create_dynamic_map().numpy())
