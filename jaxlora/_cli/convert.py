@@ -34,9 +34,9 @@ _METADATA = ("base_model_name_or_path", "task_type")  # what a checkpoint's meta
 
 def run_convert(options: Any) -> Result:
   """Converts FROM to TO, whose format is the other one where nothing else is asked for."""
-  files = is_peft(options.source)
-  if not files and not is_checkpoint(options.source) and (leaves := lora_leaves(options.source)) is not None:
+  if (leaves := lora_leaves(options.source)) is not None:
     return _of_lora_leaves(options, leaves, options.to or "peft")
+  files = is_peft(options.source)
   formats = ("peft", options.to or "jaxlora") if files else ("jaxlora", options.to or "peft")
   if formats == ("jaxlora", "jaxlora"):
     raise BadFile(f"--to jaxlora: {options.source} is a checkpoint of jaxlora's.")

@@ -10,7 +10,7 @@ from jaxlora._base.text import listed, size, table
 from jaxlora._cli.lora_leaves import lora_leaves
 from jaxlora._cli.norms import Measured, delta_norm, measured, measured_flat, tensor_norm
 from jaxlora._cli.result import BadFile, Result
-from jaxlora._cli.sources import existing, is_checkpoint, is_peft
+from jaxlora._cli.sources import existing, is_peft
 from jaxlora._weight.roles import thin
 from jaxlora._weight.weight import LoraWeight
 from jaxlora.checkpoint._adapter import contents
@@ -21,7 +21,7 @@ from jaxlora.peft._tied import uses_of, without_head
 
 def run_inspect(options: Any) -> Result:
   """Reports on PATH: where it comes from, a row per leaf, totals."""
-  if not is_peft(options.path) and not is_checkpoint(options.path) and lora_leaves(options.path) is not None:
+  if lora_leaves(options.path) is not None:
     raise BadFile(
       f"{options.path}: a tree with factors beside its weights, as qwix and flax.nnx.LoRA leave them. Convert it first:"
       " jaxlora convert PATH FOLDER"

@@ -184,6 +184,10 @@ def test_qwixs_factors_in_an_orbax_checkpoint(run, tmp_path):
   loaded = peft.load(tmp_path / "p", {"layers": {"0": {"attn": {"q_proj": {"kernel": jnp.zeros((6, 8))}}}}})
   found = np.asarray(loaded["layers"]["0"]["attn"]["q_proj"]["kernel"].materialize())
   np.testing.assert_allclose(found, 2 * np.asarray(a) @ np.asarray(b).reshape(2, 8), rtol=1e-5, atol=1e-5)
+  save_file({f"layers/0/attn/q_proj/{name}": np.asarray(x) for name, x in leaf.items()}, tmp_path / "q.safetensors")
+  assert "Convert it first: jaxlora convert" in run("inspect", tmp_path / "q.safetensors", code=1)["error"]
+  run("convert", tmp_path / "q.safetensors", tmp_path / "p2", "--alpha", "4")
+  assert peft.check(tmp_path / "p2", "peft") == []
   run("convert", tmp_path / "qwix", tmp_path / "m", "--alpha", "4", "--to", "mlx-lm")
   assert run("inspect", tmp_path / "m")["leaves"][0]["scale"] == 2.0
 
