@@ -9,7 +9,7 @@ from typing import Any
 
 from jax import tree_util
 
-from jaxlora._weight.weight import is_adapted
+from jaxlora._weight.weight import is_leaf_node
 
 
 def box_types() -> tuple[type, ...]:
@@ -39,7 +39,7 @@ def axis_names(tree: Any, paths: Mapping[str, Any]) -> dict[str, tuple[Any, ...]
     return {}
   is_box = lambda node: isinstance(node, boxes)
   named = {place: names_of_axes(node) for place, node in _flatten(tree, is_box) if is_box(node)}
-  places = [place for place, _ in _flatten(tree, is_adapted)]
+  places = [place for place, _ in _flatten(tree, is_leaf_node)]
   return {
     path: names for path, place in zip(paths, places, strict=True) if (names := named.get(place[:-1])) is not None
   }

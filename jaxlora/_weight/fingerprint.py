@@ -1,5 +1,7 @@
 """A digest of every leaf of a base, computed where the leaf lies."""
 
+from collections.abc import Sequence
+import hashlib
 from typing import Any, NamedTuple
 import weakref
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._base.coded import is_coded
 from jaxlora._base.memory import Space, on_device, space_of
 from jaxlora._base.paths import flatten
 from jaxlora._weight.tree import base_tree
@@ -36,8 +39,8 @@ def fingerprint(params: Any) -> dict[str, str]:
   that keeps its base pays once.
 
   Args:
-    params: any pytree; of an adapted tree, its base counts. Arrays of any dtype, random keys, numbers;
-      `jax.ShapeDtypeStruct`s have no values and get no digest.
+    params: any pytree; of an adapted tree, its base counts, of a quantised leaf its codes and scales. Arrays of any
+      dtype, random keys, numbers; `jax.ShapeDtypeStruct`s have no values and get no digest.
 
   Returns:
     path -> `"dtype[shape]:digest"`, as in `{"dense/kernel": "float32[16,8]:0f3c..."}`.
@@ -64,14 +67,28 @@ class Print(NamedTuple):
 
 def prints(params: Any) -> dict[str, Print]:
   """The digests by path. All are dispatched to their devices before the first result is waited for."""
-  leaves, _ = flatten(base_tree(params))
-  dispatched = [(path, leaf, _dispatched(leaf)) for path, leaf in leaves]
+  leaves, _ = flatten(base_tree(params), is_leaf=is_coded)
+  parts = {path: jax.tree.leaves(leaf) if is_coded(leaf) else [leaf] for path, leaf in leaves}
+  dispatched = {path: [_dispatched(part) for part in held] for path, held in parts.items()}
   found = {}
-  for path, leaf, lanes in dispatched:
-    digest = lanes if isinstance(lanes, str) else "".join(f"{int(lane):08x}" for lane in np.asarray(lanes))
-    _remember(leaf, digest)
-    found[path] = Print(dtype_name(leaf), shape_of(leaf), digest)
+  for path, leaf in leaves:
+    digests = [_digest(*pair) for pair in zip(parts[path], dispatched[path], strict=True)]
+    found[path] = Print(dtype_name(leaf), shape_of(leaf), _of_codes(leaf, digests) if is_coded(leaf) else digests[0])
   return found
+
+
+def _digest(leaf: Any, lanes: Any) -> str:
+  digest = lanes if isinstance(lanes, str) else "".join(f"{int(lane):08x}" for lane in np.asarray(lanes))
+  _remember(leaf, digest)
+  return digest
+
+
+def _of_codes(leaf: Any, digests: Sequence[str]) -> str:
+  """The digest of a quantised leaf: of its parts, and of the format that says what they stand for."""
+  if not all(digests):
+    return ""
+  text = " ".join([type(leaf).__name__, str(getattr(leaf, "format", "")), *digests])
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:

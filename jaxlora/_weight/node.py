@@ -44,7 +44,11 @@ def _register() -> None:
       return
     KnownToFlax._flax = flax
     for node in KnownToFlax._nodes:
-      register(node, node.parts, functools.partial(_restored, flax), override=True)
+      register(node, functools.partial(_state, flax), functools.partial(_restored, flax), override=True)
+
+
+def _state(flax: Any, node: Any) -> dict[str, Any]:
+  return {name: flax.to_state_dict(part) for name, part in node.parts().items()}  # of a quantised base, by its parts
 
 
 def _restored(flax: Any, target: Any, state: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from jaxlora._base.coded import is_coded
 from jaxlora._weight.roles import RANK, factor_axes
 from jaxlora._weight.weight import LoraWeight
 
@@ -67,7 +68,7 @@ def sharding_of(node: Any, part: str) -> Any:
   A factor goes along the axes of the base, a leaf trained whole where its base is, and every other part on all devices
   of the base. `None` leaves the part to JAX, as where the base is not committed to a device.
   """
-  base = node.base
+  base = jax.tree.leaves(node.base)[0] if is_coded(node.base) else node.base  # codes lie as the weight would
   if isinstance(base, jax.Array) and not base.committed:
     return None
   sharding = getattr(base, "sharding", None)

@@ -98,7 +98,7 @@ def tree_of_adapter(
   strict: bool = True,
 ) -> Any:
   """`from_modules` of checked parameters, for a caller whose name its errors begin with."""
-  nodes, treedef = flatten(params)
+  nodes, treedef = flatten(params, is_leaf=is_leaf_node)
   leaves = dict(nodes)
   known = _with_conv1d(known_roles(leaves, params, axes, probe), adapter, leaves)
   problems: list[str] = []

@@ -34,8 +34,8 @@ def quantize(
 
   Blocks run along the contracted axes of a weight, and along the features of an embedding. A block is the largest
   divisor of the axis from half of `block_size` to the whole of it, else the next larger one: none is cut, none padded.
-  The tree goes wherever the floats went: `adapt`, `wrap`, `split`, `merge`. Call functions of it through `wrap`, with
-  adapters or without.
+  The tree goes wherever the floats went: `adapt`, `wrap`, `split`, `merge`, checkpoints, banks. Call functions of it
+  through `wrap`, with adapters or without.
 
   One leaf after the other is moved to the device, written and let go of: of a tree of NumPy arrays (memory-mapped
   files, say) no more than one is on the device in floats.

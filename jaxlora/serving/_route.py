@@ -9,9 +9,11 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._base.coded import decoded, is_coded
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._platform.policy import check_tuning, choose_policy
+from jaxlora._transform.coded import Coded
 from jaxlora._transform.explain import Observed, observable
 from jaxlora._transform.meetings import Unsure, check_roles
 from jaxlora._transform.record import ON_MATERIALIZE, Record
@@ -211,7 +213,7 @@ def _checked_base(frozen: Any, bank: Bank) -> _Base:
     leaves[path] = node
   for path, slots in bank.factors.items():
     _check_of_base(path, slots, leaves[path])
-  known = all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
+  known = all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(leaves))
   if bank._names.base and known:
     digests(bank._names.base, frozen, "route: frozen")
   return _Base(leaves, treedef)
@@ -247,6 +249,9 @@ def _params_of_row(base: _Base, bank: Bank, slot: jax.Array, routing: Routing) -
 
 def _weight_of_row(path: str, slots: Slots, base: Any, slot: jax.Array, routing: Routing) -> Any:
   if isinstance(slots, LowRankSlots):
-    return RoutedWeight(lax.stop_gradient(base), slots.a, slots.b, slot, slots.roles, path, routing)
+    base = lax.stop_gradient(base)
+    base = Coded(base) if is_coded(base) else base
+    return RoutedWeight(base, slots.a, slots.b, slot, slots.roles, path, routing)
   value, present = (pick(array, slot) for array in (slots.value, slots.present))
+  base = decoded(base)
   return jnp.where(present > 0, value.astype(jnp.asarray(base).dtype), base)

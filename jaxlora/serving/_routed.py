@@ -86,7 +86,7 @@ class RoutedWeight(TracedWeight):
 def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   w, x, weight_first = dot.operands(args)
   w, pairing = dot.met(op.params, w, weight_first)
-  sharded = explicitly_sharded(x) or explicitly_sharded(w.base)
+  sharded = explicitly_sharded(x) or explicitly_sharded(jax.tree.leaves(w.base)[0])
   way = GATHERED if sharded else choose_way(jnp.shape(x), w.adapters, pairing, w.routing)
   op.note(way)
   if way == GATHERED:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxlora._adapt.config import LeafPlan, LoraConfig
 from jaxlora._adapt.plan import plan_tree
 from jaxlora._base.checks import check_finite, is_known
+from jaxlora._base.coded import is_coded
 from jaxlora._base.dtypes import wide, wider_dtype
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.matrix import frobenius
@@ -20,7 +21,7 @@ from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.roles import matrices
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 from jaxlora.svd._low_rank import low_rank
 from jaxlora.svd._ranks import rank_or_energy
 from jaxlora.svd._truncation import Row, Truncation, report_of, warn_of_flag
@@ -150,10 +151,12 @@ def _extracted_tree(
 
 def _leaf_pairs(base: Any, tuned: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:
   """The leaves of both trees by path; raises unless they are of one structure, with known and finite values."""
-  (before, treedef), (after, other) = flatten(base, is_adapted), flatten(tuned, is_adapted)
+  (before, treedef), (after, other) = flatten(base, is_leaf_node), flatten(tuned, is_leaf_node)
   for path, leaf in (*before, *after):
     if is_adapted(leaf):
       raise ValueError(f"extract: {path} is adapted; expected plain parameters. Merge first (jaxlora.merge).")
+    if is_coded(leaf):
+      raise ValueError(f"extract: {path} is quantised; expected floats. Go back to them first (jaxlora.dequantize).")
   ours, theirs = dict(before), dict(after)
   if treedef != other:
     only = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
