@@ -2,6 +2,7 @@
 
 from jaxlora._quant.array import QuantizedArray
 from jaxlora.quant._quantize import dequantize, quantize, quantize_with_report
+from jaxlora.quant._qwix import from_qwix
 from jaxlora.quant._report import LeafQuantization, Quantization
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
   "Quantization",
   "QuantizedArray",
   "dequantize",
+  "from_qwix",
   "quantize",
   "quantize_with_report",
 ]

@@ -14,7 +14,7 @@ from jaxlora._quant.encode import encode
 from jaxlora._quant.formats import PUBLIC
 from jaxlora._weight.weight import is_adapted, is_leaf_node
 from jaxlora.quant._plan import Axes, Plan, plan_tree
-from jaxlora.quant._report import LeafQuantization, Quantization, leaf_report
+from jaxlora.quant._report import LeafQuantization, Quantization, leaf_report, output_error
 
 
 def quantize(
@@ -117,8 +117,9 @@ def quantize_with_report(
       reports.append(leaf_report(path, leaf, new))
     leaves.append(new if path in plan.axes else leaf)
   tree = plan.treedef.unflatten(leaves)
-  sizes = bytes_of(params), bytes_of(tree)
-  return tree, Quantization(tuple(reports), *sizes, None)
+  sizes, known = (bytes_of(params), bytes_of(tree)), not any(map(is_abstract, plan.leaves.values()))
+  outputs = None if probe is None or not known else output_error(probe, params, tree)
+  return tree, Quantization(tuple(reports), *sizes, outputs)
 
 
 def _checked(params: Any, format: Any, block_size: Any, targets: Any, exclude: Any, axes: Any, probe: Any) -> Plan:

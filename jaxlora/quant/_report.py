@@ -1,5 +1,6 @@
 """The report on a quantisation: what each leaf takes now, and what it lost."""
 
+from collections.abc import Callable
 import dataclasses
 import math
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import precise
 from jaxlora._base.sizes import bytes_of
 from jaxlora._base.text import size, table
+from jaxlora._transform.wrap import wrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,22 @@ def leaf_report(path: str, before: Any, after: Any) -> LeafQuantization:
   error = None if isinstance(before, jax.ShapeDtypeStruct) else float(relative_error(before, after))
   bits = 8 * bytes_of(after) / math.prod(after.shape)
   return LeafQuantization(path, after.shape, after.format, after.block, bits, error)
+
+
+def output_error(probe: Callable[[Any], Any], before: Any, after: Any) -> float:
+  """`||f(W) - f(W')|| / ||f(W)||` over all floats that a function returns."""
+
+  def both(before: Any, after: Any) -> list[tuple[Any, Any]]:
+    results = (probe(before), wrap(probe, on_materialize="ignore")(after))
+    pairs = zip(*map(jax.tree.leaves, results), strict=True)
+    return [pair for pair in pairs if jnp.issubdtype(jnp.result_type(pair[0]), jnp.inexact)]
+
+  pairs = jax.jit(both)(before, after)
+  lost, whole = (
+    math.sqrt(sum(float(jnp.sum(jnp.square(jnp.abs(precise(x))))) for x in side))
+    for side in ([precise(x) - precise(y) for x, y in pairs], [x for x, _ in pairs])
+  )
+  return lost / whole if whole else 0.0
 
 
 @jax.jit

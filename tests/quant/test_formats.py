@@ -75,8 +75,7 @@ def test_sizes_that_were_asked_for():
   assert one(weight, "int8", block_size=None).block == (1024, 1)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("format", "double"), profiles.alternating(FORMATS, [False, True]))
 def test_blocks_of_zeros_are_zeros_and_what_is_representable_stays(format, double):
   weight = jax.random.normal(KEY, (128, 6)).at[:64, 2].set(0)
   found = one(weight, format, double=double)
@@ -187,3 +186,14 @@ def test_one_leaf_is_on_the_device_at_a_time():
   assert len(seen) >= 4
   assert max(seen) <= before + 4 * 256 * 64
   assert tree["layer_3"]["kernel"].shape == (256, 64)
+
+
+def test_the_error_of_outputs():
+  params = {"kernel": jax.random.normal(KEY, (128, 32))}
+  probe = lambda p: {"y": jnp.ones((2, 128)) @ p["kernel"], "count": jnp.arange(3)}
+  tree, report = jaxlora.quantize_with_report(params, "int4", probe=probe)
+  y, other = probe(params)["y"], probe(jaxlora.dequantize(tree))["y"]
+  assert report.output_error == pytest.approx(float(jnp.linalg.norm(y - other) / jnp.linalg.norm(y)), rel=1e-3)
+  assert f"the probe's results differ by {report.output_error:.4f}" in str(report)
+  shapes = jax.eval_shape(lambda: params)
+  assert jaxlora.quantize_with_report(shapes, "int4", probe=probe)[1].output_error is None

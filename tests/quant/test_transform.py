@@ -201,7 +201,7 @@ class Halves:
 jax.tree_util.register_pytree_node(Halves, lambda node: ((node.half,), None), lambda _, parts: Halves(*parts))
 
 
-@pytest.mark.parametrize("build", ["dense", "scanned_layers", "reshaped", "embed"])
+@pytest.mark.parametrize("build", profiles.halved(["scanned_layers", "dense", "reshaped", "embed"]))
 def test_any_node_that_dequantizes_is_a_base(build):
   case = helpers.BUILDERS[build](jnp.float32)
   is_weight = lambda node: isinstance(node, jaxlora.LoraWeight)
@@ -211,7 +211,7 @@ def test_any_node_that_dequantizes_is_a_base(build):
   assert jaxlora.summary(tree).total_parameters == jaxlora.summary(case.adapted()).total_parameters
 
 
-@pytest.mark.parametrize("variant", ["dora", "vera", "adalora", "loha", "lokr", "lora_fa"])
+@pytest.mark.parametrize("variant", profiles.halved(["dora", "vera", "lokr", "adalora", "loha", "lora_fa"]))
 def test_variants(variant):
   params = jaxlora.quantize({"w": jax.random.normal(KEY, (16, 12))}, "nf4", targets="w", block_size=4)
   config = jaxlora.LoraConfig(rank=2, targets="w", variant=variant, axes={"w": "io"})
@@ -219,7 +219,7 @@ def test_variants(variant):
   helpers.check(lambda p, x: jnp.tanh(x @ p["w"]), tree, (jnp.ones((3, 16)),), 1e-5)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian"])
+@pytest.mark.parametrize("init", profiles.halved(["pissa", "olora", "gaussian"]))
 def test_inits(init):
   params = jaxlora.quantize({"w": jax.random.normal(KEY, (16, 12))}, "nf4", targets="w", block_size=4)
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets="w", init=init, axes={"w": "io"}), KEY)
