@@ -19,8 +19,11 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled, Result, contract
+from jaxlora._platform.layouts import along_rows
 
 Weight = tuple[Any, Any, Any]  # base, A, B
+
+_UNIT = 128  # rows of a matrix unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,24 @@ def beside_norm(wider: Labelled, along: Hashable, h: Labelled, rank: Hashable) -
   return Labelled(jnp.where(column < width, wider.array, placed), wider.labels)
 
 
+def thin_and_second(m: Matrices, thin: Sequence[Labelled], place: int) -> tuple[Labelled, Labelled]:
+  """`h` and B of one product of an input that has several; both with the other products' ranks, where those are free.
+
+  `[h_1, h_2, ..]` is made as one array, and to part it takes a pass. The rows of B that meet the other products' parts
+  are zeros, and cost nothing where all ranks together take no more of the matrix units' rows than one does.
+  """
+  h, ranks = thin[place], [one.array.shape[one.labels.index(m.r)] for one in thin]
+  inputs = m.w.array.shape[m.w.labels.index(m.k)]
+  alike = len({one.labels for one in thin}) == 1 and len({one.array.dtype for one in thin}) == 1
+  if not alike or -(-(inputs + sum(ranks)) // _UNIT) > -(-(inputs + ranks[place]) // _UNIT):
+    return h, m.b
+  axis, before = m.b.labels.index(m.r), sum(ranks[:place])
+  after = sum(ranks) - before - ranks[place]
+  edges = [(before, after, 0) if k == axis else (0, 0, 0) for k in range(m.b.array.ndim)]
+  padded = lax.pad(m.b.array, jnp.zeros((), m.b.array.dtype), edges)
+  return joined(thin[0], m.r, thin[1:], [m.r] * len(thin[1:])), Labelled(padded, m.b.labels)
+
+
 def forward(m: Matrices, u: Labelled, weight_first: bool, result: Result) -> Labelled:
   """`[x, h] [W; B]`, of the first."""
   v = joined(m.w, m.k, [m.b], [m.r])
@@ -83,6 +104,7 @@ def transpose_input(each: Sequence[Matrices], cotangents: Sequence[Labelled], th
     dataclasses.replace(one.a, labels=tuple(m.k if own == one.k else own for own in one.a.labels)) for one in each
   ]
   u, v = joined(dy, m.n, thin, ranks), joined(m.w, m.n, factors, ranks)
+  v = dataclasses.replace(v, array=along_rows(v.array))
   terms.append(contract(u, v, [m.n], Result(dy.array.dtype)))
   laid_out = [term.ordered(one.labels) for one, term in zip(each, terms, strict=True)]
   return Labelled(functools.reduce(jnp.add, laid_out), m.labels)

@@ -15,6 +15,7 @@ import jax
 from jaxlora._base.labelled import Labelled, Result, contract
 from jaxlora._platform import joint, merged
 from jaxlora._platform.joint import Weight
+from jaxlora._platform.layouts import along_rows
 from jaxlora._platform.widened import NotWidened, widened
 
 
@@ -51,20 +52,28 @@ class Moving:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-  """One product in the form that has a single pass."""
+  """One product in the form that has a single pass.
+
+  Attributes:
+    product: how the input meets the weight.
+    norm: the region that the input is the result of, where it is a norm.
+    place: which of the products of the input it is.
+  """
 
   product: Product
   norm: Any
+  place: int
 
   def __call__(
-    self, base: jax.Array, x: jax.Array, h: Labelled, weight: Weight, sources: Sequence[jax.Array]
+    self, base: jax.Array, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[jax.Array]
   ) -> jax.Array:
     del base  # which is part of the one product
     product, matrices = self.product, self.product.as_matrices(weight)
+    h, b = joint.thin_and_second(matrices, thin, self.place)
     u = self.beside_norm(h, sources, matrices)
     if u is None:
       u = joint.joined(Labelled(x, product.labels).flattened(product.contracted), matrices.k, [h], [matrices.r])
-    y = joint.forward(matrices, u, product.weight_first, product.result)
+    y = joint.forward(dataclasses.replace(matrices, b=b), u, product.weight_first, product.result)
     return y.expanded().ordered(product.wanted)
 
   def beside_norm(self, h: Labelled, sources: Sequence[Any], m: joint.Matrices) -> Labelled | None:
@@ -112,7 +121,7 @@ class TransposeJoined:
     out = [joint.transpose_input(matrices, flat, gs).expanded().ordered(self.each[0].labels)] if self.moving.x else []
     out += [g.ordered(h.labels) for g, h, moves in zip(gs, thin, self.moving.thin, strict=True) if moves]
     for p, m, h, dy, moves in zip(self.each, matrices, thin, flat, self.moving.seconds, strict=True):
-      out += [joint.transpose_second(m, h, dy).expanded().ordered(p.second)] if moves else []
+      out += [along_rows(joint.transpose_second(m, h, dy).expanded().ordered(p.second))] if moves else []
     return out
 
 

@@ -15,10 +15,9 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from jaxlora._jax.by_platform import Form, by_platform
 from jaxlora._jax.jaxpr import equation_context
-from jaxlora._jax.layout import row_major
 from jaxlora._jax.trace_cache import traced_once
+from jaxlora._platform.layouts import along_rows
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.regions import Region
 from jaxlora._platform.wait import at_once, by_barrier, late, residuals_used
@@ -135,8 +134,7 @@ class _TransposeApart:
     d_result, d_thin = cotangents
     if self.rows is not None:
       values, *others = residuals
-      along_rows = by_platform(lambda x: x, {"tpu": _ALONG_ROWS}, values[self.rows])
-      residuals = (with_some(values, [self.rows], [along_rows]), *others)
+      residuals = (with_some(values, [self.rows], [along_rows(values[self.rows])]), *others)
     inputs, factors = types[: self.counts[0]], types[self.counts[0] :]
     zeros = [jnp.zeros(like.shape, like.dtype) for like in types]
     out = []
@@ -150,10 +148,6 @@ class _TransposeApart:
       of_factors = lambda *steps: self.along(kept, [zeros[: self.counts[0]], list(steps)])[1]
       out += jax.linear_transpose(of_factors, *factors)(d_thin)
     return out
-
-
-# Not for several devices, and not under `vmap`: there it would say more than how rows lie.
-_ALONG_ROWS = Form(row_major, single_device=True, shared=(0,), exported=False)
 
 
 def _no_tangent(value: Any) -> SymbolicZero:

@@ -84,10 +84,7 @@ class Products:
     """The products."""
 
     def apart(x, thin, weights, sources):
-      return [
-        self.one(product, x, h, weight, sources, *how)
-        for product, h, weight in zip(self.each, thin, weights, strict=True)
-      ]
+      return [self.one(k, x, thin, weight, sources, *how) for k, weight in enumerate(weights)]
 
     if not self.merges(x, weights):
       return apart(x, thin, weights, sources)
@@ -108,16 +105,17 @@ class Products:
     return len({(m.labels, m.k, product.result) for m, product in zip(matrices, self.each, strict=True)}) == 1
 
   def one(
-    self, product: Product, x: jax.Array, h: Labelled, weight: Weight, sources: Sequence[Any], expand: Any, add: Any
+    self, k: int, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[Any], expand: Any, add: Any
   ) -> jax.Array:
     """One of them: two products and a sum, or one product."""
+    product = self.each[k]
     base = product.plain(x, formed(weight[0], x, product.policy, product.result.looping))
-    separately = lambda base, x, h, weight, sources: add(base, product.expand(h, weight[2], expand))
+    separately = lambda base, x, thin, weight, sources: add(base, product.expand(thin[k], weight[2], expand))
     if not product.joins(x, weight):
-      return separately(base, x, h, weight, sources)
-    shared = range(3, 6)  # the weight and its factors, behind the base's product, x and h
-    joined = Joined(product, self.norm)
-    return self.policy.lowered(separately, joined, base, x, h, weight, sources, shared=shared)
+      return separately(base, x, thin, weight, sources)
+    shared = range(2 + len(thin), 5 + len(thin))  # the weight and its factors, behind the base's product, x and h
+    joined = Joined(product, self.norm, k)
+    return self.policy.lowered(separately, joined, base, x, list(thin), weight, sources, shared=shared)
 
   def derivative(self, primals: Any, tangents: Any) -> list[Any]:
     """The tangents of the products; none where none of the operands has one."""

@@ -101,7 +101,10 @@ def test_the_form_for_gpus_has_one_product_of_all_weights():
   lower = lambda platform, *args: jax.jit(step).trace(*args).lower(lowering_platforms=(platform,)).as_text()
   text = {platform: lower(platform, tree, x) for platform in ("cuda", "rocm", "cpu", "tpu")}
   assert all(shape in text[platform] for shape in together for platform in ("cuda", "rocm"))
-  assert not any(shape in text[platform] for shape in together for platform in ("cpu", "tpu"))
+  assert not any(shape in text["cpu"] for shape in together)
+  assert not any(shape in text["tpu"] for shape in together[:2])
+  # There `[x, h_1, h_2, ..]` is one array for all weights, `W` above `B` and zeros.
+  assert all(f"tensor<18x{width}xf32>" in text["tpu"] for width in (7, 6, 5))
   assert text["cuda"].count("18xf32>) -> tensor<4x12x12xf32>") == 1  # dx
   mesh = helpers.mesh_of(data=2)
   spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
