@@ -4,6 +4,7 @@ Needs libtpu, `pip install -e ".[test,compilers]"`.
 """
 
 import collections
+import math
 import os
 import re
 
@@ -92,8 +93,14 @@ def loss_of(logits):
   return -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32))[..., 0])
 
 
+@pytest.fixture(scope="module")
+def steps():
+  """The steps that have been compiled, by their options."""
+  return {}
+
+
 @pytest.fixture
-def step(model, compile_for_tpu):
+def step(model, compile_for_tpu, steps):
   """A function from options of `wrap` to the compiled training step. Compiled, not run."""
   module, params, tokens = model
   fn = lambda p, x: module.apply({"params": p}, x)
@@ -104,17 +111,23 @@ def step(model, compile_for_tpu):
   def compiled(**options):
     wrapped = jaxlora.wrap(fn, on_materialize="error", **options)
     loss = lambda trainable, frozen, x: loss_of(wrapped(jaxlora.join(frozen, trainable), x))
-    return compile_for_tpu(jax.value_and_grad(loss), trainable, frozen, tokens)
+    key = tuple(sorted(options.items()))
+    if key not in steps:
+      steps[key] = compile_for_tpu(jax.value_and_grad(loss), trainable, frozen, tokens)
+    return steps[key]
 
   return compiled
 
 
 @pytest.fixture
-def floor(model, compile_for_tpu):
+def floor(model, compile_for_tpu, steps):
   """The frozen floor: forward pass and input gradient."""
   module, params, tokens = model
   loss = lambda eps, p, x: loss_of(module.apply({"params": p}, x, eps))
-  return compile_for_tpu(jax.value_and_grad(loss), jnp.zeros((BATCH, TOKENS, WIDTH), jnp.bfloat16), params, tokens)
+  if "floor" not in steps:
+    eps = jnp.zeros((BATCH, TOKENS, WIDTH), jnp.bfloat16)
+    steps["floor"] = compile_for_tpu(jax.value_and_grad(loss), eps, params, tokens)
+  return steps["floor"]
 
 
 def cycles(compiled):
@@ -146,6 +159,15 @@ def test_a_step_is_near_the_frozen_floor(step, floor):
   ours, plain, least = (cycles(compiled) for compiled in (step(), step(tuning="none"), floor))
   assert ours <= REACH * least
   assert ours < 0.95 * plain
+
+
+def test_a_step_lays_neither_tokens_nor_weights_out_anew(step, floor):
+  copied = re.compile(r"= (?:bf16|f32)\[([\d,]+)\]\S* copy\(", re.MULTILINE)
+  sizes = lambda compiled: [math.prod(map(int, shape.split(","))) for shape in copied.findall(compiled.as_text())]
+  large = lambda compiled: [size for size in sizes(compiled) if size >= min(BATCH * TOKENS * WIDTH, WIDTH * HIDDEN)]
+  assert sizes(step())  # which are of thin arrays, and of the small weights whose axes are flattened
+  assert not large(step())
+  assert not large(floor)
 
 
 def test_few_tokens_meet_a_weight_that_is_not_laid_out_anew(model, compile_for_tpu):
