@@ -19,6 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled, Result, contract
+from jaxlora._jax.sizes import elements
 from jaxlora._platform.layouts import along_rows
 
 Weight = tuple[Any, Any, Any]  # base, A, B
@@ -88,6 +89,22 @@ def forward(m: Matrices, u: Labelled, weight_first: bool, result: Result) -> Lab
   return contract(*((v, u) if weight_first else (u, v)), [m.k], result)
 
 
+def as_large_as(w: Labelled, x: Labelled, summed: Hashable) -> bool:
+  """Whether a weight has as many elements as its product with `x`.
+
+  In a loop over stacked layers, what is joined to a weight costs a copy of that layer's slice; a product apart, a pass
+  over the result.
+  """
+  return elements(x.array.shape) <= x.array.shape[x.labels.index(summed)] ** 2
+
+
+def forward_apart(m: Matrices, x: Labelled, h: Labelled, weight_first: bool, result: Result) -> Labelled:
+  """`x W + h B`, of the first."""
+  in_order = lambda u, v: (v, u) if weight_first else (u, v)
+  y = contract(*in_order(x, m.w), [m.k], result)
+  return Labelled(y.array + contract(*in_order(h, m.b), [m.r], result).ordered(y.labels), y.labels)
+
+
 def transpose_input(each: Sequence[Matrices], cotangents: Sequence[Labelled], thin: Sequence[Labelled]) -> Labelled:
   """`dx = sum_k dy_k W_k^T + g_k A_k`, where the last product takes all the thin ones along.
 
@@ -108,6 +125,20 @@ def transpose_input(each: Sequence[Matrices], cotangents: Sequence[Labelled], th
   terms.append(contract(u, v, [m.n], Result(dy.array.dtype)))
   laid_out = [term.ordered(one.labels) for one, term in zip(each, terms, strict=True)]
   return Labelled(functools.reduce(jnp.add, laid_out), m.labels)
+
+
+def transpose_input_apart(
+  each: Sequence[Matrices], cotangents: Sequence[Labelled], thin: Sequence[Labelled]
+) -> Labelled:
+  """The same, of which all thin products together are one, beside those of the weights."""
+  first = each[0]
+  terms = [contract(dy, m.w, [m.n], Result(dy.array.dtype)) for m, dy in zip(each, cotangents, strict=True)]
+  h = joined(thin[0], first.r, thin[1:], [m.r for m in each[1:]])
+  factors = [m.a.ordered([m.r, m.k]) for m in each]
+  a = Labelled(lax.concatenate(factors, 0), (first.r, first.k))
+  terms.append(contract(h, a, [first.r], Result(h.array.dtype)))
+  laid_out = [term.ordered(m.labels) for m, term in zip([*each, first], terms, strict=True)]
+  return Labelled(functools.reduce(jnp.add, laid_out), first.labels)
 
 
 def transpose_second(m: Matrices, h: Labelled, cotangent: Labelled) -> Labelled:

@@ -69,10 +69,17 @@ class Joined:
   ) -> jax.Array:
     del base  # which is part of the one product
     product, matrices = self.product, self.product.as_matrices(weight)
-    h, b = joint.thin_and_second(matrices, thin, self.place)
+    if product.result.looping:
+      h, b = thin[self.place], matrices.b  # they lie with tokens as the fastest axis there, and to part them is free
+    else:
+      h, b = joint.thin_and_second(matrices, thin, self.place)
+    flat = Labelled(x, product.labels).flattened(product.contracted)
+    if product.result.looping and joint.as_large_as(matrices.w, flat, matrices.k):
+      y = joint.forward_apart(matrices, flat, h, product.weight_first, product.result)
+      return y.expanded().ordered(product.wanted)
     u = self.beside_norm(h, sources, matrices)
     if u is None:
-      u = joint.joined(Labelled(x, product.labels).flattened(product.contracted), matrices.k, [h], [matrices.r])
+      u = joint.joined(flat, matrices.k, [h], [matrices.r])
     y = joint.forward(dataclasses.replace(matrices, b=b), u, product.weight_first, product.result)
     return y.expanded().ordered(product.wanted)
 
@@ -118,7 +125,9 @@ class TransposeJoined:
     matrices = [p.as_matrices(weight) for p, weight in zip(self.each, weights, strict=True)]
     flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
     gs = [contract(dy, m.b, [m.n], p.thin_result) for p, m, dy in zip(self.each, matrices, flat, strict=True)]
-    out = [joint.transpose_input(matrices, flat, gs).expanded().ordered(self.each[0].labels)] if self.moving.x else []
+    apart = self.each[0].result.looping and joint.as_large_as(matrices[-1].w, flat[-1], matrices[-1].n)
+    to_input = joint.transpose_input_apart if apart else joint.transpose_input
+    out = [to_input(matrices, flat, gs).expanded().ordered(self.each[0].labels)] if self.moving.x else []
     out += [g.ordered(h.labels) for g, h, moves in zip(gs, thin, self.moving.thin, strict=True) if moves]
     for p, m, h, dy, moves in zip(self.each, matrices, thin, flat, self.moving.seconds, strict=True):
       out += [along_rows(joint.transpose_second(m, h, dy).expanded().ordered(p.second))] if moves else []

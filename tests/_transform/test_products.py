@@ -91,6 +91,26 @@ def test_weights_that_can_lie_side_by_side(policy, variant, x64):
   helpers.check(alike, adapted_alike(x, variant=variant), (x,), 1e-10, policies=[POLICIES[policy]])
 
 
+def layers(p, x):
+  """Stacked layers, in a loop; two weights of the second have one input."""
+
+  def layer(x, w):
+    y = norm(x)
+    x = x + jnp.einsum("bthk,hkd->btd", jnp.einsum("btd,dhk->bthk", y, w["w0"]), w["w1"]) * jnp.tanh(y @ w["w2"])
+    return x, None
+
+  return jnp.sum(jnp.sin(jax.lax.scan(layer, x, p)[0]))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, WIDTH), MANY_TOKENS], ids=["weights as large as results", "smaller weights"])
+@pytest.mark.parametrize("policy", ["tpu"])
+def test_stacked_weights_in_a_loop(policy, shape, x64):
+  x = jax.random.normal(jax.random.key(3), shape)
+  params = params_of((2, WIDTH, 3, 2), (2, 3, 2, WIDTH), (2, WIDTH, WIDTH))
+  tree = helpers.adapted(params, rank=2, targets=".*", probe=lambda p: layers(p, x))
+  helpers.check(layers, tree, (x,), 1e-10, policies=[POLICIES[policy]])
+
+
 def test_the_form_for_gpus_has_one_product_of_all_weights():
   """`x [W_1, W_2, ..]` and `[h_1, h_2, ..] diag(B_1, B_2, ..)`, forwards and back; not where devices may share a W."""
   x = jnp.ones(MANY_TOKENS)
