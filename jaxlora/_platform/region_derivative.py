@@ -100,9 +100,10 @@ class _Evaluated:
       of_result = region.softmax() is not None and place not in numbers_used(from_result, kept, steps)
       chosen, wait = (from_result, self.policy.wait_softmax) if of_result else (from_root, self.policy.wait)
       rows = place if is_norm(region) and self.policy.keeps_rows else None
-      in_tiles = _TransposeApart(along(shrinks.apart(), from_result=False), is_norm(region), steps, rows)
+      from_input = self.policy.softmax_from_input or not of_result
+      in_tiles = _TransposeApart(along(shrinks.apart(), from_result=not from_input), is_norm(region), steps, rows)
       transposes = self.policy.transposes(in_tiles)
-      also = numbers_used(from_root, kept, steps) if transposes and of_result else ()
+      also = numbers_used(from_root, kept, steps) if transposes and of_result and from_input else ()
       d_result, d_thin = late(chosen, kept, steps, wait, transposes, also)
       if not moving[1]:
         d_thin = jax.tree.map(jnp.zeros_like, thin)
@@ -119,8 +120,9 @@ class _TransposeApart:
   """The transpose that programs for TPUs are given.
 
   XLA's TPU backend sees for itself what the forward pass has made, and keeps it or not. It is left to, but for an
-  activation whose thin product needs it again: kept beside its input, it would have to leave the chip's own memory. A
-  softmax is differentiated from its input: with fewer uses of the result, each can be a part of what reads it.
+  activation whose thin product needs it again: kept beside its input, it would have to leave the chip's own memory.
+  Outside of loops a softmax is differentiated from its input: with fewer uses of the result, each is a part of what
+  reads it.
 
   A norm's input is read along its rows, and in one thin product along its tokens. Left to itself, the compiler may keep
   it as that product likes it, and a scanned model then lays all layers' inputs out anew in each layer.

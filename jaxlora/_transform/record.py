@@ -101,11 +101,12 @@ class Record:
   @contextlib.contextmanager
   def in_a_loop(self) -> Iterator[None]:
     """While the body of a loop is interpreted."""
-    before, self.looping = self.looping, True
+    before = self.looping, self.policy
+    self.looping, self.policy = True, self.policy.in_loop()
     try:
       yield
     finally:
-      self.looping = before
+      self.looping, self.policy = before
 
   @contextlib.contextmanager
   def in_a_remat(self) -> Iterator[None]:
