@@ -110,8 +110,8 @@ def tree_of_adapter(
   adapter = one_leaf_for_both_uses(adapter, leaves, places, known, probe is not None, problems)
   adapter = oriented(adapter, places, leaves, known, problems)
   rest = (*adapter.bases, *adapter.whole, *adapter.tokens)
-  left = {(name, "weight") for name in adapter.modules} | {key_of(name) for name in rest}
-  missing = {key: problem for key, problem in missing.items() if key in left}
+  left = {(name, "weight"): f"{name}.weight" for name in adapter.modules} | {key_of(name): name for name in rest}
+  missing = {key: text.replace(".".join(key), left[key], 1) for key, text in missing.items() if key in left}
   problems += _unplaced(missing, places, tensors)
   modules: dict[str, dict[Index, Module]] = {}  # by path
   for name, module in adapter.modules.items():

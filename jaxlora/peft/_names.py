@@ -121,9 +121,9 @@ def module_of(path: str) -> str:
 
 
 def key_of(parameter: str) -> Key:
-  """`head.classifier.weight` -> `head.classifier`, `weight`."""
+  """`head.classifier.weight` -> `head.classifier`, `weight`. A parameter of another name is a module of its own."""
   module, _, name = parameter.rpartition(".")
-  return module, name
+  return (module, name) if name in ("weight", "bias") else (parameter, "weight")
 
 
 def check_names(names: Names, paths: Collection[str]) -> None:

@@ -148,6 +148,8 @@ def whole_value(path: str, leaf: Any, tensors: Mapping[Index, tuple[str, np.ndar
     module, _, parameter = name.rpartition(".")
     if parameter == "bias":
       found = tensor.reshape(layer) if tensor.ndim == 1 and tensor.size == math.prod(layer) else None
+    elif parameter != "weight":
+      found = _as_it_is(name, tensor, layer)
     else:
       inputs_first = known.stores_inputs_first(module)
       roles = roles_of_layer(path, layer, known, None if inputs_first else tensor.shape)
@@ -157,6 +159,22 @@ def whole_value(path: str, leaf: Any, tensors: Mapping[Index, tuple[str, np.ndar
       raise ValueError(f"{name} has shape {tensor.shape}, which does not fit a leaf of shape {shape}{hint}")
     layers[index] = found.astype(leaf.dtype)
   return device_array(value)
+
+
+def _as_it_is(name: str, tensor: np.ndarray, layer: Sequence[int]) -> np.ndarray | None:
+  """A parameter that is no layer's weight, such as Mamba's `A_log`; `None` where it does not fit.
+
+  Raises:
+    ValueError: where its sizes do not tell that its axes are in the leaf's order.
+  """
+  if tensor.shape != tuple(layer):
+    return None
+  if len(set(layer)) < len(layer):
+    raise ValueError(
+      f"{name} has shape {tensor.shape}, which does not tell in which order its axes are. Put the file's tensor into"
+      " the merged parameters by hand, and leave it out of the file"
+    )
+  return tensor
 
 
 def device_array(array: np.ndarray) -> jax.Array:

@@ -1,8 +1,10 @@
 """Keys that others than `save_pretrained` write, and several adapters in one folder (llama.cpp#3640, peft#1579)."""
 
+import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -232,3 +234,33 @@ def test_a_file_cut_into_several(tmp_path):
   (folder / "adapter_model-00003-of-00003.safetensors").unlink()
   with pytest.raises(peft.PeftError, match=r"found model.safetensors, expected adapter_model.safetensors"):
     read(folder)
+
+
+def test_parameters_of_other_names_are_leaves_of_their_own(tmp_path):
+  """Mamba's `A_log`, and a batch norm's statistics, of modules that PEFT saves whole."""
+  values = {"mixer.A_log": normal(6, 4), "mixer.D": normal(6), "bn.running_mean": normal(5), "bn.weight": normal(5)}
+  tensors = {f"{PREFIX}{name}": np.asarray(value) for name, value in values.items()}
+  save_file(
+    tensors | {f"{PREFIX}bn.num_batches_tracked": np.ones((), np.int64)}, tmp_path / "adapter_model.safetensors"
+  )
+  config = {"peft_type": "LORA", "modules_to_save": ["mixer", "bn"]}
+  (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+  zeros = jax.tree.map(jnp.zeros_like, values)
+  params = {
+    "params": {"mixer": {"A_log": zeros["mixer.A_log"], "D": zeros["mixer.D"]}, "bn": {"scale": zeros["bn.weight"]}},
+    "batch_stats": {"bn": {"mean": zeros["bn.running_mean"]}},
+  }
+  with pytest.raises(peft.PeftError, match=r"bn.running_mean: no leaf of the tree is called so.*names="):
+    peft.load(tmp_path, params)
+  tree = peft.load(tmp_path, params, names={"batch_stats/(.*)/mean": r"\1.running_mean"})  # the remedy
+  merged = jaxlora.merge(tree)
+  for leaf, name in (
+    (merged["params"]["mixer"]["A_log"], "mixer.A_log"),
+    (merged["params"]["mixer"]["D"], "mixer.D"),
+    (merged["params"]["bn"]["scale"], "bn.weight"),
+    (merged["batch_stats"]["bn"]["mean"], "bn.running_mean"),
+  ):
+    np.testing.assert_array_equal(leaf, values[name])
+  adapter = peft.Adapter({}, {"mixer.A_log": np.ones((4, 4), np.float32)}, {}, {"modules_to_save": ["mixer"]})
+  with pytest.raises(peft.PeftError, match="does not tell in which order its axes are"):
+    peft.from_modules(adapter, {"mixer": {"A_log": jnp.zeros((4, 4))}})
