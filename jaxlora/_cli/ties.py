@@ -9,7 +9,16 @@ import numpy as np
 from jaxlora._cli.edits import Change, Weights
 from jaxlora._cli.result import BadFile
 from jaxlora.peft._records import Adapter
-from jaxlora.peft._tied import HEADLESS, head_name, is_embedding, is_head, is_shared, shared_by_several, uses_of
+from jaxlora.peft._tied import (
+  HEADLESS,
+  head_name,
+  is_embedding,
+  is_head,
+  is_of_encoder,
+  is_shared,
+  shared_by_several,
+  uses_of,
+)
 
 # What the names of transformers' classes with a head over the vocabulary have in them.
 _WITH_HEAD = ("LMHead", "CausalLM", "ConditionalGeneration", "MaskedLM", "PreTraining", "Seq2Seq")
@@ -97,6 +106,8 @@ def settle_ties(
   if (problem := shared_by_several(adapter)) is not None:
     raise BadFile(f"{problem}.")
   uses = uses_of(adapter)
+  if uses is None:
+    _check_unknown_tables(adapter, tensor_of, weights)
   table = tensor_of.get(f"{uses.embedding}.weight") if uses else None
   config = {**weights.files.config}
   if adapter.config.get("task_type") in HEADLESS:
@@ -120,6 +131,22 @@ def settle_ties(
     weights.added[head] = tie.table
     changes[head] = found if uses.alike else changes.get(head) or _change_of(own, adapter)
   return {own} if own else set()
+
+
+def _check_unknown_tables(adapter: Adapter, tensor_of: Mapping[str, str], weights: Weights) -> None:
+  """Raises for an adapted embedding of a name that is not known, where config.json says that the model may tie it."""
+  config = weights.files.config
+  for name, module in adapter.modules.items():
+    tensor = tensor_of.get(f"{name}.weight")
+    if module.kind != "embedding" or tensor not in weights.by_name or is_shared(name):
+      continue
+    tie = tie_of_base(weights, tensor, config) if config.get("architectures") else None
+    if tie is not None and module.shape[0] == config.get("vocab_size") and not is_of_encoder(name):
+      raise BadFile(
+        f"{tensor}: may be the head's weight, too, and what such a model calls its head is not known here. Merge the"
+        ' adapter in PEFT (merge_and_unload); or, if the head is a weight of its own, say "tie_word_embeddings": false'
+        " in config.json."
+      )
 
 
 def _head_of(table: str, weights: Weights) -> str:

@@ -243,3 +243,18 @@ def test_the_embedding_of_an_encoder_without_a_head(run, tmp_path, base):
   run("merge", base(None, embedding=f"{embedding}.weight"), tmp_path / "p", tmp_path / "out")
   got = load_file(tmp_path / "out" / "model.safetensors")
   np.testing.assert_allclose(got[f"{embedding}.weight"], TABLE + 2 * (B @ A).T, rtol=1e-5, atol=1e-6)
+
+
+def test_an_embedding_of_an_unknown_name_that_may_be_tied_is_refused(run, tmp_path, base):
+  """XLNet's, for instance, whose head is called `lm_loss`."""
+  embedding = "transformer.word_embedding"
+  factors = {f"{embedding}.lora_embedding_A": A, f"{embedding}.lora_embedding_B": B}
+  write(tmp_path / "p", factors, target_modules=["q_proj", embedding])
+  config = {"architectures": ["XLNetLMHeadModel"], "vocab_size": 11}
+  folder = base(config, embedding=f"{embedding}.weight")
+  error = run("merge", folder, tmp_path / "p", tmp_path / "out", code=1)["error"]
+  assert f"{embedding}.weight: may be the head's weight, too" in error
+  (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))  # the remedy
+  run("merge", folder, tmp_path / "p", tmp_path / "out")
+  got = load_file(tmp_path / "out" / "model.safetensors")
+  np.testing.assert_allclose(got[f"{embedding}.weight"], TABLE + 2 * (B @ A).T, rtol=1e-5, atol=1e-6)
