@@ -117,7 +117,8 @@ def quantize_with_report(
       reports.append(leaf_report(path, leaf, new))
     leaves.append(new if path in plan.axes else leaf)
   tree = plan.treedef.unflatten(leaves)
-  sizes, known = (bytes_of(params), bytes_of(tree)), not any(map(is_abstract, plan.leaves.values()))
+  sizes, values = (bytes_of(params), bytes_of(tree)), plan.leaves.values()
+  known = is_known(*values) and not any(map(is_abstract, values))
   outputs = None if probe is None or not known else output_error(probe, params, tree)
   return tree, Quantization(tuple(reports), *sizes, outputs)
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlora._base.checks import is_abstract, is_known
 from jaxlora._base.dtypes import precise
 from jaxlora._base.sizes import bytes_of
 from jaxlora._base.text import size, table
@@ -61,8 +62,8 @@ class Quantization:
 
 
 def leaf_report(path: str, before: Any, after: Any) -> LeafQuantization:
-  """The report on one leaf; `before` may be a shape and a dtype alone."""
-  error = None if isinstance(before, jax.ShapeDtypeStruct) else float(relative_error(before, after))
+  """The report on one leaf; of a shape and a dtype alone, and of a traced array, no error is known."""
+  error = float(relative_error(before, after)) if is_known(before) and not is_abstract(before) else None
   bits = 8 * bytes_of(after) / math.prod(after.shape)
   return LeafQuantization(path, after.shape, after.format, after.block, bits, error)
 

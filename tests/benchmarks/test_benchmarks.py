@@ -12,7 +12,7 @@ from tests.helpers.bench_scripts import Finished
 for package in ("matplotlib", "tqdm"):
   pytest.importorskip(package, reason="benchmarks need jaxlora[bench]")
 
-SCRIPTS = ("train_step", "forward", "memory", "compile_time", "serving", "variants")
+SCRIPTS = ("train_step", "forward", "memory", "compile_time", "serving", "variants", "quantized")
 MODULES = (
   *SCRIPTS,
   "harness",
@@ -276,3 +276,13 @@ def test_help_has_an_example(bench, capsys):
     with pytest.raises(SystemExit):
       getattr(bench, script).main(["--help"])
     assert f"example: python benchmarks/{script}.py" in capsys.readouterr().out
+
+
+@pytest.mark.nightly
+def test_quantized(run):
+  finished = run("quantized", "--layers=1", "--only=int8, per", "--rounds=1")
+  rows = finished.results["rows"]
+  check_rows(finished, list(rows))
+  assert list(rows) == ["float base", "int8, per output"]
+  assert rows["int8, per output"]["memory_over_floats"] < 1
+  assert 0.005 < rows["int8, per output"]["kernel_error"] < 0.02

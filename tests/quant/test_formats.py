@@ -197,3 +197,6 @@ def test_the_error_of_outputs():
   assert f"the probe's results differ by {report.output_error:.4f}" in str(report)
   shapes = jax.eval_shape(lambda: params)
   assert jaxlora.quantize_with_report(shapes, "int4", probe=probe)[1].output_error is None
+  traced = []
+  jax.eval_shape(lambda p: traced.append(jaxlora.quantize_with_report(p, "int4", probe=probe)[1]), params)
+  assert (traced[0].output_error, traced[0].leaves[0].error) == (None, None)

@@ -1,0 +1,247 @@
+"""A training step on a base of 4 or 8 bits takes the float base's time, and less memory than it.
+
+Compared are LoRA steps of one model: on its floats, and on its kernels in every format. XLA's figures of the compiled
+step are exact: arguments (the base is most of them), and temporary bytes over the float base's. Times are measured in
+interleaved rounds, over the float base's. The error of a format is that of its kernels by Frobenius' norm, the largest
+of all, and that of the logits of the batch.
+
+With --chip the steps are compiled for a chip instead, from shapes alone, and nothing is run: what its compiler says of
+memory, and, of a TPU, its estimate of cycles.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any, NamedTuple
+
+from ahead import Target, compile_for, figures
+from chips import CHIPS, NoCompilerError, device_of, stay_on_the_host
+import contestants
+from contestants import Contestant
+import harness
+import models
+from settings import Base, Settings, add_sizes, base_shapes, make_base
+import steps
+
+import jaxlora
+
+FLOATS = "float base"
+# At most: a step's time, and its temporary and its argument bytes together, over the float base's.
+REACH_TIME, REACH_MEMORY = 1.08, 1.00
+
+
+class Format(NamedTuple):
+  """A row: a format, and how its scales are kept."""
+
+  name: str
+  format: str
+  block_size: int | None = 64
+  double: bool = False
+
+
+FORMATS = (
+  Format("nf4", "nf4"),
+  Format("nf4, double", "nf4", double=True),
+  Format("int4", "int4"),
+  Format("q4_0", "q4_0"),
+  Format("int8, blocks of 64", "int8"),
+  Format("int8, per output", "int8", None),
+  Format("fp8, per output", "fp8", None),
+)
+
+
+def named(text: str) -> list[str]:
+  """The names of the formats that begin with one of some words."""
+  found = [row.name for row in FORMATS if row.name.startswith(tuple(text.split("|")))]
+  if not found:
+    raise argparse.ArgumentTypeError(f"{text!r} begins no format; expected some of {[row.name for row in FORMATS]}")
+  return found
+
+
+def chosen(args: argparse.Namespace) -> list[Format]:
+  """The formats that were asked for."""
+  return [row for row in FORMATS if row.name in args.formats]
+
+
+def quantized(base: Base, row: Format) -> tuple[Any, Any]:
+  """The parameters with the adapted kernels in codes, and the report on that."""
+  probe = lambda params: base.model.apply({"params": params}, base.batch.x)
+  options = {"block_size": row.block_size, "double": row.double, "targets": models.TARGETS, "probe": probe}
+  return jaxlora.quantize_with_report(base.params, row.format, **options)
+
+
+def on_codes(row: Format, base: Base) -> Any:
+  """The program of a step on the base in codes."""
+  return contestants.jaxlora_split(base._replace(params=quantized(base, row)[0]))
+
+
+def candidates(rows: Sequence[Format]) -> list[Contestant]:
+  """The float base's step, then one for each format."""
+  floats = Contestant(FLOATS, contestants.jaxlora_split, contestants.factor_parameters)
+  codes = [Contestant(row.name, functools.partial(on_codes, row), contestants.factor_parameters) for row in rows]
+  return [floats, *codes]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures.
+
+
+def errors(base: Base, row: Format) -> dict[str, float | None]:
+  """What a format takes for each kernel's element, and what it loses."""
+  _, report = quantized(base, row)
+  return {
+    "bytes_per_parameter": sum(leaf.bits for leaf in report.leaves) / len(report.leaves) / 8,
+    "kernel_error": max(leaf.error for leaf in report.leaves),
+    "output_error": report.output_error,
+  }
+
+
+def prepare(base: Base, formats: Sequence[Format], tick: Callable[[str], Any]) -> dict[str, steps.Compiled]:
+  """Compiles all candidates, and checks that each starts where the floats that its codes stand for do, and trains."""
+  values = {FLOATS: base.params} | {row.name: jaxlora.dequantize(quantized(base, row)[0]) for row in formats}
+  entries = {}
+  for one in candidates(formats):
+    tick(f"compiling {one.name}")
+    entries[one.name] = steps.compile_step(one.build(base), base)
+    steps.check_trains(one, entries[one.name], base._replace(params=values[one.name]))
+  return entries
+
+
+def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], Any]) -> dict[str, Any]:
+  """Compiled figures, times and errors of all formats."""
+  base = make_base(settings)
+  entries = prepare(base, chosen(args), tick)
+  runs = {name: steps.runner(compiled, base.batch) for name, compiled in entries.items()}
+  runs = harness.with_control(runs, FLOATS, steps.runner(entries[FLOATS], base.batch))
+  seconds = harness.interleave(runs, args.rounds, harness.calls_per_turn(runs), lambda calls: tick("timing"))
+  over_floats = harness.ratios(seconds, FLOATS)
+  lost = {row.name: errors(base, row) for row in chosen(args)}
+  rows = {}
+  for name, compiled in entries.items():
+    rows[name] = {
+      "bytes": compiled.bytes,
+      "over_floats": over_floats[name],
+      "seconds": harness.summarize(seconds[name]),
+      **lost.get(name, {"bytes_per_parameter": None, "kernel_error": 0.0, "output_error": 0.0}),
+    }
+  return {"rows": with_memory(rows), "control": over_floats[FLOATS + harness.CONTROL], "chip": None}
+
+
+def compare_for(
+  target: Target, settings: Settings, formats: Sequence[Format], tick: Callable[[str], Any]
+) -> dict[str, Any]:
+  """What a chip's compiler says of all formats; nothing is run."""
+  base, rows = base_shapes(settings), {}
+  for one in candidates(formats):
+    tick(f"compiling {one.name}")
+    compiled = compile_for(target, one, base)
+    memory = compiled.memory_analysis()
+    sizes = {"temp": memory.temp_size_in_bytes, "argument": memory.argument_size_in_bytes}
+    rows[one.name] = {"bytes": sizes, "cycles": figures(compiled, target.chip, settings).get("cycles")}
+  cycles = rows[FLOATS]["cycles"]
+  for row in rows.values():
+    row["cycles_over_floats"] = row["cycles"] / cycles if cycles else None
+  return {"rows": with_memory(rows), "chip": {"name": target.chip.name, "platform": target.chip.platform}}
+
+
+def with_memory(rows: dict[str, Any]) -> dict[str, Any]:
+  """The rows with their bytes over the float base's."""
+  floats = rows[FLOATS]["bytes"]
+  for row in rows.values():
+    row["temp_over_floats"] = row["bytes"]["temp"] / floats["temp"]
+    row["memory_over_floats"] = sum(row["bytes"][k] for k in ("temp", "argument")) / (
+      floats["temp"] + floats["argument"]
+    )
+  return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results.
+
+
+def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+  """The head of the table, then its rows."""
+  sizes = ("arguments", "temp", "temp / floats", "together / floats")
+  more = ("cycles / floats",) if results["chip"] else ("step / floats", "time", "B / parameter", "kernels", "logits")
+  table: list[tuple[str, ...]] = [("base", *sizes, *more)]
+  for name, row in results["rows"].items():
+    line = [name, *(f"{row['bytes'][k] / 1e6:,.1f} MB" for k in ("argument", "temp"))]
+    line += [harness.exact_cell(row["temp_over_floats"]), harness.exact_cell(row["memory_over_floats"])]
+    if results["chip"]:
+      line.append(harness.exact_cell(row["cycles_over_floats"]))
+    else:
+      line += [harness.ratio_cell(row["over_floats"]), harness.milliseconds(row["seconds"])]
+      line += [
+        "-" if row[k] is None else f"{row[k]:.4f}" for k in ("bytes_per_parameter", "kernel_error", "output_error")
+      ]
+    table.append(tuple(line))
+  return table
+
+
+def remark(results: dict[str, Any]) -> str:
+  """What stands below the table."""
+  if results["chip"]:
+    return f"Compiled for {results['chip']['name']}, not run: these are no times."
+  return f"A/A control (the float base again / the float base): {harness.ratio_cell(results['control'])}"
+
+
+def describe(results: dict[str, Any]) -> str:
+  """The table, for a terminal."""
+  head, *rows = cells(results)
+  return "\n".join([results["title"], harness.table(head, rows), remark(results)])
+
+
+def tables(results: dict[str, Any]) -> str:
+  """The table of benchmarks/README.md."""
+  head, *rows = cells(results)
+  return "\n\n".join(
+    [f"{results['title']}. {harness.conditions(results)}.", harness.markdown(head, rows), remark(results)]
+  )
+
+
+def plot(results: dict[str, Any], path: Any) -> None:
+  """Memory and times over the float base's."""
+  rows = results["rows"]
+  memory = {name: harness.summarize([row["memory_over_floats"]]) for name, row in rows.items()}
+  panels = [harness.Panel(results["title"], "arguments + temp / float base's", memory, REACH_MEMORY)]
+  if not results["chip"]:
+    times = {name: row["over_floats"] for name, row in rows.items()}
+    panels.append(harness.Panel("", "step time / float base's", times, REACH_TIME))
+  harness.plot_bars(panels, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+  """Runs the comparison; returns what quantized.json holds."""
+  parser = harness.make_parser(__file__, __doc__, "--scan --remat")
+  harness.add_layers(parser)
+  add_sizes(parser)
+  names = [row.name for row in FORMATS]
+  parser.add_argument("--only", dest="formats", type=named, default=names, help="formats that begin so: nf4|int8")
+  parser.add_argument("--chip", choices=list(CHIPS), help="compile for this chip, and run nothing")
+  args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
+  settings = Settings.parse(parser, args)
+  count = len(candidates(chosen(args)))
+  if args.chip is None:
+    with harness.progress(steps.turns(count, args.rounds), "turn", args.quiet) as bar:
+      found = compare(settings, args, harness.ticker(bar))
+  else:
+    harness.rename(parser, args, f"quantized_{CHIPS[args.chip].short}")
+    stay_on_the_host()
+    try:
+      target = Target(CHIPS[args.chip], device_of(CHIPS[args.chip]))
+    except NoCompilerError as error:
+      parser.error(str(error))
+    with harness.progress(count, "step", args.quiet) as bar:
+      found = compare_for(target, settings, chosen(args), harness.ticker(bar))
+  results = {**harness.provenance(args), "title": settings.title(), "model": settings._asdict(), **found}
+  harness.publish(args, "quantized", results, plot)
+  print(describe(results))
+  return results
+
+
+if __name__ == "__main__":
+  main()
