@@ -4,7 +4,7 @@ Everything private is imported under a guard and has a fallback that keeps resul
 profile or a source line in a warning, never an answer.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 from typing import Any
 
@@ -78,16 +78,15 @@ def specified_sharding(sharding: Any) -> Any | None:
   return sharding if isinstance(sharding, jax.sharding.Sharding) else None
 
 
-def without_dead_code(jaxpr: Any, needed: int = 0, also: Container[int] = ()) -> tuple[Any, list[bool]]:
+def without_dead_code(jaxpr: Any, needed: int = 0) -> tuple[Any, list[bool]]:
   """A closed jaxpr without the equations and the operands that nothing needs, and which operands it still has.
 
-  The last `needed` operands stay in any case, and those whose numbers are in `also`. A JAX without `dce_jaxpr` gives
-  the jaxpr back as it is.
+  The last `needed` operands stay in any case. A JAX without `dce_jaxpr` gives the jaxpr back as it is.
   """
   inner, consts = open_jaxpr(jaxpr)
   count = len(inner.invars)
   try:
-    keep = [k >= count - needed or k in also for k in range(count)]
+    keep = [k >= count - needed for k in range(count)]
     pruned, used = pe.dce_jaxpr(inner, [True] * len(inner.outvars), keep)
     return jex_core.ClosedJaxpr(pruned, consts), list(used)
   except (AttributeError, TypeError, ValueError, AssertionError):

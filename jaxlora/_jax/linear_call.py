@@ -4,7 +4,7 @@
 derivatives need.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -39,7 +39,6 @@ def linear_call(
   residuals: Any,
   linear: Any,
   transposes: Transposes | None = None,
-  also: Container[int] = (),
 ) -> Any:
   """`fn(residuals, linear)`, where the transpose in `linear` first puts its residuals through `before`.
 
@@ -48,8 +47,8 @@ def linear_call(
     before: from flat residuals and flat cotangents to the residuals that the transpose uses, of the same types.
     residuals: pytree of arrays.
     linear: pytree of arrays.
-    transposes: those that programs for some platforms are given instead. Batching drops them.
-    also: numbers of the flat residuals that those may read besides what the default one reads.
+    transposes: those that programs for some platforms are given instead. They read what the default one reads.
+      Batching drops them.
 
   Returns:
     What `fn` returns.
@@ -67,7 +66,7 @@ def linear_call(
     out, out_def = jax.tree.flatten(out)
     return out
 
-  jaxpr, used = without_dead_code(jax.make_jaxpr(flat)(*kept, *moving), len(moving), also if transposes else ())
+  jaxpr, used = without_dead_code(jax.make_jaxpr(flat)(*kept, *moving), len(moving))
   used, all_kept = used[: len(kept)], kept
   kept = [value for value, use in zip(kept, used, strict=True) if use]
   gone = tuple(None if use else jax.typeof(value) for value, use in zip(all_kept, used, strict=True))

@@ -69,7 +69,6 @@ class Policy:
     joins: whether an adapted product is one operation, with a derivative of its own; else it is left to JAX.
     few_tokens: up to this many tokens the forms for arrays in tiles compute it as two products and a sum.
     keeps_rows: whether the forms for arrays in tiles say that a norm's input lies along its rows in the backward pass.
-    softmax_from_input: whether the forms for arrays in tiles differentiate a softmax from its input, not its result.
     tiled: the platforms whose programs are given the forms for arrays in tiles; `EVERYWHERE` where the policy is for
       one of them alone.
     merges: the platforms whose programs are given the forms that merge the products of one input.
@@ -94,7 +93,6 @@ class Policy:
   joins: bool = True
   few_tokens: int = 1024
   keeps_rows: bool = True
-  softmax_from_input: bool = True
   tiled: tuple[str, ...] = ()
   merges: tuple[str, ...] = ()
   reason: str = dataclasses.field(default="", compare=False)
@@ -129,10 +127,6 @@ class Policy:
   def in_remat(self) -> "Policy":
     """The policy inside of `jax.checkpoint`, where a norm's input is no residual: it has just been made again."""
     return dataclasses.replace(self, keeps_rows=False)
-
-  def in_loop(self) -> "Policy":
-    """The policy inside of a loop, which would keep both a softmax's input and its result of every step."""
-    return dataclasses.replace(self, softmax_from_input=False)
 
   def without_recompute(self) -> "Policy":
     """The policy of `recompute=False`: what differentiation keeps is kept, and nothing is made again."""

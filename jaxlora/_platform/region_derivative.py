@@ -20,7 +20,7 @@ from jaxlora._jax.trace_cache import traced_once
 from jaxlora._platform.layouts import along_rows
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.regions import Region
-from jaxlora._platform.wait import at_once, by_barrier, late, numbers_used
+from jaxlora._platform.wait import at_once, by_barrier, late, residuals_used
 
 
 class Shrinks(Protocol):
@@ -97,14 +97,12 @@ class _Evaluated:
       along = functools.partial(_along, region, inputs=moving[0], factors=moving[1])
       kept = (values, factors, small, result)
       from_root, from_result = (along(shrinks, from_result=from_result) for from_result in (False, True))
-      of_result = region.softmax() is not None and place not in numbers_used(from_result, kept, steps)
+      of_result = region.softmax() is not None and not residuals_used(from_result, kept, steps)[place]
       chosen, wait = (from_result, self.policy.wait_softmax) if of_result else (from_root, self.policy.wait)
       rows = place if is_norm(region) and self.policy.keeps_rows else None
-      from_input = self.policy.softmax_from_input or not of_result
-      in_tiles = _TransposeApart(along(shrinks.apart(), from_result=not from_input), is_norm(region), steps, rows)
+      in_tiles = _TransposeApart(along(shrinks.apart(), from_result=of_result), is_norm(region), steps, rows)
       transposes = self.policy.transposes(in_tiles)
-      also = numbers_used(from_root, kept, steps) if transposes and of_result and from_input else ()
-      d_result, d_thin = late(chosen, kept, steps, wait, transposes, also)
+      d_result, d_thin = late(chosen, kept, steps, wait, transposes)
       if not moving[1]:
         d_thin = jax.tree.map(jnp.zeros_like, thin)
       if d_result is None:
@@ -121,8 +119,6 @@ class _TransposeApart:
 
   XLA's TPU backend sees for itself what the forward pass has made, and keeps it or not. It is left to, but for an
   activation whose thin product needs it again: kept beside its input, it would have to leave the chip's own memory.
-  Outside of loops a softmax is differentiated from its input: with fewer uses of the result, each is a part of what
-  reads it.
 
   A norm's input is read along its rows, and in one thin product along its tokens. Left to itself, the compiler may keep
   it as that product likes it, and a scanned model then lays all layers' inputs out anew in each layer.

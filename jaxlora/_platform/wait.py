@@ -4,7 +4,7 @@ A compiler would otherwise merge the rematerialised value with the original, or 
 the same.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -26,14 +26,13 @@ def late(
   linear: Any,
   wait: Wait,
   transposes: Transposes | None = None,
-  also: Container[int] = (),
 ) -> Any:
   """`fn(residuals, linear)`, linear in the second argument, whose transpose reads residuals only after its cotangent.
 
   Forward mode, second derivatives and batching are those of `fn`. Programs for the platforms in `transposes` are given
-  that transpose instead, which may read the flat residuals with the numbers in `also`, too.
+  that transpose instead.
   """
-  return linear_call(fn, wait, residuals, linear, transposes, also)
+  return linear_call(fn, wait, residuals, linear, transposes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +56,9 @@ def at_once(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any
   return residuals
 
 
-def numbers_used(fn: Callable[[Any, Any], Any], residuals: Any, linear: Any) -> list[int]:
-  """The numbers of the flat residuals that `late(fn, residuals, linear, wait)` keeps."""
-  used = without_dead_code(jax.make_jaxpr(fn)(residuals, linear))[1][: len(jax.tree.leaves(residuals))]
-  return [k for k, use in enumerate(used) if use]
+def residuals_used(fn: Callable[[Any, Any], Any], residuals: Any, linear: Any) -> list[bool]:
+  """Which of the residuals `late(fn, residuals, linear, wait)` keeps."""
+  return without_dead_code(jax.make_jaxpr(fn)(residuals, linear))[1][: len(jax.tree.leaves(residuals))]
 
 
 def by_barrier(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:

@@ -101,12 +101,11 @@ class Record:
   @contextlib.contextmanager
   def in_a_loop(self) -> Iterator[None]:
     """While the body of a loop is interpreted."""
-    before = self.looping, self.policy
-    self.looping, self.policy = True, self.policy.in_loop()
+    before, self.looping = self.looping, True
     try:
       yield
     finally:
-      self.looping, self.policy = before
+      self.looping = before
 
   @contextlib.contextmanager
   def in_a_remat(self) -> Iterator[None]:

@@ -252,7 +252,7 @@ def test_less_is_kept_than_by_the_frozen_models_own_step():
 
 @pytest.mark.usefixtures("lenient", "fresh_traces")
 def test_a_loop_keeps_one_array_of_a_softmax():
-  """For TPUs a softmax is differentiated from its input, but not where its result is stacked for its reader anyway."""
+  """Its result, which what reads it keeps anyway."""
   tokens, layers = 40, 3
   params = {name: jnp.zeros((layers, WIDTH, WIDTH)) for name in ("query", "value")}
 
