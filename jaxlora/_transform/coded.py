@@ -210,7 +210,7 @@ class CodedProduct:
       (x, w), (dx, dw) = primals, tangents
       y = product(x, w)
       terms = [] if isinstance(dx, SymbolicZero) else [late(self.linear, w, dx, self.policy.wait_codes)]
-      terms += self.along_scalars(x, w, dw)
+      terms += along_leaves(lambda w: self.linear(w, x), w, dw)
       return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
     product.defjvp(jvp, symbolic_zeros=True)
@@ -219,21 +219,30 @@ class CodedProduct:
   def linear(self, w: Coded, x: jax.Array) -> jax.Array:
     return self.fn(x, w.dequantize(self.policy))
 
-  def along_scalars(self, x: jax.Array, w: Coded, dw: Any) -> list[jax.Array]:
-    """The tangent along scalars that multiply the array, and may train: the array itself is frozen."""
-    leaves, treedef = jax.tree.flatten(w)
-    steps = jax.tree.leaves(dw, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-    moving = [k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)]
-    if not moving:
-      return []
 
-    def of(*values: Any) -> jax.Array:
-      full = list(leaves)
-      for k, value in zip(moving, values, strict=True):
-        full[k] = value
-      return self.linear(jax.tree.unflatten(treedef, full), x)
+def along_leaves(fn: Callable[[Any], jax.Array], w: Any, dw: Any) -> list[jax.Array]:
+  """The tangent of `fn(w)` along a weight that has one; none where it has none.
 
-    return [jax.jvp(of, [leaves[k] for k in moving], [steps[k] for k in moving])[1]]
+  A base is frozen, but a scalar that multiplies it may train.
+
+  Args:
+    fn: of the weight.
+    w: an array, or a coded value.
+    dw: its tangents, `SymbolicZero` where there are none.
+  """
+  leaves, treedef = jax.tree.flatten(w)
+  steps = jax.tree.leaves(dw, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+  moving = [k for k, step in enumerate(steps) if not isinstance(step, SymbolicZero)]
+  if not moving:
+    return []
+
+  def of(*values: Any) -> jax.Array:
+    full = list(leaves)
+    for k, value in zip(moving, values, strict=True):
+      full[k] = value
+    return fn(jax.tree.unflatten(treedef, full))
+
+  return [jax.jvp(of, [leaves[k] for k in moving], [steps[k] for k in moving])[1]]
 
 
 def formed(w: Any, x: jax.Array, policy: HowCodes, looping: bool) -> jax.Array:

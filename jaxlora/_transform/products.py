@@ -34,7 +34,7 @@ from jaxlora._platform.policy import Policy
 from jaxlora._platform.product_forms import Joined, Moving, SideBySide, TransposeJoined, TransposeSideBySide
 from jaxlora._platform.recipes import Recipe
 from jaxlora._platform.wait import at_once, late
-from jaxlora._transform.coded import formed
+from jaxlora._transform.coded import along_leaves, formed
 from jaxlora._transform.product import Product
 from jaxlora._transform.thin import Shrink, Shrinks
 from jaxlora._transform.thin_derivative import shrink_along_factor
@@ -72,7 +72,9 @@ class Products:
 
     def jvp(primals, tangents):
       ys = differentiated(*primals)
-      return ys, self.derivative(primals, tangents) or [jnp.zeros_like(y) for y in ys]
+      along = self.derivative(primals, tangents) or [jnp.zeros_like(y) for y in ys]
+      more = self.along_bases(primals, tangents)
+      return ys, [functools.reduce(jnp.add, terms, step) for step, terms in zip(along, more, strict=True)]
 
     products.defjvp(jvp, symbolic_zeros=True)
     differentiated.defjvp(jvp, symbolic_zeros=True)
@@ -116,6 +118,15 @@ class Products:
     shared = range(2 + len(thin), 5 + len(thin))  # the weight and its factors, behind the base's product, x and h
     joined = Joined(product, self.norm, k)
     return self.policy.lowered(separately, joined, base, x, list(thin), weight, sources, shared=shared)
+
+  def along_bases(self, primals: Any, tangents: Any) -> list[list[jax.Array]]:
+    """What each product has along its base: nothing, unless something that trains multiplies the base."""
+    (x, _, weights, _), (_, _, d_weights, _) = primals, tangents
+    plain = lambda product, w: product.plain(x, formed(w, x, product.policy, looping=False))
+    return [
+      along_leaves(functools.partial(plain, product), w, dw)
+      for product, (w, _, _), (dw, _, _) in zip(self.each, weights, d_weights, strict=True)
+    ]
 
   def derivative(self, primals: Any, tangents: Any) -> list[Any]:
     """The tangents of the products; none where none of the operands has one."""

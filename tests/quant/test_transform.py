@@ -139,14 +139,17 @@ def test_memory_of_a_step(fn):
   assert sum(codes) < sum(floats)
 
 
-def test_scalars_that_train_have_their_gradient():
-  """A frozen quantised weight times a scalar of the function: the scalar's gradient is that of the floats."""
+@pytest.mark.parametrize("kind", ["frozen codes", "adapted codes", "adapted floats"])
+def test_scalars_that_train_have_their_gradient(kind):
+  """A weight times a scalar of the function: the base is frozen, and the scalar's gradient has its part along it."""
   case = helpers.BUILDERS["dense"](jnp.float32)
-  tree = quantised(case)
+  tree = {"frozen codes": quantised, "adapted codes": adapted, "adapted floats": lambda case: case.adapted()}[kind](
+    case
+  )
   fn = lambda p, s, x: jnp.sum(jnp.sin(x @ (p["w"] * s)))
   got = jax.grad(jaxlora.wrap(fn), argnums=1)(tree, jnp.float32(2), *case.args)
-  want = jax.grad(fn, argnums=1)(jaxlora.dequantize(tree), jnp.float32(2), *case.args)
-  np.testing.assert_allclose(got, want, rtol=1e-5)
+  want = jax.grad(fn, argnums=1)(jaxlora.dequantize(jaxlora.merge(tree)), jnp.float32(2), *case.args)
+  np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 def test_look_ups_out_of_bounds():
