@@ -119,7 +119,7 @@ ROLES = ("io", "oi", "ioo", "iio", "sio", "siio", "ssio", "iiio")
   size=st.sampled_from([1, 4, 7, 64, None]),
   double=st.booleans(),
 )
-@hypothesis.settings(max_examples=profiles.count(6, 300), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=profiles.count(4, 300), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
 def test_any_shape_and_dtype(roles, sizes, format, dtype, size, double):
   """Values are near, blocks divide, and a slice of every part along a stack is that slice."""
   shape = tuple(sizes[: len(roles)])

@@ -41,7 +41,7 @@ MOVES = {
   double=st.booleans(),
 )
 @hypothesis.settings(
-  max_examples=profiles.count(10, 1000), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+  max_examples=profiles.count(6, 1000), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
 )
 def test_any_moves(names, roles, double):
   tree = jaxlora.quantize(

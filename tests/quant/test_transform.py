@@ -95,7 +95,7 @@ def step(fn, **options):
 SHAPES = {(WIDTH, INNER), (INNER, WIDTH), (LAYERS, WIDTH, INNER), (LAYERS, INNER, WIDTH)}
 
 
-@pytest.mark.parametrize("fn", [unrolled, scanned, remat])
+@pytest.mark.parametrize("fn", profiles.halved([unrolled, scanned, remat]))
 def test_residuals_are_codes(fn):
   """No float array of a weight's size crosses from the forward to the backward pass."""
   frozen, trainable = jaxlora.split(model("nf4"))
@@ -127,7 +127,7 @@ def test_the_search_in_loops_finds_floats():
   assert SHAPES & carried(helpers.optimised(step(scanned), *args).as_text())
 
 
-@pytest.mark.parametrize("fn", [unrolled, scanned, remat])
+@pytest.mark.parametrize("fn", profiles.halved([scanned, unrolled, remat]))
 def test_memory_of_a_step(fn):
   """No more beside arguments than the float base's step and its largest weight; less with them."""
   x = jnp.ones((64, WIDTH))
