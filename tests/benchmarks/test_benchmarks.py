@@ -112,6 +112,7 @@ def test_compile_time(bench, run, monkeypatch):
   ]
   monkeypatch.setattr(bench.contestants, "contestants", lambda: everybody)
   monkeypatch.setattr(bench.compile_time, "SWEPT", ("jaxlora",))
+  monkeypatch.setattr(jax, "clear_caches", lambda: None)  # what the other tests have compiled
   finished = run("compile_time", "--layers=1,2", "--rounds=1")
   rows = finished.results["rows"]
   check_rows(finished, list(rows))
@@ -121,7 +122,8 @@ def test_compile_time(bench, run, monkeypatch):
   assert finished.results["calls"]["leaves"] > finished.results["calls"]["base_leaves"]
 
 
-def test_variants(run, tmp_path):
+def test_variants(bench, run, tmp_path, monkeypatch):
+  monkeypatch.setattr(bench.variants, "ViT", lambda: bench.digits.ViT(width=32, depth=1, mlp=64))
   short = [
     "--seeds=2",
     "--tuning-seeds=1",

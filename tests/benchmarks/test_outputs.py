@@ -42,13 +42,16 @@ def elsewhere(bench, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "command",
+  ("name", "command"),
   [
-    ["examples/finetune.py", "--quick", "--steps=2", "--pretrain-steps=2", "--rounds=1"],
-    ["benchmarks/forward.py", "--quick", *TINY],
+    (
+      "finetune_conv",
+      ["examples/finetune.py", "--quick", "--model=conv", "--steps=2", "--pretrain-steps=2", "--rounds=1"],
+    ),
+    ("forward", ["benchmarks/forward.py", "--quick", *TINY]),
   ],
 )
-def test_a_run_leaves_a_checkout_clean(tmp_path, command):
+def test_a_run_leaves_a_checkout_clean(tmp_path, name, command):
   if shutil.which("git") is None or not (ROOT / ".gitignore").exists():
     pytest.skip("needs git, and a checkout")
   checkout = tmp_path / "checkout"
@@ -68,8 +71,8 @@ def test_a_run_leaves_a_checkout_clean(tmp_path, command):
   subprocess.run(
     [sys.executable, *command], cwd=checkout, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": path}
   )
-  name = Path(command[0]).stem
-  assert {path.name for path in (checkout / "out" / name).iterdir()} >= {f"{name}.json", f"{name}.png"}
+  script = Path(command[0]).stem
+  assert {path.name for path in (checkout / "out" / name).iterdir()} >= {f"{script}.json", f"{script}.png"}
   assert git("status", "--porcelain") == ""
 
 
