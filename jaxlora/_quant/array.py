@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora._base.export import serialised_dataclass
+from jaxlora._base.programs import one_program
 from jaxlora._platform.codes import LookUp, by_selects
 from jaxlora._quant.blocks import fits, spread
 from jaxlora._quant.formats import FORMATS
@@ -80,12 +82,7 @@ class QuantizedArray(Node):
     Args:
       look_up: how codes become the values that a book has for them.
     """
-    book = FORMATS[self.format].book
-    values = self.codes.astype(jnp.float32) if book is None else look_up(self.codes, book)
-    values = values * spread(_floats(self.scales, look_up), self.shape)
-    if self.offset is not None:
-      values = values + spread(_floats(self.offset, look_up), self.shape)
-    return jnp.broadcast_to(values, self.shape).astype(self.dtype)
+    return _dequantized(self, look_up)
 
   def __repr__(self) -> str:
     if not hasattr(self.codes, "shape") or not hasattr(self.scales, "shape"):  # of labels, say
@@ -93,6 +90,16 @@ class QuantizedArray(Node):
     double = ", double" if isinstance(self.scales, QuantizedArray) else ""
     sizes, blocks = ("x".join(map(str, sizes)) for sizes in (self.shape, self.block))
     return f"QuantizedArray({sizes} {self.number} as {self.format}, blocks {blocks}{double})"
+
+
+@functools.partial(one_program, static_argnums=1)
+def _dequantized(x: QuantizedArray, look_up: LookUp) -> jax.Array:
+  book = FORMATS[x.format].book
+  values = x.codes.astype(jnp.float32) if book is None else look_up(x.codes, book)
+  values = values * spread(_floats(x.scales, look_up), x.shape)
+  if x.offset is not None:
+    values = values + spread(_floats(x.offset, look_up), x.shape)
+  return jnp.broadcast_to(values, x.shape).astype(x.dtype)
 
 
 def _floats(part: Any, look_up: LookUp) -> jax.Array:
