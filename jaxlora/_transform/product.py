@@ -125,7 +125,7 @@ class Product:
 
   def joins(self, x: jax.Array, weight: Weight) -> bool:
     """Whether the products had better be one: of matrices, in one dtype, not sharded by type, and of many tokens."""
-    alike = len({array.dtype for array in (x, *weight)}) == 1 and not isinstance(weight[0], Coded)
+    alike = len({array.dtype for array in (x, *weight)}) == 1
     tokens = elements([size for size, label in zip(x.shape, self.labels, strict=True) if isinstance(label, tuple)])
     many = tokens > self.policy.few_tokens
     return many and alike and not explicitly_sharded(x) and self.matrices(weight) is not None
@@ -139,6 +139,7 @@ class Product:
   def matrices(self, weight: Weight) -> joint.Matrices | None:
     """The product as one of matrices; `None` where it is not."""
     w, a, b = weight
+    w = w.dequantize(self.policy) if isinstance(w, Coded) else w
     of_factors = {*self.contracted} <= {*self.shrink.factor} and {*self.free} <= {*self.second}
     if self.batched or self.stack or self.result.sharding is not None or not of_factors:
       return None

@@ -34,7 +34,7 @@ from jaxlora._platform.policy import Policy
 from jaxlora._platform.product_forms import Joined, Moving, SideBySide, TransposeJoined, TransposeSideBySide
 from jaxlora._platform.recipes import Recipe
 from jaxlora._platform.wait import at_once, late
-from jaxlora._transform.coded import along_leaves, formed
+from jaxlora._transform.coded import Coded, along_leaves, formed
 from jaxlora._transform.product import Product
 from jaxlora._transform.thin import Shrink, Shrinks
 from jaxlora._transform.thin_derivative import shrink_along_factor
@@ -98,7 +98,7 @@ class Products:
 
   def merges(self, x: jax.Array, weights: Sequence[Weight]) -> bool:
     """Whether they can be one product of all the weights side by side, and that is worth a copy of these."""
-    if len(self.each) < 2:
+    if len(self.each) < 2 or any(isinstance(w, Coded) for w, _, _ in weights):
       return False
     inputs = elements([weights[0][0].shape[d] for d in self.each[0].contracted])
     if not merged.worth_it(x, inputs) or not self.joins(x, weights):
@@ -115,7 +115,8 @@ class Products:
     separately = lambda base, x, thin, weight, sources: add(base, product.expand(thin[k], weight[2], expand))
     if not product.joins(x, weight):
       return separately(base, x, thin, weight, sources)
-    shared = range(2 + len(thin), 5 + len(thin))  # the weight and its factors, behind the base's product, x and h
+    first = 2 + len(thin)  # the weight and its factors are behind the base's product, x and h
+    shared = range(first, first + len(jax.tree.leaves(weight)))
     joined = Joined(product, self.norm, k)
     return self.policy.lowered(separately, joined, base, x, list(thin), weight, sources, shared=shared)
 
