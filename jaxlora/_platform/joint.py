@@ -89,8 +89,8 @@ def forward(m: Matrices, u: Labelled, weight_first: bool, result: Result) -> Lab
   return contract(*((v, u) if weight_first else (u, v)), [m.k], result)
 
 
-def as_large_as(w: Labelled, x: Labelled, summed: Hashable) -> bool:
-  """Whether a weight has as many elements as its product with `x`.
+def as_large_as_result(x: Labelled, summed: Hashable) -> bool:
+  """Whether a weight has as many elements as its product with `x`: no less are summed than `x` has rows.
 
   In a loop over stacked layers, what is joined to a weight costs a copy of that layer's slice; a product apart, a pass
   over the result.

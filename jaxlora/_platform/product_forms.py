@@ -74,7 +74,7 @@ class Joined:
     else:
       h, b = joint.thin_and_second(matrices, thin, self.place)
     flat = Labelled(x, product.labels).flattened(product.contracted)
-    if product.result.looping and joint.as_large_as(matrices.w, flat, matrices.k):
+    if product.result.looping and joint.as_large_as_result(flat, matrices.k):
       y = joint.forward_apart(matrices, flat, h, product.weight_first, product.result)
       return y.expanded().ordered(product.wanted)
     u = self.beside_norm(h, sources, matrices)
@@ -125,7 +125,7 @@ class TransposeJoined:
     matrices = [p.as_matrices(weight) for p, weight in zip(self.each, weights, strict=True)]
     flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
     gs = [contract(dy, m.b, [m.n], p.thin_result) for p, m, dy in zip(self.each, matrices, flat, strict=True)]
-    apart = self.each[0].result.looping and joint.as_large_as(matrices[-1].w, flat[-1], matrices[-1].n)
+    apart = self.each[0].result.looping and joint.as_large_as_result(flat[-1], matrices[-1].n)
     to_input = joint.transpose_input_apart if apart else joint.transpose_input
     out = [to_input(matrices, flat, gs).expanded().ordered(self.each[0].labels)] if self.moving.x else []
     out += [g.ordered(h.labels) for g, h, moves in zip(gs, thin, self.moving.thin, strict=True) if moves]

@@ -128,31 +128,33 @@ class Product:
     alike = len({array.dtype for array in (x, *weight)}) == 1
     tokens = elements([size for size, label in zip(x.shape, self.labels, strict=True) if isinstance(label, tuple)])
     many = tokens > self.policy.few_tokens
-    return many and alike and not explicitly_sharded(x) and self.matrices(weight) is not None
+    return many and alike and not explicitly_sharded(x) and self.is_of_matrices
+
+  @property
+  def is_of_matrices(self) -> bool:
+    """Whether the weight and its factors are matrices, once runs of axes are flattened: labels tell, and no array."""
+    if self.batched or self.stack or self.result.sharding is not None:
+      return False
+    own, inputs, outputs = tuple(range(self.ndim)), self.contracted, self.free
+    two = len(inputs) + len(outputs) == self.ndim
+    of_factors = {*self.shrink.factor} == {RANK, *inputs} and {*self.second} == {RANK, *outputs}
+    side_by_side = all(is_run(inputs, labels) for labels in (own, self.shrink.factor, self.labels))
+    return two and of_factors and side_by_side and all(is_run(outputs, x) for x in (own, self.second, self.wanted))
+
+  def input_labels(self, shape: Sequence[int]) -> tuple[Hashable, ...]:
+    """The labels of the input of a product of matrices, whose weight has this shape."""
+    return with_run(self.labels, self.contracted, shape)
 
   def as_matrices(self, weight: Weight) -> joint.Matrices:
     """The product as one of matrices, where it is."""
-    matrices = self.matrices(weight)
-    assert matrices is not None
-    return matrices
-
-  def matrices(self, weight: Weight) -> joint.Matrices | None:
-    """The product as one of matrices; `None` where it is not."""
     w, a, b = weight
-    w = w.dequantize(self.policy) if isinstance(w, Coded) else w
-    of_factors = {*self.contracted} <= {*self.shrink.factor} and {*self.free} <= {*self.second}
-    if self.batched or self.stack or self.result.sharding is not None or not of_factors:
-      return None
-    labels = run_of(self.labels, self.contracted, w.shape)
-    v = Labelled(w, tuple(range(self.ndim))).flattened(self.contracted).flattened(self.free)
+    v = Labelled(w.dequantize(self.policy) if isinstance(w, Coded) else w, tuple(range(self.ndim)))
+    v = v.flattened(self.contracted).flattened(self.free)
     first = Labelled(a, self.shrink.factor).flattened(self.contracted)
     second = Labelled(b, self.second).flattened(self.free)
-    if labels is None or v.array.ndim != 2 or first.array.ndim != 2 or second.array.ndim != 2:
-      return None
-    (k,) = (label for label in v.labels if label in labels)
-    (n,) = (label for label in v.labels if label != k)
-    known = {*first.labels} == {RANK, k} and {*second.labels} == {RANK, n} and run_of(self.wanted, self.free, w.shape)
-    return joint.Matrices(labels, v, first, second, k, n, RANK) if known else None
+    labels = self.input_labels(w.shape)
+    k, n = sorted(v.labels, key=lambda label: label not in labels)
+    return joint.Matrices(labels, v, first, second, k, n, RANK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,13 +167,19 @@ class Plain:
     return self.product.plain(x, w)
 
 
-def run_of(labels: Sequence[Hashable], run: Sequence[int], shape: Sequence[int]) -> tuple[Hashable, ...] | None:
-  """Labels with a run of the weight's axes as one; `None` where those are not adjacent and in this order."""
-  if len(run) < 2:
-    return tuple(labels) if run else None
+def is_run(run: Sequence[int], labels: Sequence[Hashable]) -> bool:
+  """Whether some axes of the weight are adjacent among labels, and in this order."""
+  if not run or run[0] not in labels:
+    return False
   start = labels.index(run[0])
-  if tuple(labels[start : start + len(run)]) != tuple(run):
-    return None
+  return tuple(labels[start : start + len(run)]) == tuple(run)
+
+
+def with_run(labels: Sequence[Hashable], run: Sequence[int], shape: Sequence[int]) -> tuple[Hashable, ...]:
+  """Labels with a run of the weight's axes as one."""
+  if len(run) < 2:
+    return tuple(labels)
+  start = labels.index(run[0])
   return (*labels[:start], Run(tuple(run), tuple(shape[d] for d in run)), *labels[start + len(run) :])
 
 

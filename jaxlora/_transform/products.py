@@ -103,8 +103,10 @@ class Products:
     inputs = elements([weights[0][0].shape[d] for d in self.each[0].contracted])
     if not merged.worth_it(x, inputs) or not self.joins(x, weights):
       return False
-    matrices = [product.as_matrices(weight) for product, weight in zip(self.each, weights, strict=True)]
-    return len({(m.labels, m.k, product.result) for m, product in zip(matrices, self.each, strict=True)}) == 1
+    pairs = zip(self.each, weights, strict=True)
+    return (
+      len({(product.input_labels(w.shape), product.contracted, product.result) for product, (w, _, _) in pairs}) == 1
+    )
 
   def one(
     self, k: int, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[Any], expand: Any, add: Any
