@@ -117,7 +117,6 @@ def _formed(node: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
   if isinstance(node, FullWeight):
     return node.value.astype(dtype), node.value
   wide = wider_dtype(jnp.float32, functools.reduce(wider_dtype, [part.dtype for part in parts(node).values()]))
-  node = node.with_parts({"base": decoded(node.base)})
   exact = node.materialize(wide)
   return exact.astype(dtype), exact
 

@@ -38,7 +38,8 @@ class Product(Protocol):
   def result(self) -> Result: ...
   @property
   def thin_result(self) -> Result: ...
-  def as_matrices(self, weight: Weight) -> joint.Matrices: ...
+  def as_matrices(self, x: jax.Array, weight: Weight) -> joint.Matrices: ...
+  def as_matrices_again(self, cotangent: jax.Array, weight: Weight) -> joint.Matrices: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Joined:
     self, base: jax.Array, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[jax.Array]
   ) -> jax.Array:
     del base  # which is part of the one product
-    product, matrices = self.product, self.product.as_matrices(weight)
+    product, matrices = self.product, self.product.as_matrices(x, weight)
     if product.result.looping:
       h, b = thin[self.place], matrices.b  # they lie with tokens as the fastest axis there, and to part them is free
     else:
@@ -106,7 +107,7 @@ class SideBySide:
     self, x: jax.Array, thin: Sequence[Labelled], weights: Sequence[Weight], sources: Sequence[jax.Array]
   ) -> list[jax.Array]:
     del sources
-    matrices = [p.as_matrices(weight) for p, weight in zip(self.each, weights, strict=True)]
+    matrices = [p.as_matrices(x, weight) for p, weight in zip(self.each, weights, strict=True)]
     u = Labelled(x, self.each[0].labels).flattened(self.each[0].contracted)
     ys = merged.forward(merged.SideBySide(matrices), u, thin, self.each[0].result)
     return [y.expanded().ordered(p.wanted) for p, y in zip(self.each, ys, strict=True)]
@@ -122,7 +123,8 @@ class TransposeJoined:
   def __call__(self, residuals: Any, cotangents: Sequence[jax.Array], types: Sequence[Any]) -> list[Any]:
     del types
     thin, weights = residuals
-    matrices = [p.as_matrices(weight) for p, weight in zip(self.each, weights, strict=True)]
+    triples = zip(self.each, cotangents, weights, strict=True)
+    matrices = [p.as_matrices_again(dy, weight) for p, dy, weight in triples]
     flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
     gs = [contract(dy, m.b, [m.n], p.thin_result) for p, m, dy in zip(self.each, matrices, flat, strict=True)]
     apart = self.each[0].result.looping and joint.as_large_as_result(flat[-1], matrices[-1].n)
@@ -143,7 +145,8 @@ class TransposeSideBySide:
   def __call__(self, residuals: Any, cotangents: Sequence[jax.Array], types: Sequence[Any]) -> list[Any]:
     del types
     thin, weights = residuals
-    matrices = merged.SideBySide([p.as_matrices(weight) for p, weight in zip(self.each, weights, strict=True)])
+    triples = zip(self.each, cotangents, weights, strict=True)
+    matrices = merged.SideBySide([p.as_matrices_again(dy, weight) for p, dy, weight in triples])
     flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
     dx, gs, seconds = merged.transpose(matrices, thin, flat, self.each[0].thin_result)
     out = [dx.expanded().ordered(self.each[0].labels)]

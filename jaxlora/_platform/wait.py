@@ -76,30 +76,22 @@ def on_cpus(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any
   return _on_cpus(at_once, residuals, cotangents)
 
 
-def _on_cpus(elsewhere: Wait, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+def codes_by_compiler(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """`by_compiler` of codes: integers wait, too."""
+  return _on_cpus(by_barrier, residuals, cotangents, _codes_by_arithmetic)
+
+
+def _on_cpus(
+  elsewhere: Wait, residuals: Sequence[Any], cotangents: Sequence[Any], here: Wait | None = None
+) -> Sequence[Any]:
   """XLA's CPU backend drops barriers before it fuses and schedules; it is given arithmetic.
 
   Not for several devices, where one element of a sharded cotangent would have to reach them all.
   """
   if any(0 in jnp.shape(cotangent) for cotangent in cotangents):  # nothing to wait for: no element to depend on
     return residuals
-  return by_platform(elsewhere, {"cpu": Form(_by_arithmetic, single_device=True)}, residuals, cotangents)
-
-
-def codes_by_compiler(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
-  """`by_compiler` of codes: integers wait, too."""
-  if any(0 in jnp.shape(cotangent) for cotangent in cotangents):
-    return residuals
-  forms = {"cpu": Form(_codes_by_arithmetic, single_device=True)}
-  return by_platform(by_barrier, forms, list(residuals), list(cotangents))
-
-
-def _codes_by_arithmetic(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
-  zero = _zero_of(cotangents[0])
-  return [
-    value | zero.astype(value.dtype) if jnp.issubdtype(value.dtype, jnp.integer) else waited
-    for value, waited in zip(residuals, _by_arithmetic(residuals, cotangents), strict=True)
-  ]
+  form = Form(here or _by_arithmetic, single_device=True)
+  return by_platform(elsewhere, {"cpu": form}, list(residuals), list(cotangents))
 
 
 def by_first_element(wait: Wait, values: Any, x: jax.Array) -> Any:
@@ -134,6 +126,12 @@ def _by_arithmetic(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Seque
   return [_unchanged(value, zero) if _has_bits(value) else value for value in residuals]
 
 
+def _codes_by_arithmetic(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  zero = _zero_of(cotangents[0])
+  waits = lambda value: _has_bits(value) or jnp.issubdtype(value.dtype, jnp.integer)
+  return [_unchanged(value, zero) if waits(value) else value for value in residuals]
+
+
 def _zero_of(cotangent: Any) -> jax.Array:
   """A zero that is made of a cotangent's bits."""
   bits = lax.bitcast_convert_type(_first_element(cotangent).astype(jnp.float32), jnp.uint32)
@@ -145,6 +143,8 @@ def _has_bits(value: Any) -> bool:
 
 
 def _unchanged(value: jax.Array, zero: jax.Array) -> jax.Array:
+  if jnp.issubdtype(value.dtype, jnp.integer):
+    return value | zero.astype(value.dtype)
   if value.dtype.itemsize > 2:
     return value * (1 + zero.astype(value.dtype))
   unsigned = jnp.dtype(f"uint{8 * value.dtype.itemsize}")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlora._base.programs import one_program
 from jaxlora._quant.array import QuantizedArray
 from jaxlora._quant.blocks import block_shape, in_blocks
 from jaxlora._quant.formats import FORMATS
@@ -35,7 +36,7 @@ def encode(
   return _encode(jnp.asarray(x), format, block, (*axes, *across) if double else None)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(one_program, static_argnums=(1, 2, 3))
 def _encode(x: jax.Array, format: str, block: tuple[int, ...], outer: tuple[int, ...] | None) -> QuantizedArray:
   found = _in_one_level(x, format, block)
   if outer is None:

@@ -254,6 +254,20 @@ def formed(w: Any, x: jax.Array, policy: HowCodes, looping: bool) -> jax.Array:
   return w.dequantize(policy)
 
 
+def formed_again(w: Any, cotangent: jax.Array, policy: HowCodes, looping: bool) -> jax.Array:
+  """The same in a backward pass, for the transpose of a product.
+
+  The codes wait for the cotangent: a compiler would keep the floats of the forward pass. Not so where each step of a
+  loop has a weight of its own: the two passes are two loops then.
+  """
+  if not isinstance(w, Coded):
+    return w
+  if not (looping and w.varies):
+    leaves, treedef = jax.tree.flatten(w)
+    w = jax.tree.unflatten(treedef, policy.wait_codes(leaves, [cotangent]))
+  return w.dequantize(policy)
+
+
 def product_with(fn: Callable[[Any, Any], Any], x: jax.Array, w: Coded, policy: HowCodes, looping: bool) -> jax.Array:
   """`fn(x, W)`, linear in x, of a coded W; traced once for all that are alike where `fn` says which are."""
   product = CodedProduct(fn, policy, looping)

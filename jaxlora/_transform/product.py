@@ -27,7 +27,7 @@ from jaxlora._platform import joint
 from jaxlora._platform.joint import Weight
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.wait import late, on_cpus
-from jaxlora._transform.coded import Coded, CodedProduct, product_with
+from jaxlora._transform.coded import Coded, CodedProduct, formed, formed_again, product_with
 from jaxlora._transform.factored import Factored
 from jaxlora._transform.pairing import Pairing
 from jaxlora._transform.thin import Shrink
@@ -145,10 +145,19 @@ class Product:
     """The labels of the input of a product of matrices, whose weight has this shape."""
     return with_run(self.labels, self.contracted, shape)
 
-  def as_matrices(self, weight: Weight) -> joint.Matrices:
-    """The product as one of matrices, where it is."""
+  def as_matrices(self, x: jax.Array, weight: Weight) -> joint.Matrices:
+    """The product of `x` as one of matrices, where it is."""
     w, a, b = weight
-    v = Labelled(w.dequantize(self.policy) if isinstance(w, Coded) else w, tuple(range(self.ndim)))
+    return self.laid_out(formed(w, x, self.policy, self.result.looping), a, b)
+
+  def as_matrices_again(self, cotangent: jax.Array, weight: Weight) -> joint.Matrices:
+    """The same in the backward pass, for the transpose, of the cotangent."""
+    w, a, b = weight
+    return self.laid_out(formed_again(w, cotangent, self.policy, self.result.looping), a, b)
+
+  def laid_out(self, w: jax.Array, a: jax.Array, b: jax.Array) -> joint.Matrices:
+    """A weight and its factors as matrices."""
+    v = Labelled(w, tuple(range(self.ndim)))
     v = v.flattened(self.contracted).flattened(self.free)
     first = Labelled(a, self.shrink.factor).flattened(self.contracted)
     second = Labelled(b, self.second).flattened(self.free)

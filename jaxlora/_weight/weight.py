@@ -202,12 +202,12 @@ class LoraWeight(Node):
 
     It is returned in `dtype`, or in the base's, and in the memory of the base.
     """
-    held = {name: on_device(part) for name, part in self.parts().items()}
+    held = {name: decoded(on_device(part)) for name, part in self.parts().items()}
     dtype = self.base.dtype if dtype is None else jnp.dtype(dtype)
     wide = functools.reduce(wider_dtype, [part.dtype for part in held.values()], dtype)
     here = self.with_parts(held)
     a, b = here.with_parts({name: part.astype(wide) for name, part in held.items()}).factors()
-    whole = decoded(held["base"]).astype(wide) + low_rank_delta(a, b, self.roles)
+    whole = held["base"].astype(wide) + low_rank_delta(a, b, self.roles)
     return moved(times_gain(whole, here.gain(a, b), self.roles).astype(dtype), space_of(self.base))
 
 

@@ -1,6 +1,6 @@
 """`quantize` and `dequantize`: between trees of floats and trees whose weights are codes and scales."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxlora._quant.encode import encode
 from jaxlora._quant.formats import PUBLIC
 from jaxlora._weight.weight import is_adapted, is_leaf_node
 from jaxlora.quant._plan import Axes, Plan, plan_tree
-from jaxlora.quant._report import LeafQuantization, Quantization, leaf_report, output_error
+from jaxlora.quant._report import Quantization, leaf_report, output_error
 
 
 def quantize(
@@ -70,12 +70,7 @@ def quantize(
   Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314, sections 3.1 and 3.2.
   """
   plan = _checked(params, format, block_size, targets, exclude, axes, probe)
-  return plan.treedef.unflatten(
-    [
-      _quantized(path, leaf, plan.axes[path], format, block_size, double) if path in plan.axes else leaf
-      for path, leaf in plan.leaves.items()
-    ]
-  )
+  return _tree(plan, _quantized_leaves(plan, format, block_size, double))
 
 
 def quantize_with_report(
@@ -109,14 +104,11 @@ def quantize_with_report(
     ['kernel: 4.1 bits, error 0.09']
   """
   plan = _checked(params, format, block_size, targets, exclude, axes, probe)
-  leaves: list[Any] = []
-  reports: list[LeafQuantization] = []
-  for path, leaf in plan.leaves.items():
-    if path in plan.axes:
-      new = _quantized(path, leaf, plan.axes[path], format, block_size, double)
-      reports.append(leaf_report(path, leaf, new))
-    leaves.append(new if path in plan.axes else leaf)
-  tree = plan.treedef.unflatten(leaves)
+  new, reports = {}, []
+  for path, leaf in _quantized_leaves(plan, format, block_size, double):
+    new[path] = leaf
+    reports.append(leaf_report(path, plan.leaves[path], leaf))
+  tree = _tree(plan, new.items())
   sizes, values = (bytes_of(params), bytes_of(tree)), plan.leaves.values()
   known = is_known(*values) and not any(map(is_abstract, values))
   outputs = None if probe is None or not known else output_error(probe, params, tree)
@@ -129,6 +121,18 @@ def _checked(params: Any, format: Any, block_size: Any, targets: Any, exclude: A
   if block_size is not None:
     positive(block_size, "quantize: block_size")
   return plan_tree(params, targets, exclude, axes, probe)
+
+
+def _quantized_leaves(
+  plan: Plan, format: str, block_size: int | None, double: bool
+) -> Iterator[tuple[str, QuantizedArray]]:
+  """The leaves that become codes, by path, one after the other."""
+  for path, axes in plan.axes.items():
+    yield path, _quantized(path, plan.leaves[path], axes, format, block_size, double)
+
+
+def _tree(plan: Plan, new: Iterable[tuple[str, QuantizedArray]]) -> Any:
+  return plan.treedef.unflatten((plan.leaves | dict(new)).values())
 
 
 def _quantized(path: str, leaf: Any, axes: Axes, format: str, block_size: int | None, double: bool) -> QuantizedArray:

@@ -122,6 +122,15 @@ def test_no_loop_carries_a_weight_in_floats(fn, format):
   assert not SHAPES & carried(text)
 
 
+@pytest.mark.parametrize(("fn", "waits"), [(unrolled, 2), (shared, 4)])
+def test_programs_for_tpus_form_a_weight_twice(fn, waits):
+  """The floats of the forward pass are not there for the backward pass to share, nor those of one step for the next."""
+  args = (*jaxlora.split(model("nf4")), jnp.ones((8, WIDTH)))
+  text = jax.jit(step(fn, platform="tpu")).lower(*args).as_text()
+  waiting = re.findall(r"optimization_barrier.* : (.*)", text)
+  assert sum("xui4>" in types for types in waiting) >= waits  # two weights, in both passes where they are in a loop
+
+
 def test_the_search_in_loops_finds_floats():
   args = (*jaxlora.split(model(None)), jnp.ones((8, WIDTH)))
   assert SHAPES & carried(helpers.optimised(step(scanned), *args).as_text())
