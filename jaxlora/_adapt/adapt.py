@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._adapt.config import LeafPlan, LoraConfig
-from jaxlora._adapt.initializers import INITIALIZERS, FromWeight, from_weight, kaiming
+from jaxlora._adapt.from_floats import started
+from jaxlora._adapt.initializers import INITIALIZERS, FromWeight, from_weight, gives_both, kaiming
 from jaxlora._adapt.plan import plan_tree
 from jaxlora._base.checks import is_abstract
 from jaxlora._base.coded import decoded, type_of_leaf
@@ -21,12 +22,23 @@ from jaxlora._weight.variant import variant_named
 from jaxlora._weight.weight import SCALINGS, FullWeight, LoraWeight, start_subtracted
 
 
-def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[Any], Any] | None = None) -> Any:
+def adapt(
+  params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[Any], Any] | None = None, floats: Any = None
+) -> Any:
   """Puts a `LoraWeight` in the place of every targeted leaf; the function of the tree stays what it was, bit for bit.
 
       W -> (W, A, B),   A as `config.init` says,  B = 0
 
   An init that gives both factors keeps it to rounding: the weight is then `W + scale (A B - A0 B0)`.
+
+  With `floats` the leaves whose base is codes start as near to the floats as codes and factors can be together:
+
+      W ~ Q + scale A B
+
+  `init="residual"` keeps the codes, and starts with the principal part of what they lost, `W - Q`. `"loftq"` goes on
+  from there: codes of `W - scale A B`, factors of what those lose, in turn. `"pissa"` and `"olora"` start with their
+  part of W, and write the rest of it as codes, in the format that the base has (QPiSSA). What `strip` gives is the base
+  that was written so: keep it with the adapter, which fits no other.
 
   Every leaf has a random key of its own, made from its path: other targets change nothing in it. The roles of a
   weight's axes come from `config.axes`, then from the probe, then from what the tree tells: the types of Equinox's
@@ -42,13 +54,16 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
     probe: a function of `params` alone, such as `lambda p: model.apply({"params": p}, x)`. It is traced abstractly and
       never run, to learn which axes of each weight are contracted. Needed for kernels of more than two axes, unless
       `config.axes` has their roles.
+    floats: the tree that `params` was quantised from, with the same paths, for inits that start from it; NumPy arrays
+      serve. One leaf after the other is moved to the device and let go of.
 
   Returns:
     A tree of the same nesting with `LoraWeight` and, for `config.train`, `FullWeight` nodes.
 
   Raises:
     ValueError: naming the leaf or the field, what was found, what was expected and what to do: an empty or already
-      adapted tree, a pattern without a match, a leaf that cannot be adapted, a rank too large.
+      adapted tree, a pattern without a match, a leaf that cannot be adapted, a rank too large, floats that are not
+      those of the base.
     TypeError: if `key` is no random key.
 
   Example:
@@ -57,16 +72,28 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
     >>> tree["dense"]["kernel"].a.shape, tree["dense"]["kernel"].b.shape
     ((2, 16), (2, 8))
 
-  Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+    A quantised base, and factors that start with what it lost:
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (128, 64))}
+    >>> config = jaxlora.LoraConfig(rank=16, init="residual")
+    >>> tree = jaxlora.adapt(jaxlora.quantize(params, "nf4"), config, jax.random.key(0), floats=params)
+    >>> lost = lambda tree: jnp.linalg.norm(tree["kernel"] - params["kernel"])
+    >>> bool(lost(jaxlora.merge(tree)) < 0.8 * lost(jaxlora.dequantize(jaxlora.strip(tree))))
+    True
+
+  Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1; Li et al.,
+    "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv:2310.08659, algorithm 1; Meng, Wang
+    and Zhang, "PiSSA", arXiv:2404.02948, section 4 (QPiSSA).
   """
   key = typed_key(key, "adapt: key")
-  plan = plan_tree(params, config, probe)
+  plan = plan_tree(params, config, probe, floats)
   drawn: dict[Any, Any] = {}
 
   def one(path: str, leaf: Any) -> Any:
     if path in plan.adapted:
-      make = _abstract if is_abstract(leaf) else _factored
-      return make(leaf, *plan.adapted[path], path not in plan.unsure, key, drawn)
+      values = plan.floats.get(path)
+      make = _abstract if is_abstract(leaf) or is_abstract(values) else _factored
+      return make(leaf, values, *plan.adapted[path], path not in plan.unsure, key, drawn)
     if path in plan.whole:
       whole = type_of_leaf(leaf) if is_abstract(leaf) else jnp.array(decoded(leaf), copy=True)
       return FullWeight(base=leaf, value=whole)
@@ -75,9 +102,38 @@ def adapt(params: Any, config: LoraConfig, key: jax.Array, *, probe: Callable[[A
   return with_own_names(jax.tree_util.tree_unflatten(plan.treedef, [one(*pair) for pair in plan.leaves.items()]))
 
 
-def _factored(base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
+def _factored(
+  base: Any, floats: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array, drawn: dict[Any, Any]
+) -> LoraWeight:
   """The weight with factors as its plan says. A is drawn only where no initialiser makes both factors."""
-  start = Start(
+  if floats is not None:
+    return _factored_from(floats, base, roles, plan, sure, key, drawn)
+  start = _start(base, roles, plan, key, drawn)
+  both = from_weight(plan.init)
+  given = {} if both is None else _given(both, start, plan)
+  held = {**variant_named(plan.variant).start(start._replace(given=given or None)), **given}
+  held = {name: on_device(part) for name, part in held.items()}  # a base may rest in the host's memory
+  weight = _weight(base, held, roles, plan, sure)
+  return weight if both is None else start_subtracted(weight, both.cancels)
+
+
+def _factored_from(
+  floats: Any, base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array, drawn: dict[Any, Any]
+) -> LoraWeight:
+  """The weight of a base of codes with factors that start from what it was made of."""
+  new = started(floats, base, roles, plan, leaf_key(key, plan.path))
+  start = _start(new.base, roles, plan, key, drawn)._replace(given={"a": new.a, "b": new.b})
+  variant = variant_named(plan.variant)
+  held = {**variant.start(start), "a": new.a, "b": new.b}
+  if variant.gain is not None:  # what trains beside the factors starts from the base and them
+    whole = LoraWeight.from_factors(on_device(new.base), new.a, new.b, roles, alpha=plan.alpha, scaling=plan.scaling)
+    of_whole = variant.start(start._replace(base=whole.materialize(wide(new.base))))
+    held |= {name: of_whole[name].astype(held[name].dtype) for name in variant.trains if name not in ("a", "b")}
+  return _weight(new.base, {name: on_device(part) for name, part in held.items()}, roles, plan, sure)
+
+
+def _start(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict[Any, Any]) -> Start:
+  return Start(
     base=base,
     roles=roles,
     rank=plan.rank,
@@ -87,11 +143,10 @@ def _factored(base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array,
     drawn=drawn,
     init=_initializer(plan),
   )
-  both = from_weight(plan.init)
-  given = {} if both is None else _given(both, start, plan)
-  held = {**variant_named(plan.variant).start(start._replace(given=given or None)), **given}
-  held = {name: on_device(part) for name, part in held.items()}  # a base may rest in the host's memory
-  weight = LoraWeight.from_factors(
+
+
+def _weight(base: Any, held: dict[str, Any], roles: str, plan: LeafPlan, sure: bool) -> LoraWeight:
+  return LoraWeight.from_factors(
     base,
     held.pop("a"),
     held.pop("b"),
@@ -103,22 +158,23 @@ def _factored(base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array,
     sure=sure,
     **held,
   )
-  return weight if both is None else start_subtracted(weight, both.cancels)
 
 
-def _abstract(base: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array, drawn: dict[Any, Any]) -> LoraWeight:
+def _abstract(
+  base: Any, floats: Any, roles: str, plan: LeafPlan, sure: bool, key: jax.Array, drawn: dict[Any, Any]
+) -> LoraWeight:
   """The weight of a base that is only a shape and a dtype, as before the weights are loaded.
 
   Factors that need nothing more are made. Where some part is made of the weight's values, every part is a shape and a
   dtype, too, as `jax.eval_shape` gives them.
   """
-  if from_weight(plan.init) is None:
+  if not gives_both(plan.init):
     try:
-      return _factored(base, roles, plan, sure, key, drawn)
+      return _factored(base, None, roles, plan, sure, key, drawn)
     except (TypeError, AttributeError):  # what a shape gives where an array is computed with
       pass
   try:
-    return jax.eval_shape(lambda base: _factored(base, roles, plan, sure, key, {}), base)
+    return jax.eval_shape(lambda base, floats: _factored(base, floats, roles, plan, sure, key, {}), base, floats)
   except jax.errors.JAXTypeError as error:
     raise ValueError(
       f"{plan.path}: found a shape and a dtype, expected an array: the variant {plan.variant!r} or its init looks at"

@@ -43,6 +43,8 @@ class LoraConfig:
     init: how A starts, where B starts at zero: `"kaiming"`, `"he_uniform"` or `"gaussian"`. Or how both start, with an
       update that is subtracted again, so that the adapted model is the base to rounding: `"orthogonal"`, `"pissa"`
       (the weight's principal part; `"pissa_niter_4"`: by 4 steps of a randomised SVD), `"olora"` (its QR factors).
+      Or, on a quantised base, with what its codes lost: `"residual"`, `"loftq"` (5 steps; `"loftq_niter_2"`: 2), for
+      which `adapt` wants the floats.
       Or a function `(key, shape, dtype, fan_in, rank) -> A`, where `fan_in` is the product of the contracted axes.
       Factors that start from data: `jaxlora.init_from_data`.
     dropout: probability in [0, 1) that an element of the adapter's input is dropped while training.

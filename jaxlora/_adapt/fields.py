@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlora._adapt.initializers import INITIALIZERS, INITS, from_weight
+from jaxlora._adapt.initializers import INITIALIZERS, INITS, gives_both
 from jaxlora._base.dtypes import holds_factors
 from jaxlora._base.patterns import compile_regex, validate_pattern
 from jaxlora._weight.roles import ROLES
@@ -166,7 +166,7 @@ def _scaling(value: Any, field: str) -> str:
 def _init(value: Any, field: str) -> Any:
   if callable(value):
     return value
-  if not isinstance(value, str) or (value not in INITIALIZERS and from_weight(value) is None):
+  if not isinstance(value, str) or (value not in INITIALIZERS and not gives_both(value)):
     raise ValueError(
       f"LoraConfig.{field}: found {value!r}, expected one of {', '.join(map(repr, INITS))}, or a function (key, shape,"
       " dtype, fan_in, rank) -> A."

@@ -161,8 +161,13 @@ FROM_WEIGHT = {
 
 
 _PISSA_FAST = re.compile(r"pissa_niter_(\d+)")
+_LOFTQ = re.compile(r"loftq_niter_([1-9]\d*)")
+_LOFTQ_STEPS = 5  # as the paper's experiments have it
 
-INITS = (*INITIALIZERS, *FROM_WEIGHT, "pissa_niter_[number of iterations]")
+INITS = (
+  *(*INITIALIZERS, *FROM_WEIGHT, "residual", "loftq"),
+  *("pissa_niter_[number of iterations]", "loftq_niter_[number of iterations]"),
+)
 
 
 def from_weight(name: Any) -> FromWeight | None:
@@ -172,3 +177,17 @@ def from_weight(name: Any) -> FromWeight | None:
   if fast := _PISSA_FAST.fullmatch(name):
     return FromWeight(functools.partial(pissa, iterations=int(fast[1])))
   return FROM_WEIGHT.get(name)
+
+
+def steps_of(name: Any) -> int | None:
+  """How often an init writes the codes of its base again that starts from what they lost; `None` for any other init."""
+  if not isinstance(name, str):
+    return None
+  if loftq := _LOFTQ.fullmatch(name):
+    return int(loftq[1])
+  return {"residual": 0, "loftq": _LOFTQ_STEPS}.get(name)
+
+
+def gives_both(name: Any) -> bool:
+  """Whether an init makes both factors."""
+  return from_weight(name) is not None or steps_of(name) is not None

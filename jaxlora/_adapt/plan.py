@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxlora._adapt.config import LeafPlan, LoraConfig, leaf_plan
-from jaxlora._adapt.initializers import INITIALIZERS, from_weight
+from jaxlora._adapt.from_floats import checked_floats
+from jaxlora._adapt.initializers import INITIALIZERS, gives_both
 from jaxlora._adapt.layouts import Layouts
 from jaxlora._adapt.probe import study
 from jaxlora._adapt.targets import select
@@ -31,6 +32,7 @@ class Plan:
     adapted: path -> roles and fields of those that get factors.
     whole: paths of those that train whole.
     unsure: paths of adapted leaves whose roles no certain evidence tells.
+    floats: path -> what a base of codes was made of, for those that start from it.
   """
 
   leaves: dict[str, Any]
@@ -38,9 +40,10 @@ class Plan:
   adapted: dict[str, tuple[str, LeafPlan]]
   whole: set[str]
   unsure: set[str]
+  floats: dict[str, Any]
 
 
-def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | None = None) -> Plan:
+def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | None = None, floats: Any = None) -> Plan:
   """The plan of a tree, checked; see `adapt` for the arguments and the errors."""
   if not isinstance(config, LoraConfig):
     raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
@@ -67,7 +70,20 @@ def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | Non
       _check_plan(path, leaf, *adapted[path])
     elif path in whole:
       _check_trainable(path, leaf)
-  return Plan(leaves, treedef, adapted, whole, unsure)
+  return Plan(leaves, treedef, adapted, whole, unsure, _floats(leaves, adapted, floats))
+
+
+def _floats(leaves: dict[str, Any], adapted: dict[str, tuple[str, LeafPlan]], floats: Any) -> dict[str, Any]:
+  """What the bases of codes were made of, by path, for those that start from it."""
+  given = None if floats is None else dict(flatten(floats, is_leaf=is_leaf_node)[0])
+  all_found = {path: checked_floats(path, leaves[path], plan, given) for path, (_, plan) in adapted.items()}
+  found = {path: leaf for path, leaf in all_found.items() if leaf is not None}
+  if floats is not None and not found:
+    raise ValueError(
+      "adapt: floats is given, and no leaf starts from it: expected a base of codes (jaxlora.quantize) with init"
+      " 'residual', 'loftq', 'pissa' or 'olora' in the config. Name one of them, or leave floats out."
+    )
+  return found
 
 
 def _check_trainable(path: str, leaf: Any) -> None:
@@ -128,7 +144,7 @@ def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
       f"{path}: dtype {dtype} holds no factors; expected a real floating dtype of at least 8 bits. Give the factors one"
       " of their own (LoraConfig(dtype='bfloat16'), or in overrides), or exclude the leaf."
     )
-  if from_weight(plan.init) is not None and not variant_named(plan.variant).plain:
+  if gives_both(plan.init) and not variant_named(plan.variant).plain:
     raise ValueError(
       f"{path}: init {plan.init!r} gives both factors of a product, which the variant {plan.variant!r} does not have;"
       f" expected one of the inits {', '.join(map(repr, INITIALIZERS))} for it."

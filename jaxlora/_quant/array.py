@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxlora._base.coded import is_coded
 from jaxlora._base.export import serialised_dataclass
 from jaxlora._base.programs import one_program
 from jaxlora._platform.codes import LookUp, by_selects
@@ -108,6 +109,11 @@ def _floats(part: Any, look_up: LookUp) -> jax.Array:
 
 def check_quantized(node: Any, path: str) -> None:
   """Raises unless the parts of a quantised leaf fit together, naming the leaf, what was found and expected."""
+  if is_coded(node) and jax.tree_util.all_leaves([node]):
+    raise ValueError(
+      f"{path}: found a {type(node).__name__}, which has dequantize() and is no pytree node: JAX cannot pass its codes"
+      " to a program. Register its type (jax.tree_util.register_dataclass, or register_pytree_node)."
+    )
   if not isinstance(node, QuantizedArray):
     return
   if node.format not in FORMATS:

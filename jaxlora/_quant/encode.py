@@ -13,7 +13,7 @@ from jaxlora._quant.blocks import block_shape, in_blocks
 from jaxlora._quant.formats import FORMATS
 
 # bitsandbytes: the scales of 256 blocks share one of their own, beside the mean of all.
-_DOUBLE, _BLOCKS_TOGETHER = "dynamic8", 256
+DOUBLE, _BLOCKS_TOGETHER = "dynamic8", 256
 _SMALLEST = float(
   jnp.finfo(jnp.float32).tiny
 )  # whose inverse is finite; a block of zeros has the scale 0 and values of 0
@@ -33,17 +33,33 @@ def encode(
     double: whether scales are written as codes, too.
   """
   block = block_shape(x.shape, axes, block_size)
-  return _encode(jnp.asarray(x), format, block, (*axes, *across) if double else None)
+  if not double:
+    return written(jnp.asarray(x), format, block)
+  outer, blocks = (*axes, *across), [n // b for n, b in zip(x.shape, block, strict=True)]
+  return written(jnp.asarray(x), format, block, (outer, block_shape(blocks, outer, _BLOCKS_TOGETHER)))
 
 
 @functools.partial(one_program, static_argnums=(1, 2, 3))
-def _encode(x: jax.Array, format: str, block: tuple[int, ...], outer: tuple[int, ...] | None) -> QuantizedArray:
+def written(
+  x: jax.Array,
+  format: str,
+  block: tuple[int, ...],
+  second: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> QuantizedArray:
+  """An array as codes and scales, in blocks that are known.
+
+  Args:
+    x: of a floating dtype.
+    format: a key of `FORMATS`.
+    block: how many elements of each axis share a scale.
+    second: where scales are written as codes, too: the axes of their mean, and how many of each share a scale.
+  """
   found = _in_one_level(x, format, block)
-  if outer is None:
+  if second is None:
     return found
+  outer, over = second
   mean = jnp.mean(found.scales, axis=outer, keepdims=True)
-  over = block_shape(found.scales.shape, outer, _BLOCKS_TOGETHER)
-  scales = _in_one_level(found.scales - mean, _DOUBLE, over)
+  scales = _in_one_level(found.scales - mean, DOUBLE, over)
   return found.with_parts({"scales": scales.with_parts({"offset": mean})})
 
 

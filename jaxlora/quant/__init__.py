@@ -1,6 +1,7 @@
 """Bases that are not floats: trees whose weights are codes and scales."""
 
 from jaxlora._quant.array import QuantizedArray
+from jaxlora.quant._merge import merge_and_requantize
 from jaxlora.quant._quantize import dequantize, quantize, quantize_with_report
 from jaxlora.quant._qwix import from_qwix
 from jaxlora.quant._report import LeafQuantization, Quantization
@@ -11,6 +12,7 @@ __all__ = [
   "QuantizedArray",
   "dequantize",
   "from_qwix",
+  "merge_and_requantize",
   "quantize",
   "quantize_with_report",
 ]

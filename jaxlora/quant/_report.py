@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._base.checks import is_abstract, is_known
+from jaxlora._base.coded import decoded
 from jaxlora._base.dtypes import precise
+from jaxlora._base.memory import on_device
 from jaxlora._base.sizes import bytes_of
 from jaxlora._base.text import size, table
 from jaxlora._transform.wrap import wrap
@@ -26,6 +28,7 @@ class LeafQuantization:
     block: how many elements along each axis share a scale.
     bits: for each element, scales included.
     error: `||W - W'|| / ||W||`, by Frobenius' norm; `None` where the values are not known.
+    update_error: `||W - W'|| / ||W - Q||` where W is the sum of a base Q of codes and an update; `None` elsewhere.
   """
 
   path: str
@@ -34,11 +37,12 @@ class LeafQuantization:
   block: tuple[int, ...]
   bits: float
   error: float | None
+  update_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-  """What `quantize_with_report` found; prints as a table.
+  """What `quantize_with_report` and `merge_and_requantize` found; prints as a table.
 
   Attributes:
     leaves: the quantised leaves.
@@ -52,20 +56,32 @@ class Quantization:
   output_error: float | None
 
   def __str__(self) -> str:
-    rows = [("leaf", "shape", "format", "blocks", "bits", "error")]
+    head = ("leaf", "shape", "format", "blocks", "bits", "error")
+    merged = any(leaf.update_error is not None for leaf in self.leaves)
+    rows: list[tuple[str, ...]] = [(*head, "of the update") if merged else head]
     for leaf in self.leaves:
       sizes, blocks = (" x ".join(map(str, sizes)) for sizes in (leaf.shape, leaf.block))
-      error = "-" if leaf.error is None else f"{leaf.error:.4f}"
-      rows.append((leaf.path, sizes, leaf.format, blocks, f"{leaf.bits:.3f}", error))
+      errors = (leaf.error, leaf.update_error) if merged else (leaf.error,)
+      found = ("-" if error is None else f"{error:.4f}" for error in errors)
+      rows.append((leaf.path, sizes, leaf.format, blocks, f"{leaf.bits:.3f}", *found))
     outputs = "" if self.output_error is None else f"; the probe's results differ by {self.output_error:.4f}"
     return f"{table(rows)}\n{size(self.bytes_before)} before, {size(self.bytes_after)} after{outputs}"
 
 
-def leaf_report(path: str, before: Any, after: Any) -> LeafQuantization:
-  """The report on one leaf; of a shape and a dtype alone, and of a traced array, no error is known."""
-  error = float(relative_error(before, after)) if is_known(before) and not is_abstract(before) else None
+def leaf_report(path: str, before: Any, after: Any, base: Any = None) -> LeafQuantization:
+  """The report on one leaf; of a shape and a dtype alone, and of a traced array, no error is known.
+
+  Args:
+    path: its path.
+    before: the floats.
+    after: the codes.
+    base: of an update that was added to it, the codes before.
+  """
+  known = is_known(*jax.tree.leaves((before, after))) and not is_abstract(before)
+  error = float(relative_error(before, after)) if known else None
+  update = float(update_error(before, after, on_device(base))) if known and base is not None else None
   bits = 8 * bytes_of(after) / math.prod(after.shape)
-  return LeafQuantization(path, after.shape, after.format, after.block, bits, error)
+  return LeafQuantization(path, after.shape, after.format, after.block, bits, error, update)
 
 
 def output_error(probe: Callable[[Any], Any], before: Any, after: Any) -> float:
@@ -86,7 +102,21 @@ def output_error(probe: Callable[[Any], Any], before: Any, after: Any) -> float:
 
 @jax.jit
 def relative_error(before: jax.Array, after: Any) -> jax.Array:
-  """`||W - W'|| / ||W||`; 0 where W is 0."""
-  values = after.dequantize() if hasattr(after, "dequantize") else after
-  lost, whole = (jnp.sum(jnp.square(precise(x))) for x in (precise(before) - precise(values), before))
-  return jnp.where(whole > 0, jnp.sqrt(lost / jnp.where(whole > 0, whole, 1)), 0)
+  """`||W - W'|| / ||W||`; 0 where both are 0."""
+  return _ratio(_off(before, after), precise(before))
+
+
+@jax.jit
+def update_error(before: jax.Array, after: Any, base: Any) -> jax.Array:
+  """`||W - W'|| / ||W - Q||`; 0 where all are the same."""
+  return _ratio(_off(before, after), _off(before, base))
+
+
+def _off(before: jax.Array, after: Any) -> jax.Array:
+  return precise(before) - precise(decoded(after)).astype(precise(before).dtype)
+
+
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+  part, whole = (jnp.sum(jnp.square(x)) for x in (part, whole))
+  none = jnp.where(part > 0, jnp.inf, 0)
+  return jnp.where(whole > 0, jnp.sqrt(part / jnp.where(whole > 0, whole, 1)), none)

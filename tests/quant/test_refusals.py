@@ -109,3 +109,35 @@ def test_a_quantised_leaf_is_no_array():
   with pytest.raises(TypeError, match=r"QuantizedArray was used as an array.*jaxlora.wrap.*jaxlora.dequantize\(tree\)"):
     jnp.ones((2, 64)) @ leaf
   assert jnp.dot(jnp.ones((2, 64)), jaxlora.dequantize(leaf)).shape == (2, 8)
+
+
+class Unregistered:
+  """What JAX takes for a leaf."""
+
+  shape, dtype, ndim = (64, 8), jnp.dtype(jnp.float32), 2
+
+  def __init__(self, codes):
+    self.codes = codes
+
+  def dequantize(self):
+    return self.codes / 2
+
+
+def test_nodes_that_jax_does_not_know():
+  tree = {"w": Unregistered(jnp.ones((64, 8)))}
+  for call in (
+    lambda tree: jaxlora.wrap(lambda p, x: x @ p["w"])(tree, jnp.ones((2, 64))),
+    lambda tree: jaxlora.adapt(tree, jaxlora.LoraConfig(rank=2, targets="w"), KEY),
+  ):
+    with pytest.raises(ValueError, match=r"w: found a Unregistered, .*is no pytree node.*register_pytree_node"):
+      call(tree)
+
+  class Registered(Unregistered):
+    pass
+
+  jax.tree_util.register_pytree_node(
+    Registered, lambda node: ((node.codes,), None), lambda _, parts: Registered(*parts)
+  )
+  tree = {"w": Registered(jnp.ones((64, 8)))}
+  assert jaxlora.wrap(lambda p, x: x @ p["w"])(tree, jnp.ones((2, 64)))[0, 0] == 32
+  assert jaxlora.adapt(tree, jaxlora.LoraConfig(rank=2, targets="w"), KEY)["w"].rank == 2
