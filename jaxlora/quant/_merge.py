@@ -44,8 +44,8 @@ def merge_and_requantize(tree: Any) -> tuple[Any, Quantization]:
     >>> tree = jaxlora.adapt(jaxlora.quantize(params, "int8"), config, jax.random.key(0))
     >>> tree["kernel"] = dataclasses.replace(tree["kernel"], b=jax.numpy.ones((2, 32)))  # as if it were trained
     >>> merged, report = jaxlora.quant.merge_and_requantize(tree)
-    >>> merged["kernel"], round(report.leaves[0].update_error, 2)
-    (QuantizedArray(128x32 float32 as int8, blocks 64x1, double), 0.06)
+    >>> merged["kernel"], report.leaves[0].update_error < 0.2
+    (QuantizedArray(128x32 float32 as int8, blocks 64x1, double), True)
 
   Source: Dettmers et al., "QLoRA", arXiv:2305.14314; as PEFT merges into layers of bitsandbytes.
   """
