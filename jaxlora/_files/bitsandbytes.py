@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlora._files.codes import Codes, Part, halves, in_4_bits, in_runs
 from jaxlora._files.format import Arrays, Config, Format, FormatError, Headers, Quantised, Read
 
 _STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
@@ -34,16 +35,27 @@ def _find_4bit(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
   return found
 
 
-def _dequantise_4bit(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+def _codes_4bit(parts: Arrays, about: Mapping[str, Any]) -> Codes:
   shape = about["shape"]
   packed = parts["codes"].reshape(-1).view(np.uint8)
-  codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: math.prod(shape)]
-  absmax = parts["absmax"]
-  if "nested_map" in parts:
-    outer = np.repeat(parts["nested_absmax"].astype(np.float32), about["nested_blocksize"])[: absmax.size]
-    absmax = parts["nested_map"].astype(np.float32)[absmax] * outer + np.float32(about.get("nested_offset", 0))
-  scale = np.repeat(absmax.astype(np.float32), about["blocksize"])[: codes.size]
-  return (parts["map"].astype(np.float32)[codes] * scale).reshape(shape)
+  codes = halves(packed, high_first=True)[: math.prod(shape)].reshape(shape)
+  return Codes(in_4_bits(codes), _absmax(parts, about), book=parts["map"])
+
+
+def _absmax(parts: Arrays, about: Mapping[str, Any]) -> Part:
+  """The scales of all blocks. As codes where the blocks of those are blocks of the array that scales are."""
+  shape, size, absmax = about["shape"], about["blocksize"], parts["absmax"].reshape(-1)
+  if "nested_map" not in parts:
+    return in_runs(absmax.astype(np.float32), size, shape)
+  outer, offset = parts["nested_absmax"].reshape(-1).astype(np.float32), np.float32(about.get("nested_offset", 0))
+  run = about["nested_blocksize"]
+  grid = (*shape[:-1], shape[-1] // size)
+  if shape[-1] % size == 0:
+    nested = in_runs(outer, run, grid)
+    if 4 * nested.size < absmax.size:
+      return Codes(absmax.reshape(grid), nested, np.full((1,) * len(grid), offset), parts["nested_map"])
+  scales = parts["nested_map"].astype(np.float32)[absmax] * np.repeat(outer, run)[: absmax.size] + offset
+  return in_runs(scales, size, shape)
 
 
 def _find_8bit(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
@@ -63,10 +75,10 @@ def _find_8bit(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
   return found
 
 
-def _dequantise_8bit(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+def _codes_8bit(parts: Arrays, about: Mapping[str, Any]) -> Codes:
   del about
-  return parts["codes"].astype(np.float32) * (parts["scale"].astype(np.float32) / np.float32(127))[:, None]
+  return Codes(parts["codes"], (parts["scale"].astype(np.float32) / np.float32(127))[:, None])
 
 
-BNB4 = Format("bitsandbytes (4 bits)", _find_4bit, _dequantise_4bit)
-BNB8 = Format("bitsandbytes (8 bits)", _find_8bit, _dequantise_8bit)
+BNB4 = Format("bitsandbytes (4 bits)", _find_4bit, _codes_4bit)
+BNB8 = Format("bitsandbytes (8 bits)", _find_8bit, _codes_8bit)

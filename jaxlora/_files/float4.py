@@ -10,16 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxlora._files.codes import Codes, halves, in_4_bits
 from jaxlora._files.format import Arrays, Config, Format, Headers, Quantised, Read
 
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = np.array([*_POSITIVE, *(-value for value in _POSITIVE)], np.float32)  # E2M1
-
-
-def _values(packed: np.ndarray) -> np.ndarray:
-  """The numbers of bytes, two for each along the last axis."""
-  codes = np.stack([packed & 15, packed >> 4], axis=-1)
-  return _VALUES[codes.reshape(*packed.shape[:-1], -1)]
 
 
 def _find_mxfp4(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
@@ -34,12 +29,13 @@ def _find_mxfp4(tensors: Headers, config: Config, read: Read) -> list[Quantised]
   return found
 
 
-def _dequantise_mxfp4(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+def _codes_mxfp4(parts: Arrays, about: Mapping[str, Any]) -> Codes:
   """Stored as (..., out, groups, bytes); transformers' parameter is (..., in, out)."""
   del about
-  exponents = parts["scales"].astype(np.int32) - 127
-  values = np.ldexp(_values(parts["blocks"]), exponents[..., None])
-  return values.reshape(*values.shape[:-2], -1).swapaxes(-1, -2)
+  blocks = parts["blocks"]
+  codes = halves(blocks.reshape(*blocks.shape[:-2], -1))
+  scales = np.ldexp(np.float32(1), parts["scales"].astype(np.int32) - 127)
+  return Codes(in_4_bits(codes.swapaxes(-1, -2)), scales.swapaxes(-1, -2), book=_VALUES)
 
 
 def _find_nvfp4(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
@@ -53,12 +49,12 @@ def _find_nvfp4(tensors: Headers, config: Config, read: Read) -> list[Quantised]
   return found
 
 
-def _dequantise_nvfp4(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+def _codes_nvfp4(parts: Arrays, about: Mapping[str, Any]) -> Codes:
   del about
-  scale = parts["scale"].astype(np.float32) / parts["global_scale"].astype(np.float32)
-  values = _values(parts["packed"])
-  return values * np.repeat(scale, values.shape[1] // scale.shape[1], axis=1)
+  scale, over = parts["scale"], np.float32(1) / parts["global_scale"].astype(np.float32)
+  scales = Codes(scale, over.reshape(1, 1)) if scale.dtype.itemsize == 1 else scale.astype(np.float32) * over
+  return Codes(in_4_bits(halves(parts["packed"])), scales, book=_VALUES)
 
 
-MXFP4 = Format("MXFP4", _find_mxfp4, _dequantise_mxfp4)
-NVFP4 = Format("NVFP4", _find_nvfp4, _dequantise_nvfp4)
+MXFP4 = Format("MXFP4", _find_mxfp4, _codes_mxfp4)
+NVFP4 = Format("NVFP4", _find_nvfp4, _codes_nvfp4)

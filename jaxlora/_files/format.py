@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxlora._files.codes import Codes
+
 
 class Stored(Protocol):
   """What a file's header says of a tensor: its dtype as safetensors writes it, and its shape."""
@@ -33,15 +35,19 @@ class Format:
   Attributes:
     name: as it is called in the field.
     find: the weights of this format among a model's tensors. It may read small tensors that describe others.
-    dequantise: the parts of a weight, and what `find` learnt of it -> its values, float32.
+    codes: the parts of a weight, and what `find` learnt of it -> its codes and scales.
     requantise: values, the old parts, what `find` learnt -> the parts that hold the values, in the shapes and dtypes of
       the old ones; those that stay as they are may be left out. `None` where there is no way back.
   """
 
   name: str
   find: Callable[[Headers, Config, Read], list["Quantised"]]
-  dequantise: Callable[[Arrays, Mapping[str, Any]], np.ndarray]
+  codes: Callable[[Arrays, Mapping[str, Any]], Codes]
   requantise: Callable[[np.ndarray, Arrays, Mapping[str, Any]], dict[str, np.ndarray]] | None = None
+
+  def dequantise(self, parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+    """The values of a weight, float32."""
+    return self.codes(parts, about).values()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlora._files.codes import Codes, in_4_bits
 from jaxlora._files.format import Arrays, Config, Format, FormatError, Headers, Quantised, Read
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each half byte of a word holds
@@ -43,29 +44,68 @@ def _find_gptq_or_awq(tensors: Headers, config: Config, read: Read) -> list[Quan
   return found
 
 
-def _dequantise_gptq(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+def _codes_gptq(parts: Arrays, about: Mapping[str, Any]) -> Codes:
   """The first version stores zero points less one."""
   outs, bits = parts["scales"].shape[1], about["bits"]
   ins = parts["qweight"].shape[0] * 32 // bits
-  codes = unpack(parts["qweight"].T, bits, ins).astype(np.float32)
-  zeros = unpack(parts["qzeros"], bits, outs).astype(np.float32) + about["one"]
-  group = parts["g_idx"].astype(np.int64) if "g_idx" in parts else np.arange(ins) // about["size"]
-  return (codes - zeros.T[:, group]) * parts["scales"].astype(np.float32).T[:, group]
+  codes = unpack(parts["qweight"].T, bits, ins)
+  zeros = unpack(parts["qzeros"], bits, outs).astype(np.int16) + about["one"]
+  return _grouped(codes, zeros.T, parts["scales"].T, bits, parts.get("g_idx"))
 
 
-def _dequantise_awq(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+def _codes_awq(parts: Arrays, about: Mapping[str, Any]) -> Codes:
   outs = parts["scales"].shape[1]
   codes, zeros = (_awq_columns(unpack(parts[name], 4, outs)) for name in ("qweight", "qzeros"))
-  group = np.arange(len(codes)) // about["size"]
-  return ((codes - zeros[group]) * parts["scales"].astype(np.float32)[group]).T
+  return _grouped(codes.T, zeros.T, parts["scales"].T, about["bits"], None)
 
 
 def _awq_columns(packed: np.ndarray) -> np.ndarray:
   """Columns in their order."""
   eights = packed.reshape(*packed.shape[:-1], -1, 8)
-  columns = np.empty(eights.shape, np.float32)
+  columns = np.empty_like(eights)
   columns[..., _AWQ_ORDER] = eights
   return columns.reshape(packed.shape)
+
+
+def _grouped(
+  codes: np.ndarray, zeros: np.ndarray | None, scales: np.ndarray, bits: int, groups: np.ndarray | None
+) -> Codes:
+  """`(code - zero) * scale` as codes.
+
+  Where every zero point is the middle, as in symmetric quantisation, codes are signed and there is no offset.
+
+  Args:
+    codes: (out, in), a byte for each.
+    zeros, scales: (out, groups); `None` for the middle of all codes.
+    bits: of a code.
+    groups: that each input belongs to; `None` where they are runs of equal length.
+  """
+  order = None
+  if groups is not None:
+    groups = groups.astype(np.int64)
+    sorted_by = np.argsort(groups, kind="stable")
+    if (groups[1:] < groups[:-1]).any():
+      codes, order = codes[:, sorted_by], np.argsort(sorted_by)
+    scales, zeros = _by_runs(groups[sorted_by], scales), None if zeros is None else _by_runs(groups[sorted_by], zeros)
+  middle = 1 << (bits - 1)
+  if zeros is None or (zeros == middle).all():
+    signed = (codes.astype(np.int16) - middle).astype(np.int8)
+    return Codes(in_4_bits(signed, signed=True) if bits <= 4 else signed, scales, order=order)
+  fit = zeros.min() >= 0 and zeros.max() <= 255
+  offset = Codes(zeros.astype(np.uint8), -scales) if fit else -(zeros.astype(np.float32) * scales.astype(np.float32))
+  return Codes(in_4_bits(codes) if bits <= 4 else codes, scales, offset, order=order)
+
+
+def _by_runs(groups: np.ndarray, part: np.ndarray) -> np.ndarray:
+  """A number for each group as one for each run of inputs, all of one length.
+
+  Args:
+    groups: that each input belongs to, in order.
+    part: (out, groups).
+  """
+  edges = np.flatnonzero(np.diff(groups)) + 1
+  run = int(np.gcd.reduce([len(groups), *edges]))
+  return part[:, groups[::run]]
 
 
 def _find_compressed(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
@@ -93,24 +133,25 @@ def _bits_of(config: Config) -> int | None:
   return bits.pop() if len(bits) == 1 else None
 
 
-def _dequantise_compressed(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
+def _codes_compressed(parts: Arrays, about: Mapping[str, Any]) -> Codes:
   (outs, ins), bits = (int(size) for size in parts["shape"]), about["bits"]
-  middle = np.float32(1 << (bits - 1))
-  codes = unpack(parts["packed"], bits, ins).astype(np.float32) - middle
-  scale = parts["scale"].astype(np.float32)
+  codes, scale = unpack(parts["packed"], bits, ins), parts["scale"]
   scale = np.broadcast_to(
     scale.reshape(-1, 1) if scale.ndim < 2 else scale, (outs, max(1, scale.size // max(len(scale), 1)))
   )
-  group = np.arange(ins) // -(-ins // scale.shape[1])
-  if "g_idx" in parts and (parts["g_idx"] >= 0).all():
-    group = parts["g_idx"].astype(np.int64)
+  zeros = None
   if "zeros" in parts:
     zeros = parts["zeros"]
-    zeros = unpack(zeros.T, bits, outs).T - middle if zeros.dtype == np.int32 else zeros.reshape(len(zeros), -1)
-    codes = codes - np.broadcast_to(zeros.astype(np.float32), scale.shape)[:, group]
-  return codes * scale[:, group]
+    packed = zeros.dtype == np.int32
+    zeros = (
+      unpack(zeros.T, bits, outs).T if packed else zeros.reshape(len(zeros), -1).astype(np.int16) + (1 << bits - 1)
+    )
+    zeros = np.broadcast_to(zeros, scale.shape)
+  by_index = "g_idx" in parts and (parts["g_idx"] >= 0).all()
+  groups = parts["g_idx"] if by_index else np.arange(ins) // -(-ins // scale.shape[1])
+  return _grouped(codes, zeros, scale, bits, groups)
 
 
-GPTQ = Format("GPTQ", _find_gptq_or_awq, _dequantise_gptq)
-AWQ = Format("AWQ", lambda *_: [], _dequantise_awq)  # found with GPTQ, whose names it shares
-COMPRESSED = Format("compressed-tensors (packed)", _find_compressed, _dequantise_compressed)
+GPTQ = Format("GPTQ", _find_gptq_or_awq, _codes_gptq)
+AWQ = Format("AWQ", lambda *_: [], _codes_awq)  # found with GPTQ, whose names it shares
+COMPRESSED = Format("compressed-tensors (packed)", _find_compressed, _codes_compressed)

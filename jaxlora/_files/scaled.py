@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._files.codes import Codes, numbers, spread
 from jaxlora._files.format import Arrays, Config, Format, FormatError, Headers, Quantised, Read
 
 CODES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -128,15 +129,22 @@ def _block_size(size: int, count: int, wanted: int) -> int:
   return wanted if wanted > 0 and -(-size // wanted) == count else 0
 
 
+def _of_blocks(scale: np.ndarray, shape: Sequence[int], blocks: Sequence[int]) -> np.ndarray:
+  """Scales with as many axes as the weight, each a divisor of its own.
+
+  Where the last block of an axis is a smaller one, a scale is repeated for pieces that fill the axis and the blocks.
+  """
+  scale = _numbers(scale).reshape([-(-size // block) for size, block in zip(shape, blocks, strict=True)])
+  for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
+    if size % block:
+      piece = math.gcd(size, block)
+      scale = scale.take(np.arange(0, size, piece) // block, axis)
+  return scale
+
+
 def _spread(scale: np.ndarray, shape: Sequence[int], blocks: Sequence[int]) -> np.ndarray:
   """Scales as an array that broadcasts to the weight's shape, float32."""
-  scale = (
-    _numbers(scale).astype(np.float32).reshape([-(-size // block) for size, block in zip(shape, blocks, strict=True)])
-  )
-  for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
-    if block < size:
-      scale = np.repeat(scale, block, axis).take(range(size), axis) if block > 1 else scale
-  return scale
+  return spread(_of_blocks(scale, shape, blocks).astype(np.float32), shape)
 
 
 def _numbers(scale: np.ndarray) -> np.ndarray:
@@ -144,17 +152,13 @@ def _numbers(scale: np.ndarray) -> np.ndarray:
   return scale.view(jnp.float8_e8m0fnu) if scale.dtype == np.uint8 else scale
 
 
-def _floats(codes: np.ndarray) -> np.ndarray:
-  """Codes of 8 bits as numbers, by a table of all of them: faster than a cast of 8-bit floats."""
-  every = np.arange(256, dtype=np.uint8).view(codes.dtype).astype(np.float32)
-  return every[codes.view(np.uint8)]
-
-
-def _dequantise(parts: Arrays, about: Mapping[str, Any]) -> np.ndarray:
-  codes = _floats(parts["codes"])
-  if "zeros" in parts:
-    codes = codes - _spread(parts["zeros"], codes.shape, about["blocks"])
-  return codes * _spread(parts["scale"], codes.shape, about["blocks"])
+def _as_codes(parts: Arrays, about: Mapping[str, Any]) -> Codes:
+  codes, blocks = parts["codes"], about["blocks"]
+  scales = _of_blocks(parts["scale"], codes.shape, blocks)
+  if "zeros" not in parts:
+    return Codes(codes, scales)
+  zeros = _of_blocks(parts["zeros"], codes.shape, blocks)
+  return Codes(codes, scales, Codes(zeros, -scales))
 
 
 def _requantise(value: np.ndarray, parts: Arrays, about: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -190,7 +194,7 @@ def _codes(value: np.ndarray, scale: np.ndarray, blocks: Sequence[int], dtype: A
 
 def _block_errors(value: np.ndarray, codes: np.ndarray, scale: np.ndarray, blocks: Sequence[int]) -> np.ndarray:
   """The squared error of each block."""
-  difference = _floats(codes) * _spread(scale, value.shape, blocks) - value
+  difference = numbers(codes) * _spread(scale, value.shape, blocks) - value
   return _by_block(np.add, difference * difference, blocks)
 
 
@@ -211,6 +215,6 @@ def _scales_for(value: np.ndarray, old: np.ndarray, blocks: Sequence[int], large
   return np.where(scale > 0, scale, wide).astype(old.dtype)
 
 
-FLOAT8 = Format("FP8", _find_float, _dequantise, _requantise)
-INT8 = Format("INT8", _find_int, _dequantise, _requantise)
-INT8_ZEROS = Format("INT8 with zero points", lambda *_: [], _dequantise)
+FLOAT8 = Format("FP8", _find_float, _as_codes, _requantise)
+INT8 = Format("INT8", _find_int, _as_codes, _requantise)
+INT8_ZEROS = Format("INT8 with zero points", lambda *_: [], _as_codes)

@@ -37,7 +37,8 @@ class QuantizedArray(Node):
     codes: of every element.
     scales: of every block.
     offset: of every block; `None` for zero.
-    format: `"nf4"`, `"int8"`, `"int4"`, `"q4_0"` or `"fp8"`.
+    format: `"nf4"`, `"int8"`, `"int4"`, `"q4_0"` or `"fp8"`; of weights from files also `"uint4"`, `"uint8"`,
+      `"fp8_e5m2"`, `"fp4"` (bitsandbytes') and `"e2m1"`.
     number: the name of the dtype of W.
   """
 
@@ -69,6 +70,15 @@ class QuantizedArray(Node):
   def block(self) -> tuple[int, ...]:
     """How many elements along each axis share a scale."""
     return tuple(n // k for n, k in zip(self.shape, self.scales.shape, strict=True))
+
+  def transpose(self, *axes: int) -> "QuantizedArray":
+    """The same array with its axes in another order, reversed if none is given: every part with its axes so."""
+    order = axes or tuple(reversed(range(self.ndim)))
+    return self.with_parts({name: part.transpose(*order) for name, part in self.parts().items()})
+
+  @property
+  def T(self) -> "QuantizedArray":
+    return self.transpose()
 
   def parts(self) -> dict[str, Any]:
     held = {"codes": self.codes, "scales": self.scales}

@@ -11,6 +11,15 @@ NF4 = (
 )  # fmt: skip
 
 
+# bitsandbytes' floats of 4 bits, over their largest: a sign, 2 bits of exponent, 1 of fraction.
+_FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
+FP4 = (*_FP4, *(-value for value in _FP4))
+
+# OCP's Microscaling Formats (MX), version 1.0: the same bits, E2M1.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*_E2M1, *(-value for value in _E2M1))
+
+
 def _dynamic_map() -> tuple[float, ...]:
   """A sign, an exponent of as many zeros as it says, and a fraction of the bits that are left."""
   exponents = 7

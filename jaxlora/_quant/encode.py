@@ -65,9 +65,11 @@ def written(
 
 def _in_one_level(x: jax.Array, format: str, block: tuple[int, ...]) -> QuantizedArray:
   kind = FORMATS[format]
+  if kind.writing is None:
+    raise ValueError(f"{format}: codes that are found in files; nothing writes them.")
   blocks, axes = in_blocks(x.astype(jnp.float32), block)
-  scale = kind.scale(blocks, axes)
+  scale = kind.writing.scale(blocks, axes)
   # As bitsandbytes does: times the inverse, which is not always what a division gives. The barrier keeps it so.
   inverse = jax.lax.optimization_barrier(jnp.sign(scale) / jnp.maximum(jnp.abs(scale), _SMALLEST))
-  codes = kind.encode(blocks * inverse).astype(kind.codes).reshape(x.shape)
+  codes = kind.writing.encode(blocks * inverse).astype(kind.codes).reshape(x.shape)
   return QuantizedArray(codes, jnp.squeeze(scale, axes), None, format, str(x.dtype))

@@ -1,6 +1,7 @@
 """Bases that are not floats: trees whose weights are codes and scales."""
 
 from jaxlora._quant.array import QuantizedArray
+from jaxlora.quant._gguf import from_gguf
 from jaxlora.quant._merge import merge_and_requantize
 from jaxlora.quant._quantize import dequantize, quantize, quantize_with_report
 from jaxlora.quant._qwix import from_qwix
@@ -11,6 +12,7 @@ __all__ = [
   "Quantization",
   "QuantizedArray",
   "dequantize",
+  "from_gguf",
   "from_qwix",
   "merge_and_requantize",
   "quantize",
