@@ -6,7 +6,7 @@ A weight of (out, in) is flattened, the even element of a pair in the high half 
 blocks' largest values are codes themselves: `nested_map[code] * nested_absmax[block] + offset`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 import math
 from typing import Any
@@ -23,16 +23,40 @@ def _find_4bit(tensors: Headers, config: Config, read: Read) -> list[Quantised]:
   del config
   found = []
   for state_name, name in ((n, n.removesuffix(f".{s}")) for n in tensors for s in _STATES if n.endswith(f".{s}")):
-    state = json.loads(read(state_name).astype(np.uint8).tobytes())
+    state = _state(state_name, read(state_name))
     parts = {"codes": name, "absmax": f"{name}.absmax", "map": f"{name}.quant_map"}
     if "nested_blocksize" in state:
       parts |= {"nested_absmax": f"{name}.nested_absmax", "nested_map": f"{name}.nested_quant_map"}
-    missing = [part for part in parts.values() if part not in tensors]
     shape = tuple(state["shape"])
-    if missing or math.prod(tensors[name].shape) != (math.prod(shape) + 1) // 2:
-      raise FormatError(f"{name}: of shape {shape} by {state_name}; {', '.join(missing) or 'its bytes'} do not fit.")
+    sizes = _sizes(shape, state)
+    wrong = [
+      f"{own} of {math.prod(tensors[own].shape)} elements, {sizes[part]} expected" if own in tensors else f"no {own}"
+      for part, own in parts.items()
+      if own not in tensors or math.prod(tensors[own].shape) != sizes[part]
+    ]
+    if wrong:
+      raise FormatError(f"{name}: shape {shape} by {state_name}; found {', '.join(wrong)}.")
     found.append(Quantised(name, BNB4, shape, parts | {"state": state_name}, {**state, "shape": shape}))
   return found
+
+
+def _state(name: str, stored: np.ndarray) -> dict[str, Any]:
+  """What a tensor of JSON says of a weight."""
+  try:
+    state = json.loads(stored.astype(np.uint8).tobytes())
+    numbers = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise FormatError(f"{name}: expected JSON with a shape and a blocksize; {type(error).__name__}: {error}") from None
+  if len(numbers) < 3 or not all(type(n) is int and n > 0 for n in numbers):
+    raise FormatError(f"{name}: shape {state['shape']} and blocks of {numbers[-2:]}, expected positive sizes.")
+  return state
+
+
+def _sizes(shape: Sequence[int], state: Config) -> dict[str, int]:
+  """The elements of each part of a weight."""
+  blocks = -(-math.prod(shape) // state["blocksize"])
+  sizes = {"codes": (math.prod(shape) + 1) // 2, "absmax": blocks, "map": 16, "nested_map": 256}
+  return sizes | {"nested_absmax": -(-blocks // state.get("nested_blocksize", 1))}
 
 
 def _codes_4bit(parts: Arrays, about: Mapping[str, Any]) -> Codes:

@@ -4,6 +4,7 @@ W[out, in] = (code[out, in] - zero[out, group]) * scale[out, group]
 """
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,22 @@ def _find_gptq_or_awq(tensors: Headers, config: Config, read: Read) -> list[Quan
     if {"qzeros", "scales"} - parts.keys() or tensors[qweight].code != "I32":
       continue  # some other format, which is refused by its names
     (rows, columns), (groups, outs) = tensors[qweight].shape, tensors[parts["scales"]].shape
+    zeros = tensors[parts["qzeros"]].shape
     if columns * 8 == outs and "g_idx" not in parts:
       if config.get("version", "gemm").lower() != "gemm":
         raise FormatError(f"{qweight}: AWQ's version {config['version']!r}; expected gemm.")
+      if rows % groups or zeros != (groups, columns):
+        raise FormatError(f"{qweight}: {(rows, columns)} fits no scales of {(groups, outs)} and zeros of {zeros}.")
       found.append(Quantised(f"{module}.weight", AWQ, (outs, rows), parts, {"bits": 4, "size": rows // groups}))
       continue
     bits = config.get("bits") or (rows * 32 // tensors[parts["g_idx"]].shape[0] if "g_idx" in parts else 4)
     ins = rows * 32 // bits
     if columns != outs or (ins % groups and "g_idx" not in parts):
       raise FormatError(f"{qweight}: shape {(rows, columns)} fits no weight with scales of {(groups, outs)}.")
+    if bits not in (2, 3, 4, 8) or zeros != (groups, -(-outs * bits // 32)):
+      raise FormatError(f"{qweight}: {bits} bits, scales of {(groups, outs)}; zeros of {zeros} do not fit.")
+    if "g_idx" in parts and tensors[parts["g_idx"]].shape != (ins,):
+      raise FormatError(f"{parts['g_idx']}: shape {tensors[parts['g_idx']].shape}, expected {(ins,)}.")
     about = {"bits": bits, "size": ins // groups, "one": config.get("checkpoint_format") != "gptq_v2"}
     found.append(Quantised(f"{module}.weight", GPTQ, (outs, ins), parts, about))
   return found
@@ -83,6 +91,8 @@ def _grouped(
   order = None
   if groups is not None:
     groups = groups.astype(np.int64)
+    if groups.min() < 0 or groups.max() >= scales.shape[1]:
+      raise FormatError(f"g_idx: groups {groups.min()} to {groups.max()}, expected 0 to {scales.shape[1] - 1}.")
     sorted_by = np.argsort(groups, kind="stable")
     if (groups[1:] < groups[:-1]).any():
       codes, order = codes[:, sorted_by], np.argsort(sorted_by)
@@ -120,6 +130,9 @@ def _find_compressed(tensors: Headers, config: Config, read: Read) -> list[Quant
     bits = _bits_of(config) or words * 32 // ins
     if rows != outs or not 1 <= bits <= 8 or words != -(-ins * bits // 32):
       raise FormatError(f"{packed}: shape {(rows, words)} fits no weight of {(outs, ins)} with {bits} bits.")
+    scales = tensors[names["scale"]].shape
+    if len(scales) > 2 or (math.prod(scales) != 1 and scales[0] != outs) or math.prod(scales) > outs * ins:
+      raise FormatError(f"{names['scale']}: shape {scales} fits no weight of {(outs, ins)}.")
     parts = names | {part: name for part, name in more.items() if name in tensors}
     found.append(Quantised(f"{module}.weight", COMPRESSED, (outs, ins), parts, {"bits": bits}))
   return found

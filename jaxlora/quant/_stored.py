@@ -1,13 +1,12 @@
 """From a weight as a file stores it to a base: its codes and scales as they are, never in floats."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._files.codes import Codes
+from jaxlora._files.codes import Codes, numbers
 from jaxlora._quant.array import QuantizedArray
 from jaxlora._quant.formats import FORMATS, format_of
 
@@ -26,12 +25,20 @@ def base_of(found: Codes, dtype: Any, said: str) -> QuantizedArray:
   number = jnp.dtype(dtype)
   if not jnp.issubdtype(number, jnp.floating) or number.itemsize < 2:
     raise ValueError(f"{said}: dtype is {number.name}, expected that of a float of 16 bits or more.")
-  if not all(np.isfinite(part.astype(np.float32)).all() for part in found.floats()):
+  if not all(map(_finite, (found.codes, *found.floats()))):
     raise ValueError(
-      f"{said}: found NaN or infinite scales, expected finite ones: each spoils its whole block. The file is damaged,"
-      " or its scales overflowed when it was written: read it again, or quantise the original weights."
+      f"{said}: found NaN or infinite scales or codes, expected finite ones: each spoils its whole block. The file is"
+      " damaged, or its scales overflowed when it was written: read it again, or quantise the original weights"
+      " (jaxlora.quantize)."
     )
   return _node(found, number.name, said)
+
+
+def _finite(part: np.ndarray) -> bool:
+  if part.dtype.itemsize > 1:
+    return bool(np.isfinite(part).all())
+  every = np.isfinite(numbers(np.arange(256, dtype=np.uint8).view(part.dtype)))
+  return bool(every.all() or every[np.ascontiguousarray(part).view(np.uint8)].all())
 
 
 def _node(found: Codes, number: str, said: str) -> QuantizedArray:
@@ -52,8 +59,3 @@ def on_device(node: Any) -> Any:
 
 # What works for every weight that another library can decode.
 IN_FLOATS = "Decode it with the library that wrote it, and quantise the floats here (jaxlora.quantize)."
-
-
-def arrays_of(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Named tensors as NumPy arrays, without a copy where they are some."""
-  return {name: np.asarray(tensor) for name, tensor in tensors.items()}

