@@ -34,7 +34,7 @@ class LoraConfig:
     alpha: numerator of the scale; `None` means `alpha = rank`, a scale of 1.
     targets: the leaves to adapt: a pattern, or a preset. `"all-linear"`: every kernel that is contracted, except
       embeddings and the last classifier (what the probe multiplies by and cannot read is left out, with a warning).
-      `"attention"`: the kernels of attention layers.
+      `"attention"`: the kernels of attention layers. `[]`: none, only `train` trains (a head alone, or all weights).
     exclude: a pattern of leaves that `targets` matches and that stay frozen all the same.
     overrides: regex -> fields of its own (any of rank, alpha, scaling, init, dropout, dtype, variant).
     axes: regex -> role string, one letter per axis: `i` contracted, `o` free, `s` stacked (`"sio"`: experts).
@@ -89,6 +89,11 @@ class LoraConfig:
       checked[field] = checked_pattern(getattr(self, field), field)
     for field, check in (("axes", checked_roles), ("overrides", checked_fields)):
       checked[field] = checked_mapping(getattr(self, field), field, check)
+    if checked["targets"] == () and checked["train"] is None:
+      raise ValueError(
+        "LoraConfig.targets: found an empty list and no train=: nothing would be trained. Name what to adapt, or say"
+        " train= to train leaves whole and adapt none."
+      )
     for field, value in checked.items():
       object.__setattr__(self, field, value)
 

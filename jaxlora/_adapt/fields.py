@@ -53,6 +53,8 @@ def checked_pattern(value: Any, field: str) -> Any:
   """A checked pattern; a list of names becomes a tuple."""
   if value is None and field != "targets":
     return None
+  if field == "targets" and isinstance(value, (list, tuple)) and not value:
+    return ()  # no factors, only leaves that train whole
   if not (field == "targets" and isinstance(value, str) and value in PRESETS):
     validate_pattern(value, f"LoraConfig.{field}")
   return value if isinstance(value, str) or callable(value) else tuple(value)

@@ -39,10 +39,11 @@ def select(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts) -> tuple[
   targets = _targets(config, leaves, layouts, whole) - whole
   if config.exclude is not None:
     targets -= _pick(config.exclude, "exclude", leaves, layouts, kernels_only=False)
-  if not targets:
+  if not targets and config.targets != ():
     raise ValueError(
       f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r} and"
-      f" train={config.train!r}. Widen targets, or narrow exclude or train. Leaves: {listed(list(leaves))}."
+      f" train={config.train!r}. Widen targets, or narrow exclude or train; targets=[] adapts none and trains whole"
+      f" leaves alone. Leaves: {listed(list(leaves))}."
     )
   for field in ("overrides", "axes"):
     for pattern in getattr(config, field) or {}:

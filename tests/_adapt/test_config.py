@@ -51,6 +51,7 @@ def test_dropout_must_be_a_probability_below_one(dropout):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
+    ({"targets": []}, r"LoraConfig\.targets: found an empty list and no train=.*say train= to train leaves whole"),
     ({"targets": "("}, r"LoraConfig\.targets: '\(' is not a regular expression"),
     ({"exclude": "["}, r"LoraConfig\.exclude: '\[' is not a regular expression"),
     ({"train": "*"}, r"LoraConfig\.train: '\*' is not a regular expression"),
@@ -71,9 +72,7 @@ def test_other_fields(fields, message):
     jaxlora.LoraConfig(**fields)
 
 
-@pytest.mark.parametrize(
-  "fields", [{"targets": 3}, {"targets": []}, {"train": [1]}, {"axes": "io"}, {"overrides": [1]}]
-)
+@pytest.mark.parametrize("fields", [{"targets": 3}, {"train": []}, {"train": [1]}, {"axes": "io"}, {"overrides": [1]}])
 def test_fields_of_the_wrong_kind(fields):
   with pytest.raises(TypeError, match=rf"LoraConfig\.{next(iter(fields))}: found"):
     jaxlora.LoraConfig(**fields)
@@ -172,7 +171,7 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
     ({"exclude": "nothing"}, r"LoraConfig\.exclude: 'nothing' matches none"),
     ({"train": ["scale"]}, r"LoraConfig\.train: 'scale' matches none"),
     ({"exclude": QUERY}, r"leaves nothing to adapt after exclude"),
-    ({"train": QUERY}, r"leaves nothing to adapt after exclude=None and train='encoder/query/kernel'"),
+    ({"train": QUERY}, r"to adapt after exclude=None and train='encoder/query/kernel'.*targets=\[\] adapts none"),
     (
       {"overrides": {".*/value/kernel": {"rank": 1}}},
       r"LoraConfig\.overrides\['.*'\]: .* matches none of the 1 adapted leaves.*It matches encoder/value/kernel, which"
@@ -202,6 +201,15 @@ def test_adapt_says_which_leaf_and_what_to_do(fields, message):
     adapt(**fields)
   assert not (callable(fields.get("targets")) and "regex" in str(caught.value))
   jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
+
+
+def test_no_targets_train_whole_leaves_alone():
+  tree = adapt(targets=[], train=".*/(query|value)/kernel")
+  assert jaxlora.LoraConfig.from_dict(jaxlora.LoraConfig(targets=[], train=".*").to_dict()).targets == ()
+  trainable = jaxlora.split(tree)[1]
+  assert [leaf.shape for leaf in jax.tree.leaves(trainable)] == [PARAMS["encoder"]["query"]["kernel"].shape] * 2
+  jax.tree.map(np.testing.assert_array_equal, jaxlora.merge(tree), PARAMS)
+  assert "whole" in str(jaxlora.summary(tree))
 
 
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.float4_e2m1fn, jnp.float8_e8m0fnu])

@@ -18,8 +18,10 @@ FOLDERS = (BENCHMARKS, EXAMPLES)
 
 
 @contextlib.contextmanager
-def modules(*names: str) -> Iterator[SimpleNamespace]:
+def modules(*names: str, folder: Path | None = None) -> Iterator[SimpleNamespace]:
   """Modules of benchmarks and examples, by the last part of their names; they are unloaded afterwards.
+
+  With a `folder`, scripts in it are found ahead of others of the same name.
 
   optax and the peers mix dtypes and ranks, which the strict promotion of these tests forbids.
   """
@@ -29,8 +31,8 @@ def modules(*names: str) -> Iterator[SimpleNamespace]:
     jax.numpy_dtype_promotion("standard"),
     jax.numpy_rank_promotion("allow"),
   ):
-    for folder in FOLDERS:
-      patch.syspath_prepend(folder)
+    for place in (*FOLDERS, *([folder] if folder else [])):
+      patch.syspath_prepend(place)
     yield SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(name) for name in names})
   for name in set(sys.modules) - before:
     file = getattr(sys.modules[name], "__file__", None)

@@ -1,0 +1,14 @@
+"""The parts of the language model's example, one job each; the scripts beside this folder are made of them.
+
+`model` (the network), `gguf_file` and `tokens` (a model's file, its tokenizer and chat template), `papers` (the data),
+`rows` (padded batches), `methods` (what trains), `training` (the loop), `decoding` and `scores` (the evaluation),
+`runs` (one run, from its settings to its result), `tables`.
+
+What they share with the benchmarks (files, versions, intervals) is in `benchmarks/harness`, which is not installed:
+importing this package puts `benchmarks/` on the import path.
+"""
+
+from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))

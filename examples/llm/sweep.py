@@ -1,0 +1,128 @@
+"""Many runs of the language model's example, one after the other: each is skipped if done, and resumed if half done.
+
+The named groups of runs and what each one shows:
+
+  quantised   LoRA rank 8 on a base of floats, of NF4 and of INT8 codes, 3 seeds each: what the codes cost in quality
+  rates       three learning rates of each method, on validation: from which the groups below take the best
+  methods     the base, LoRA rank 8 and full fine-tuning, 3 seeds
+  ranks       LoRA at ranks 1 to 64, and rank 64 with rsLoRA's scale, 3 seeds
+  placement   attention alone at as many parameters as rank 8 on every kernel, 3 seeds
+
+One JSON file a run in the output folder; the tables are printed when all are done, and by --show at any time.
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+from pathlib import Path
+import sys
+from typing import Any
+
+from lm import tables
+from lm.methods import Method
+from lm.runs import Run, do, prepare
+from lm.training import Schedule
+
+SEEDS = (0, 1, 2)
+LORA, FULL = Method("lora"), Method("full")
+RATES = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4)}
+RANKS = (1, 4, 8, 16, 32, 64)
+ATTENTION_RANK = 21  # on attention alone, as many parameters as rank 8 on every kernel, to 1 %
+RATE_SEED = 100  # of the runs that choose rates
+
+
+def quantised(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
+  """LoRA on three kinds of base, seed by seed, so that an early look has all of them."""
+  del rates
+  return [
+    Run(Method("lora", base=base), Schedule(3e-3, seed=seed)) for seed in seeds for base in ("float", "nf4", "int8")
+  ]
+
+
+def rates(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
+  """Three rates a method, on validation."""
+  del rates, seeds
+  return [Run(method, Schedule(rate, seed=RATE_SEED), "val") for method in (LORA, FULL) for rate in RATES[method.name]]
+
+
+def methods(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
+  """The article's comparison."""
+  trained = [Run(method, Schedule(rates[method.name], seed=seed)) for seed in seeds for method in (LORA, FULL)]
+  return [Run(Method("base"), Schedule(1.0)), *trained]
+
+
+def ranks(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
+  """LoRA's size."""
+  sizes = [*(Method("lora", rank) for rank in RANKS), Method("lora", 64, scaling="rslora")]
+  return [Run(method, Schedule(rates["lora"], seed=seed)) for seed in seeds for method in sizes]
+
+
+def placement(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
+  """Which layers."""
+  attention = Method("lora", ATTENTION_RANK, targets="attention")
+  return [Run(method, Schedule(rates["lora"], seed=seed)) for seed in seeds for method in (LORA, attention)]
+
+
+GROUPS = {"quantised": quantised, "rates": rates, "methods": methods, "ranks": ranks, "placement": placement}
+
+
+def best_rates(out: Path) -> dict[str, float]:
+  """The rate of the lowest validation loss of each method, among the runs of `rates` that are done."""
+  found: dict[str, dict[float, float]] = {"lora": {}, "full": {}}
+  for result in results(out):
+    settings = result["settings"]
+    if settings["split"] == "val" and settings["schedule"]["seed"] == RATE_SEED:
+      found[settings["method"]["name"]][settings["schedule"]["rate"]] = result["loss"]
+  return {name: min(losses, key=losses.__getitem__) if losses else RATES[name][1] for name, losses in found.items()}
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+  """The runs that are done."""
+  return [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The options."""
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="example: python examples/llm/sweep.py --only quantised --out out/llm",
+  )
+  parser.add_argument("--only", default=",".join(GROUPS), help=f"groups, separated by commas: {', '.join(GROUPS)}")
+  parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "out" / "llm", help="the results' folder")
+  parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of each comparison (default: 3)")
+  parser.add_argument("--items", type=int, default=90, help="test pairs, of 300 (default: 90)")
+  parser.add_argument("--model", type=Path, help="a GGUF file of a Llama-family model (default: SmolLM2-135M-Instruct)")
+  parser.add_argument("--data", type=Path, help="a folder of data in ACLSum's form (default: ACLSum)")
+  parser.add_argument("--show", action="store_true", help="print the tables of what is done, and run nothing")
+  parser.add_argument("--quiet", action="store_true", help="no progress bars")
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs what is not done yet."""
+  parser = make_parser()
+  args = parser.parse_args(argv)
+  names = args.only.split(",")
+  if unknown := set(names) - set(GROUPS):
+    parser.error(f"--only: found {sorted(unknown)}, expected of {', '.join(GROUPS)}")
+  if not args.show:
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+      setup = prepare(args.model, args.data, args.items)
+    except ValueError as error:
+      parser.error(str(error))
+    for name in names:
+      runs = GROUPS[name](best_rates(args.out), range(args.seeds))
+      for number, run in enumerate(runs, 1):
+        print(f"{name}, run {number} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
+        do(setup, run, args.out, args.quiet)
+  print(tables.by_label(results(args.out)))
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except KeyboardInterrupt:
+    print("Interrupted: the same command goes on where it stood.", file=sys.stderr)
+    raise SystemExit(130) from None

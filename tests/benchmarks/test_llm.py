@@ -1,0 +1,322 @@
+"""examples/llm from end to end on a tiny model in a GGUF file, its decoding and its loop against plain oracles."""
+
+import json
+from pathlib import Path
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlora
+from tests.helpers import bench_scripts
+from tests.helpers.paths import EXAMPLES
+
+for package in ("gguf", "jinja2", "rouge_score", "scipy", "tokenizers", "tqdm"):
+  pytest.importorskip(package, reason="the language model's example needs jaxlora[llm]")
+
+PARTS = (
+  "baselines",
+  "decoding",
+  "gguf_file",
+  "methods",
+  "model",
+  "papers",
+  "rows",
+  "runs",
+  "scores",
+  "tokens",
+  "training",
+)
+WIDTH, LAYERS, HEADS, KV_HEADS, MLP = 16, 2, 4, 2, 24
+TEMPLATE = "{% for m in messages %}<|s|>{{ m['role'][0] + m['content'] }}<|e|>{% endfor %}<|s|>a"
+
+
+@pytest.fixture(scope="module")
+def llm():
+  with bench_scripts.modules("finetune", "sweep", *(f"lm.{part}" for part in PARTS), folder=EXAMPLES / "llm") as found:
+    yield found
+
+
+def byte_tokens() -> list[str]:
+  """Byte-level BPE's letters."""
+  from tokenizers.pre_tokenizers import ByteLevel
+
+  return sorted(ByteLevel.alphabet())
+
+
+def write_gguf(path: Path, architecture: str = "llama", **changed: np.ndarray | None) -> Path:
+  """A tiny model as llama.cpp's converters write one; a tensor of `changed` replaces one, or leaves it out."""
+  import gguf
+
+  writer = gguf.GGUFWriter(path, architecture)
+  names = ["<|s|>", "<|e|>", *byte_tokens(), "it"]
+  for field, value in (
+    ("block_count", LAYERS), ("context_length", 1024), ("embedding_length", WIDTH), ("feed_forward_length", MLP),
+    ("attention.head_count", HEADS), ("attention.head_count_kv", KV_HEADS),
+  ):  # fmt: skip
+    writer.add_uint32(f"{architecture}.{field}", value)
+  writer.add_float32(f"{architecture}.rope.freq_base", 10_000.0)
+  writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("smollm")
+  writer.add_token_list(names)
+  writer.add_token_types([3, 3, *[1] * (len(names) - 2)])
+  writer.add_token_merges(["i t"])
+  writer.add_eos_token_id(1)
+  writer.add_pad_token_id(1)
+  writer.add_chat_template(TEMPLATE)
+  generator = np.random.default_rng(0)
+  kv = WIDTH // HEADS * KV_HEADS
+  shapes = {"token_embd": (len(names), WIDTH), "output_norm": (WIDTH,)}
+  for k in range(LAYERS):
+    sizes = {"attn_q": (WIDTH, WIDTH), "attn_k": (kv, WIDTH), "attn_v": (kv, WIDTH), "attn_output": (WIDTH, WIDTH)}
+    sizes |= {"ffn_gate": (MLP, WIDTH), "ffn_up": (MLP, WIDTH), "ffn_down": (WIDTH, MLP)}
+    sizes |= {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,)}
+    shapes |= {f"blk.{k}.{name}": size for name, size in sizes.items()}
+  for name, shape in shapes.items():
+    values = generator.normal(0, 0.4, shape).astype(np.float32)
+    values = changed.get(name, values)
+    if values is not None:
+      writer.add_tensor(f"{name}.weight", values)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+def write_data(folder: Path) -> Path:
+  for split, count in (("train", 6), ("val", 2), ("test", 3)):
+    papers = [
+      {
+        "id": f"{split}{k}",
+        "sentences": {"abstract": [f"a paper of {k} .", "it ends ."]},
+        "summary": {"challenge": f"{k} is hard", "approach": "it ends", "outcome": "they win"},
+      }
+      for k in range(count)
+    ]
+    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, papers)))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("llm")
+  return write_gguf(folder / "tiny.gguf"), write_data(folder)
+
+
+@pytest.fixture(scope="module")
+def setup(llm, files):
+  return llm.runs.prepare(*files, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model and its decoding.
+
+
+def test_decoding_writes_what_the_whole_sequence_says_next(llm, setup):
+  """Against calls of the whole sequence so far, without a cache and without padding."""
+  examples = setup.examples["test"][:3]
+  written = llm.decoding.greedy(
+    setup.model, *llm.rows.batch([e._replace(answer=[]) for e in examples], setup.chat.pad, answer=0), 5, 1, 1
+  )
+  call = jax.jit(lambda model, tokens: model(tokens[None], jnp.ones((1, len(tokens)), bool))[0][0])
+  for example, row in zip(examples, written.tolist(), strict=True):
+    logits = call(setup.model, jnp.asarray([*example.prompt, *row]))  # causal: each position sees those before it
+    best = logits[len(example.prompt) - 1 : -1].argmax(-1).tolist()
+    end = row.index(1) + 1 if 1 in row else len(row)
+    assert row[:end] == best[:end]
+    assert set(row[end:]) <= {1}
+
+
+def test_padding_counts_for_nothing(llm, setup):
+  """The same loss of the same pair, padded to another length and beside another."""
+  short, long = setup.examples["test"][0], setup.examples["test"][1]
+  long = long._replace(prompt=long.prompt * 2)
+  alone = llm.scores.compiled_losses(setup.model, llm.rows.batch([short], setup.chat.pad))
+  beside = llm.scores.compiled_losses(setup.model, llm.rows.batch([short, long], setup.chat.pad))
+  np.testing.assert_allclose(alone[0][0], beside[0][0], rtol=1e-5)
+  assert int(alone[1][0]) == len(short.answer)
+
+
+def test_rotary_rows_are_put_a_half_apart(llm):
+  """llama.cpp's converter keeps the pairs (k, k + width / 2) together."""
+  heads, rows = 2, np.arange(16.0).reshape(16, 1)
+  theirs = rows.reshape(heads, 2, 4, 1).swapaxes(1, 2).reshape(16, 1)
+  np.testing.assert_array_equal(llm.gguf_file.halves_apart(theirs, heads), rows)
+
+
+def test_the_chat_template_and_the_answer(setup):
+  assert setup.chat.tokenizer.decode(setup.chat.prompt("hi 12"), skip_special_tokens=False) == "<|s|>uhi 12<|e|><|s|>a"
+  assert setup.chat.decode([*setup.chat.answer("ab"), 5, 6]) == "ab"
+  assert [len(setup.chat.encode(text)) for text in ("ab", "it")] == [2, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def schedule(llm, **fields):
+  return llm.training.Schedule(**{"rate": 0.02, "steps": 4, "batch": 4} | fields)
+
+
+def trained(llm, setup, method, folder, schedule, every=2, ticks=lambda *_: None):
+  base = llm.methods.base_of(method, setup.model)
+  tree = llm.methods.adapt(method, base, schedule.seed)
+  return llm.training.train(
+    tree, base, setup.examples["train"], schedule, setup.chat.pad, "digest", folder, every, ticks
+  )
+
+
+class StopError(Exception):
+  pass
+
+
+def stop_at(step):
+  def tick(now, loss, speed):
+    if now == step and loss is not None:
+      raise StopError
+
+  return tick
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_run_goes_on_bit_for_bit(llm, setup, tmp_path, name):
+  method = llm.methods.Method(name, rank=2, base="nf4")
+  whole, seen = trained(llm, setup, method, tmp_path / "whole", schedule(llm))
+  with pytest.raises(StopError):
+    trained(llm, setup, method, tmp_path / "halved", schedule(llm), ticks=stop_at(3))
+  steps = []
+  resumed, again = trained(llm, setup, method, tmp_path / "halved", schedule(llm), ticks=lambda k, *_: steps.append(k))
+  assert steps == [2, 3, 4]
+  assert again["loss"] == seen["loss"]
+  for a, b in zip(jax.tree.leaves(jaxlora.split(whole)[1]), jax.tree.leaves(jaxlora.split(resumed)[1]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  base = llm.methods.base_of(method, setup.model)
+  with pytest.raises(
+    ValueError, match=r"holds a run of other data or settings \(digest, expected another\): name another"
+  ):
+    llm.training.train(whole, base, setup.examples["train"], schedule(llm), 1, "another", tmp_path / "halved", 2, print)
+
+
+def test_parts_of_a_batch_make_the_same_update(llm, setup, tmp_path):
+  method = llm.methods.Method("lora", rank=2)
+  losses = [
+    trained(llm, setup, method, tmp_path / str(parts), schedule(llm, steps=2, batch=2, accumulate=parts))[1]["loss"]
+    for parts in (1, 2)
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_the_rate_warms_up_and_decays(llm):
+  rates = llm.training.Schedule(1.0, steps=40).rates()
+  np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, rates[4]], rtol=1e-6)
+  assert (np.diff(rates[3:]) < 0).all()
+  assert 0 < rates[-1] < 0.01
+  assert llm.training.Schedule(1.0, steps=1).rates().tolist() == [1.0]
+
+
+def test_every_pair_is_met_once_an_epoch(llm, setup):
+  examples = setup.examples["train"]
+  order = llm.rows.training_order(examples, 3, 6, seed=1)
+  assert sorted(np.concatenate(order).tolist()) == list(range(len(examples)))
+  assert [len(index) for index in order] == [3] * 6
+  other = llm.rows.training_order(examples, 3, 6, seed=2)
+  assert any((a != b).any() for a, b in zip(order, other, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The commands.
+
+
+@pytest.fixture(scope="module")
+def finished(llm, files, tmp_path_factory):
+  out = tmp_path_factory.mktemp("out")
+  args = [f"--model={files[0]}", f"--data={files[1]}", f"--out={out}", "--steps=3", "--items=6", "--rank=2", "--quiet"]
+  return args, llm.finetune.main(args), out
+
+
+def test_the_command_compares_base_lora_and_full(llm, setup, finished, capsys, monkeypatch):
+  args, results, out = finished
+  assert [result["label"] for result in results] == ["base, instructed", "LoRA r=2", "full fine-tuning"]
+  base, lora, full = results
+  assert max(lora["loss"], full["loss"]) < base["loss"]
+  assert lora["trained"] < full["trained"] == sum(leaf.size for leaf in jax.tree.leaves(setup.model))
+  assert sorted(file.suffix for file in out.iterdir()) == [".json"] * 3  # checkpoints are gone
+  monkeypatch.setattr(llm.training, "train", None)  # nothing is done again
+  monkeypatch.setattr(llm.runs, "evaluate", None)
+  assert llm.finetune.main(args) == results
+  printed = capsys.readouterr().out
+  assert all(text in printed for text in ("sentence by aspect", "LoRA r=2", "by a person: 0 is hard"))
+
+
+def test_the_sweep_goes_on_and_shows_its_table(llm, files, tmp_path, capsys, monkeypatch):
+  short = lambda rates, seeds: [
+    llm.runs.Run(run.method, schedule(llm, steps=1, seed=run.schedule.seed))
+    for run in llm.sweep.quantised(rates, seeds)
+  ]
+  monkeypatch.setitem(llm.sweep.GROUPS, "quantised", short)
+  args = [f"--model={files[0]}", f"--data={files[1]}", f"--out={tmp_path}", "--items=3", "--seeds=1", "--quiet"]
+  llm.sweep.main([*args, "--only=quantised"])
+  first = capsys.readouterr()
+  assert ("run 3 of 3" in first.err, "LoRA r=8, nf4 base" in first.out) == (True, True)
+  monkeypatch.setattr(llm.runs, "prepare", None)
+  llm.sweep.main([*args, "--show"])
+  assert capsys.readouterr().out == first.out
+  assert llm.sweep.best_rates(tmp_path) == {"lora": 3e-3, "full": 1e-4}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"architecture": "gpt2"}, "found the architecture 'gpt2', expected 'llama'"),
+    ({"output_norm": None}, r"missing \['output_norm.weight'\], left over \[\]"),
+    ({"output_norm": np.ones(3, np.float32)}, r"norm/scale: found the shape \(3,\), expected \(16,\)"),
+  ],
+)
+def test_a_file_that_does_not_fit_is_refused(llm, files, tmp_path, capsys, change, message):
+  file = write_gguf(tmp_path / "other.gguf", **change)
+  with pytest.raises(SystemExit):
+    llm.finetune.main([f"--model={file}", f"--data={files[1]}", f"--out={tmp_path}"])
+  assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (["--rank=0"], "--rank: found 0, expected a whole number of at least 1"),
+    (["--rate=nan"], "--rate: found nan, expected a finite number above 0"),
+    (["--batch=4", "--accumulate=3"], "--accumulate: found 3, expected a divisor of --batch, 4"),
+    (["--data=nowhere"], "train.jsonl: not found; expected the data's three files"),
+  ],
+)
+def test_options_that_do_not_fit_are_refused(llm, files, tmp_path, capsys, args, message):
+  with pytest.raises(SystemExit):
+    llm.finetune.main([f"--model={files[0]}", f"--data={files[1]}", f"--out={tmp_path}", *args])
+  assert message in capsys.readouterr().err
+
+
+def test_a_cut_file_and_a_prompt_above_the_context_are_refused(llm, files, setup, tmp_path):
+  cut = tmp_path / "cut.gguf"
+  cut.write_bytes(files[0].read_bytes()[:4000])
+  with pytest.raises(ValueError, match=r"cut\.gguf: cannot be read as GGUF .*; download the file again"):
+    llm.gguf_file.load(cut)
+  with pytest.raises(ValueError, match=r"test0: the prompt has .* tokens, expected at most 52: .*leave the paper out"):
+    llm.rows.examples(setup.chat, setup.pairs["test"], 100)
+  fields, _ = llm.gguf_file.read(files[0])
+  with pytest.raises(ValueError, match="the tokenizer has 259 tokens and the embedding 300 rows"):
+    llm.tokens.chat_of(fields, 300)
+
+
+@pytest.mark.nightly
+def test_the_real_model_answers(llm):
+  """SmolLM2-135M-Instruct; its logits are those of transformers on torch to 1e-4 of 38."""
+  try:
+    model, fields = llm.gguf_file.load(llm.gguf_file.packaged())
+  except ValueError as error:
+    pytest.skip(str(error))
+  chat = llm.tokens.chat_of(fields, model.config.vocabulary)
+  example = llm.rows.Example(chat.prompt("What is the capital of France?"), [])
+  assert llm.decoding.answers(model, chat, [example], 1, 12) == ["The capital of France is Paris."]
