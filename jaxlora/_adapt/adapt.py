@@ -11,7 +11,7 @@ from jaxlora._adapt.from_floats import started
 from jaxlora._adapt.initializers import INITIALIZERS, FromWeight, from_weight, gives_both, kaiming
 from jaxlora._adapt.plan import plan_tree
 from jaxlora._base.checks import is_abstract
-from jaxlora._base.coded import decoded, type_of_leaf
+from jaxlora._base.coded import decoded, is_coded, type_of_leaf
 from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.memory import on_device
@@ -95,7 +95,8 @@ def adapt(
       make = _abstract if is_abstract(leaf) or is_abstract(values) else _factored
       return make(leaf, values, *plan.adapted[path], path not in plan.unsure, key, drawn)
     if path in plan.whole:
-      whole = type_of_leaf(leaf) if is_abstract(leaf) else jnp.array(decoded(leaf), copy=True)
+      value = decoded(on_device(leaf)) if is_coded(leaf) and not is_abstract(leaf) else leaf
+      whole = type_of_leaf(leaf) if is_abstract(leaf) else jnp.array(value, copy=True)
       return FullWeight(base=leaf, value=whole)
     return leaf
 

@@ -16,12 +16,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from jaxlora._base.memory import on_device
+from jaxlora._base.memory import Space, on_device, space_of
 from jaxlora._jax.jaxpr import bind
 from jaxlora._jax.primitives import CASTS, NEGATIONS, ROUNDINGS, SCALINGS
 from jaxlora._jax.trace_cache import traced_once
 from jaxlora._platform.codes import LookUp
-from jaxlora._platform.wait import Wait, by_first_element, late
+from jaxlora._platform.wait import Wait, by_barrier, by_first_element, late
 from jaxlora._quant.array import QuantizedArray
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,6 +80,9 @@ class HowCodes(Protocol):
 class Coded:
   """An array that is codes.
 
+  The codes may rest in the host's memory, whatever the array is used for: its type is that of an array on the device.
+  They are fetched where the array is formed, a loop's slice in each of its steps, and once more in a backward pass.
+
   Attributes:
     node: a `QuantizedArray`, or any node with `shape`, `dtype` and `dequantize()`.
     scalars: the other operands of what is put off.
@@ -113,6 +116,15 @@ class Coded:
   def moves(self) -> bool:
     """Whether its parts can be rearranged in the place of the array."""
     return isinstance(self.node, QuantizedArray) and all(step.is_elementwise for step in self.steps)
+
+  @property
+  def rests(self) -> bool:
+    """Whether its codes rest in the host's memory."""
+    return space_of(self.node) != Space.Device
+
+  def fetched(self) -> "Coded":
+    """The same with its codes on the device."""
+    return self.replace(node=on_device(self.node)) if self.rests else self
 
   def replace(self, **changes: Any) -> "Coded":
     return dataclasses.replace(self, **changes)
@@ -159,7 +171,7 @@ def _whole_along_first(node: QuantizedArray) -> QuantizedArray | None:
     if isinstance(part, QuantizedArray):
       part = _whole_along_first(part) if part.shape[0] == count else None
     elif part.shape[0] == 1 != count:
-      part = lax.broadcast_in_dim(part, (count, *part.shape[1:]), range(part.ndim))
+      part = lax.broadcast_in_dim(on_device(part), (count, *part.shape[1:]), range(part.ndim))
     elif part.shape[0] != count:
       part = None
     if part is None:
@@ -209,7 +221,7 @@ class CodedProduct:
     def jvp(primals, tangents):
       (x, w), (dx, dw) = primals, tangents
       y = product(x, w)
-      terms = [] if isinstance(dx, SymbolicZero) else [late(self.linear, w, dx, self.policy.wait_codes)]
+      terms = [] if isinstance(dx, SymbolicZero) else [late(self.linear, w, dx, how_it_waits(w, self.policy))]
       terms += along_leaves(lambda w: self.linear(w, x), w, dw)
       return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
@@ -250,7 +262,7 @@ def formed(w: Any, x: jax.Array, policy: HowCodes, looping: bool) -> jax.Array:
   if not isinstance(w, Coded):
     return w
   if looping and not w.varies:
-    w = by_first_element(policy.wait_codes, w, x)
+    w = by_first_element(policy.wait_codes, w.fetched(), x)
   return w.dequantize(policy)
 
 
@@ -264,8 +276,13 @@ def formed_again(w: Any, cotangent: jax.Array, policy: HowCodes, looping: bool) 
     return w
   if not (looping and w.varies):
     leaves, treedef = jax.tree.flatten(w)
-    w = jax.tree.unflatten(treedef, policy.wait_codes(leaves, [cotangent]))
+    w = jax.tree.unflatten(treedef, how_it_waits(w, policy)(leaves, [cotangent]))
   return w.dequantize(policy)
+
+
+def how_it_waits(w: Any, policy: HowCodes) -> Wait:
+  """How codes wait in a backward pass; those that rest on the host by a barrier, as nothing is computed there."""
+  return by_barrier if w.rests else policy.wait_codes
 
 
 def product_with(fn: Callable[[Any, Any], Any], x: jax.Array, w: Coded, policy: HowCodes, looping: bool) -> jax.Array:

@@ -18,6 +18,8 @@ from jaxlora._transform.moves import lookup_of, moved, moves_of
 BILINEAR = ("dot_general", "conv_general_dilated")
 # What is put off where parts do not follow.
 LAYOUT = ("transpose", "squeeze", "reshape", "broadcast_in_dim", "slice", "dynamic_slice", "rev")
+# What is done to codes where they rest; what else moves them fetches them first.
+ON_THE_HOST = ("slice", "dynamic_slice", "squeeze", "split")
 
 
 def bind_coded(
@@ -68,6 +70,9 @@ def _product(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded, po
 def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded) -> list[Any] | None:
   """The results as coded values; `None` where the array has to be formed."""
   name = eqn.primitive.name
+  if name not in (*ON_THE_HOST, *ELEMENTWISE):
+    here = w.fetched()
+    args, w = [here if arg is w else arg for arg in args], here
   if name in IDENTITIES:
     return [jax.tree.map(lambda part: bind(eqn, [part])[0], w)]
   if name in PLACEMENTS:
@@ -107,9 +112,9 @@ def placed(w: Coded, sharding: Any) -> Coded:
 
 
 def _sent(value: Any, target: Any) -> Any:
-  """A value on other devices or in another memory; a coded one with all its parts."""
+  """A value on other devices or in another memory; a coded one with all its parts, fetched where it is formed."""
   if isinstance(target, jax.memory.Space):
-    return moved_to(value, target)
+    return value if isinstance(value, Coded) and target == jax.memory.Space.Device else moved_to(value, target)
   if not isinstance(value, Coded) or target is None:
     return value if target is None else jax.device_put(value, target)
   if isinstance(target, jax.sharding.NamedSharding):

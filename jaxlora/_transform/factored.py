@@ -76,7 +76,9 @@ class TracedWeight:
     return None
 
   def together(self) -> Any:
-    """The same with its factors in the memory of its base, which is where a product computes."""
+    """The same with its factors in the memory of its base, which is where a product computes; codes are fetched."""
+    if is_coded(self.base):
+      return self
     space = space_of(jax.tree.leaves(self.base)[0])
     apart = [part for part in jax.tree.leaves(self.replace(key=None)) if space_of(part) != space]
     return self.mapped(lambda factor, own: moved(factor, space)) if apart else self
@@ -155,7 +157,8 @@ class Factored(TracedWeight):
     base = decoded(on_device(self.base))
     delta = low_rank_delta(a, b, self.roles)
     whole = times_gain(base.astype(delta.dtype) + delta, gain, self.roles, self.gained)
-    return moved(whole.astype(self.base.dtype), space_of(self.base))
+    whole = whole.astype(self.base.dtype)
+    return whole if is_coded(self.base) else moved(whole, space_of(self.base))
 
 
 def rank_of(w: Factored, factor: jax.Array) -> int:

@@ -43,3 +43,9 @@ class FrozenWeight(TracedWeight):
 
   def along_first(self) -> tuple[dict[str, Any], Any]:
     return {"base": self.base.along_first()}, lambda here: self.on(here["base"].in_one_step())
+
+
+def stand_in(value: Any) -> Any:
+  """What the function is traced on in the place of a value."""
+  base = value.base if isinstance(value, TracedWeight) else value
+  return base.like if isinstance(base, Coded) else base

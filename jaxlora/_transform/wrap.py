@@ -16,7 +16,7 @@ from jaxlora._quant.array import check_quantized
 from jaxlora._transform.coded import Coded
 from jaxlora._transform.control import named
 from jaxlora._transform.factored import TracedWeight, factored, weights_in
-from jaxlora._transform.frozen import FrozenWeight
+from jaxlora._transform.frozen import FrozenWeight, stand_in
 from jaxlora._transform.held import described, opened
 from jaxlora._transform.interpreter import interpret
 from jaxlora._transform.meetings import Unsure, check_roles
@@ -135,7 +135,7 @@ def call(
 
   named(flat, getattr(fn, "__name__", "wrapped"))
   values = [leaves[k] for k in dynamic]
-  traced = jax.make_jaxpr(flat)(*map(_stand_in, values))
+  traced = jax.make_jaxpr(flat)(*map(stand_in, values))
   out = [_returned(record, value) for value in interpret(traced, values, Transform(record))]
   weights = {path: node for path, node in nodes if isinstance(node, LoraWeight) and not node.sure}
   check_roles({path: Unsure(node.roles, tuple(node.shape)) for path, node in weights.items()}, record.uses)
@@ -143,12 +143,6 @@ def call(
   arrays_out = iter(out)
   full_out = [static_out[k] if k in static_out else next(arrays_out) for k in range(out_tree.num_leaves)]
   return jax.tree_util.tree_unflatten(out_tree, full_out)
-
-
-def _stand_in(value: Any) -> Any:
-  """What the function is traced on in the place of a value."""
-  base = value.base if isinstance(value, TracedWeight) else value
-  return base.like if isinstance(base, Coded) else base
 
 
 def _returned(record: Record, value: Any) -> Any:

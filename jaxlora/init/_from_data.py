@@ -6,12 +6,11 @@ from typing import Any
 import jax
 
 from jaxlora._base.checks import is_known
-from jaxlora._base.coded import decoded
 from jaxlora._base.keys import typed_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
 from jaxlora._weight.roles import thin
-from jaxlora._weight.weight import LoraWeight, is_adapted, is_leaf_node
+from jaxlora._weight.weight import LoraWeight, is_leaf_node
 from jaxlora.init._eva import eva
 from jaxlora.init._lora_ga import lora_ga
 from jaxlora.init._options import Options
@@ -109,17 +108,9 @@ def init_from_data(
   weights = dict(lora_leaves(tree, "init_from_data", linear=False))
   for path, weight in weights.items():
     _check_fresh(path, weight)
-  floats = jax.tree.map(_in_floats, tree, is_leaf=is_leaf_node)  # of quantised bases, while batches are looked at
-  weights = {path: _in_floats(weight) for path, weight in weights.items()}
-  new = (eva if method == "eva" else lora_ga)(floats, weights, options)
+  new = (eva if method == "eva" else lora_ga)(tree, weights, options)
   nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
-  return jax.tree_util.tree_unflatten(
-    treedef, [new[path].with_parts({"base": node.base}) if path in new else node for path, node in nodes]
-  )
-
-
-def _in_floats(node: Any) -> Any:
-  return node.with_parts({"base": decoded(node.base)}) if is_adapted(node) else decoded(node)
+  return jax.tree_util.tree_unflatten(treedef, [new.get(path, node) for path, node in nodes])
 
 
 def _check_fresh(path: str, weight: LoraWeight) -> None:

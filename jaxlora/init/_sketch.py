@@ -20,12 +20,14 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxlora._base.coded import is_coded
 from jaxlora._base.paths import flatten
 from jaxlora._jax.control_flow import Jit, Remat, ShardMap, Structure, While
-from jaxlora._jax.jaxpr import bind
 from jaxlora._platform.policy import NONE
+from jaxlora._transform.coded import Coded
 from jaxlora._transform.control import CONTROL, Rebuild, inlined
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, weights_in
+from jaxlora._transform.frozen import FrozenWeight, stand_in
 from jaxlora._transform.interpreter import interpret
 from jaxlora._transform.record import Record
 from jaxlora._transform.rule import PRODUCTS, find_rule
@@ -109,13 +111,15 @@ class Sketch(Transform):
 
   def materialized(self, value: Any, eqn: Any, reason: str) -> Any:
     """The base in a weight's place: what the weight meets from here on is not seen."""
-    if not isinstance(value, TracedWeight):
-      return value
+    if not isinstance(value, Factored):
+      return super().materialized(value, eqn, reason)
     source = self.record.source(eqn) or "an unknown line"
     self.seen.reasons.setdefault(value.path, f"{reason} (`{eqn.primitive.name}` at {source})")
-    return value.base
+    return value.base.dequantize() if isinstance(value.base, Coded) else value.base
 
   def primitive(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    if isinstance(weights_in(values)[0], FrozenWeight):
+      return super().primitive(eqn, values)
     rule, known = find_rule(eqn.primitive.name, values)
     w, terms = weights_in(known)[0], []
 
@@ -128,7 +132,7 @@ class Sketch(Transform):
     if terms:
       self.seen.inputs.add(w.path)
       self.add_sums(terms)
-      return bind(eqn, [v.base if isinstance(v, TracedWeight) else v for v in values])  # B is zero
+      return self.bound(eqn, w, *(v.base if isinstance(v, TracedWeight) else v for v in values))  # B is zero
     if eqn.primitive.name in PRODUCTS and not weights_in(out):
       raise Unfactorable("a lookup, or a product that meets the output axes first, has no input to see")
     return out
@@ -149,7 +153,7 @@ def sketcher(fn: Callable[..., Any], seen: Seen) -> Callable[[dict[str, jax.Arra
   def energy(factors: dict[str, jax.Array], tree: Any, batch: Any) -> jax.Array:
     nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
     values = [_traced_value(path, node, factors) for path, node in nodes]
-    plain = [value.base if isinstance(value, Factored) else value for value in values]
+    plain = [stand_in(value) for value in values]
     traced = jax.make_jaxpr(fn)(jax.tree_util.tree_unflatten(treedef, plain), batch)
     handler = Sketch(Record("ignore", set(), NONE), seen)
     interpret(traced, [*values, *jax.tree.leaves(batch)], handler)
@@ -162,9 +166,12 @@ def _traced_value(path: str, node: Any, factors: dict[str, jax.Array]) -> Any:
   """Converts a leaf of the tree to its traced value, with the A to sketch with, and B zero."""
   if isinstance(node, FullWeight):
     return node.value
+  if is_coded(node):
+    return FrozenWeight.of(Coded(lax.stop_gradient(node)), path)
   if not isinstance(node, LoraWeight):
     return node
   a, base = factors[path], lax.stop_gradient(node.base)
   rank = a.shape[node.roles.count("s")]
   b = jnp.zeros(factor_shape(tuple(base.shape), node.roles, "o", rank), a.dtype)
+  base = Coded(base) if is_coded(base) else base
   return Factored(base, a, b, gain=None, key=None, roles=node.roles, dropout=0.0, path=path)

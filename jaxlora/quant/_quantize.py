@@ -1,20 +1,22 @@
 """`quantize` and `dequantize`: between trees of floats and trees whose weights are codes and scales."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora._base.checks import all_finite, is_abstract, is_known, positive
-from jaxlora._base.coded import decoded
+from jaxlora._base.coded import decoded, is_coded
+from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._base.sizes import bytes_of
 from jaxlora._quant.array import QuantizedArray
 from jaxlora._quant.encode import encode
 from jaxlora._quant.formats import PUBLIC
 from jaxlora._weight.weight import is_adapted, is_leaf_node
-from jaxlora.quant._plan import Axes, Plan, plan_tree
-from jaxlora.quant._report import Quantization, leaf_report, output_error
+from jaxlora.quant._plan import Plan, plan_tree
+from jaxlora.quant._report import LeafQuantization, Quantization, leaf_report, output_error
 
 
 def quantize(
@@ -70,7 +72,7 @@ def quantize(
   Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314, sections 3.1 and 3.2.
   """
   plan = _checked(params, format, block_size, targets, exclude, axes, probe)
-  return _tree(plan, _quantized_leaves(plan, format, block_size, double))
+  return _tree(plan, format, block_size, double, lambda path, before, after: None)
 
 
 def quantize_with_report(
@@ -104,11 +106,9 @@ def quantize_with_report(
     ['kernel: 4.1 bits, error 0.09']
   """
   plan = _checked(params, format, block_size, targets, exclude, axes, probe)
-  new, reports = {}, []
-  for path, leaf in _quantized_leaves(plan, format, block_size, double):
-    new[path] = leaf
-    reports.append(leaf_report(path, plan.leaves[path], leaf))
-  tree = _tree(plan, new.items())
+  reports: list[LeafQuantization] = []
+  note = lambda path, before, after: reports.append(leaf_report(path, before, after))
+  tree = _tree(plan, format, block_size, double, note)
   sizes, values = (bytes_of(params), bytes_of(tree)), plan.leaves.values()
   known = is_known(*values) and not any(map(is_abstract, values))
   outputs = None if probe is None or not known else output_error(probe, params, tree)
@@ -123,29 +123,34 @@ def _checked(params: Any, format: Any, block_size: Any, targets: Any, exclude: A
   return plan_tree(params, targets, exclude, axes, probe)
 
 
-def _quantized_leaves(
-  plan: Plan, format: str, block_size: int | None, double: bool
-) -> Iterator[tuple[str, QuantizedArray]]:
-  """The leaves that become codes, by path, one after the other."""
+def _tree(plan: Plan, format: str, block_size: int | None, double: bool, note: Callable[[str, Any, Any], None]) -> Any:
+  """The tree with codes, one leaf after the other. `note` is told each path, its floats on the device, its codes."""
+  new = {}
   for path, axes in plan.axes.items():
-    yield path, _quantized(path, plan.leaves[path], axes, format, block_size, double)
+    make = functools.partial(
+      encode, format=format, axes=axes.along, across=axes.across, block_size=block_size, double=double
+    )
+    new[path] = _quantized(path, plan.leaves[path], make, note)
+  return plan.treedef.unflatten((plan.leaves | new).values())
 
 
-def _tree(plan: Plan, new: Iterable[tuple[str, QuantizedArray]]) -> Any:
-  return plan.treedef.unflatten((plan.leaves | dict(new)).values())
-
-
-def _quantized(path: str, leaf: Any, axes: Axes, format: str, block_size: int | None, double: bool) -> QuantizedArray:
-  make = lambda x: encode(x, format, axes.along, axes.across, block_size, double)
+def _quantized(
+  path: str, leaf: Any, make: Callable[[Any], QuantizedArray], note: Callable[[str, Any, Any], None]
+) -> QuantizedArray:
   if is_abstract(leaf):
-    return jax.eval_shape(make, leaf)
-  array = jnp.asarray(leaf)
+    codes = jax.eval_shape(make, leaf)
+    note(path, leaf, codes)
+    return codes
+  resting = jnp.asarray(leaf)
+  array = on_device(resting)
   if is_known(array) and not all_finite(array.astype(jnp.float32)):
     raise ValueError(
       f"quantize: {path}: found NaN or infinite values (in float32), expected finite ones: one of them spoils its whole"
       f" block. Repair the weight, or leave it out (exclude=)."
     )
-  return jax.block_until_ready(make(array))
+  codes = make(array)
+  note(path, array, codes)
+  return jax.block_until_ready(moved(codes, space_of(resting)))
 
 
 def dequantize(tree: Any) -> Any:
@@ -165,9 +170,10 @@ def dequantize(tree: Any) -> Any:
     True
   """
 
+  def formed(leaf: Any) -> Any:
+    return moved(decoded(on_device(leaf)), space_of(leaf)) if is_coded(leaf) else leaf
+
   def one(node: Any) -> Any:
-    if is_adapted(node):
-      return node.with_parts({"base": decoded(node.base)})
-    return decoded(node)
+    return node.with_parts({"base": formed(node.base)}) if is_adapted(node) else formed(node)
 
   return jax.tree.map(one, tree, is_leaf=is_leaf_node)

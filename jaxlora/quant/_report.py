@@ -78,8 +78,8 @@ def leaf_report(path: str, before: Any, after: Any, base: Any = None) -> LeafQua
     base: of an update that was added to it, the codes before.
   """
   known = is_known(*jax.tree.leaves((before, after))) and not is_abstract(before)
-  error = float(relative_error(before, after)) if known else None
-  update = float(update_error(before, after, on_device(base))) if known and base is not None else None
+  error = float(relative_error(before, on_device(after))) if known else None
+  update = float(update_error(before, on_device(after), on_device(base))) if known and base is not None else None
   bits = 8 * bytes_of(after) / math.prod(after.shape)
   return LeafQuantization(path, after.shape, after.format, after.block, bits, error, update)
 

@@ -214,3 +214,24 @@ def test_a_scanned_step_lays_no_stack_of_layers_out_anew(compile_for_tpu):
   text = compile_for_tpu(jax.value_and_grad(loss), trainable, frozen, x).as_text()
   assert " while(" in text
   assert not re.findall(rf"= bf16\[2,4,{TOKENS},{WIDTH}\]\S* copy\(", text)
+
+
+@pytest.mark.nightly
+def test_codes_on_the_host_are_fetched_layer_by_layer(device, lenient):
+  """A scan over layers whose codes rest on the host has a few of them on the chip at a time, never the stack."""
+  layers, codes = 16, 16 * WIDTH * WIDTH  # a byte each
+  params = {"w": jax.ShapeDtypeStruct((layers, WIDTH, WIDTH), jnp.bfloat16)}
+  base = jaxlora.quantize(params, "int8", targets="w", axes={"w": "sio"}, block_size=None, double=False)
+  tree = jaxlora.adapt(base, jaxlora.LoraConfig(rank=8, targets="w", axes={"w": "sio"}), jax.random.key(0))
+  frozen, trainable = jaxlora.split(tree)
+  wrapped = jaxlora.wrap(
+    lambda p, x: jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["w"])[0], on_materialize="error"
+  )
+  loss = lambda half, frozen, x: jnp.sum(jnp.square(wrapped(jaxlora.join(frozen, half), x).astype(jnp.float32)))
+  placed = jax.sharding.SingleDeviceSharding(device)
+  host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+  on = lambda where: lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  x = jax.ShapeDtypeStruct((64, WIDTH), jnp.bfloat16, sharding=placed)
+  args = jax.tree.map(on(placed), trainable), jax.tree.map(on(host), frozen), x
+  memory = jax.jit(jax.grad(loss)).trace(*args).lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+  assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < codes / 2

@@ -167,24 +167,38 @@ def test_shapes_alone():
   )
 
 
+def large_floats():
+  return sum(x.nbytes for x in jax.live_arrays() if x.dtype == jnp.float32 and x.size > 4000)
+
+
 class Stored:
-  """A weight in a file: an array when it is read. Notes how many bytes of floats lie on the device then."""
+  """A weight in a file: an array when it is read. Notes then how many bytes of floats lie on the device."""
 
   def __init__(self, shape, seen):
     self.shape, self.dtype, self.ndim, self.seen = shape, np.dtype(np.float32), len(shape), seen
 
   def __array__(self, dtype=None, copy=None):
-    self.seen.append(sum(x.nbytes for x in jax.live_arrays() if x.dtype == jnp.float32 and x.size > 4000))
-    return np.random.default_rng(0).standard_normal(self.shape).astype(np.float32)
+    self.seen.append(large_floats())
+    return np.random.default_rng(len(self.seen)).standard_normal(self.shape).astype(np.float32)
 
 
-def test_one_leaf_is_on_the_device_at_a_time():
+@pytest.mark.parametrize("how", ["quantize", "with a report", "residual"])
+def test_one_leaf_is_on_the_device_at_a_time(how):
+  """Each leaf is read once, and what was read before is gone from the device by then, whatever is done with it."""
   seen: list[int] = []
   params = {f"layer_{k}": {"kernel": Stored((256, 64), seen)} for k in range(4)}
-  before = sum(x.nbytes for x in jax.live_arrays() if x.dtype == jnp.float32 and x.size > 4000)
-  tree = jaxlora.quantize(params, "nf4")
-  assert len(seen) >= 4
-  assert max(seen) <= before + 4 * 256 * 64
+  if how == "residual":
+    again = {f"layer_{k}": {"kernel": Stored((256, 64), seen)} for k in range(4)}
+    codes = jaxlora.quantize({key: {"kernel": np.asarray(leaf["kernel"])} for key, leaf in again.items()}, "nf4")
+    seen.clear()
+    before = large_floats()
+    tree = jaxlora.adapt(codes, jaxlora.LoraConfig(rank=2, init="residual"), KEY, floats=params)
+  else:
+    make = jaxlora.quantize if how == "quantize" else lambda *args: jaxlora.quantize_with_report(*args)[0]
+    before = large_floats()
+    tree = make(params, "nf4")
+  assert len(seen) == 4
+  assert max(seen) <= before
   assert tree["layer_3"]["kernel"].shape == (256, 64)
 
 

@@ -1,5 +1,7 @@
 """Quantised trees in checkpoints, PEFT folders, banks and Flax's state dicts."""
 
+import dataclasses
+
 from flax import serialization
 import jax
 import jax.numpy as jnp
@@ -145,6 +147,31 @@ def test_what_changed_is_told_from_floats():
   with pytest.raises(ValueError, match=r"extract: layers_0/q_proj/kernel is quantised.*jaxlora.dequantize"):
     jaxlora.extract(BASE, tuned, rank=2)
   assert jaxlora.extract(jaxlora.dequantize(BASE), jaxlora.dequantize(tuned), rank=2) is not None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Watched:
+  """Codes whose floats are formed inside of a program alone."""
+
+  codes: jax.Array
+
+  shape = property(lambda self: self.codes.shape)
+  dtype = jnp.dtype(jnp.float32)
+
+  def dequantize(self):
+    assert isinstance(self.codes, jax.core.Tracer), "a base was formed outside of any program"
+    return self.codes.astype(jnp.float32) / 8
+
+
+@pytest.mark.parametrize("method", ["eva", "lora_ga"])
+def test_starts_from_data_form_no_base_ahead(method):
+  codes = jax.random.randint(KEY, (64, 64), -8, 8, jnp.int8)
+  tree = jaxlora.adapt({"w": Watched(codes), "v": Watched(codes.T)}, jaxlora.LoraConfig(rank=2, targets="w"), KEY)
+  fn = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]) @ p["v"])
+  found = jaxlora.init_from_data(tree, fn, [jax.random.normal(KEY, (8, 64))], KEY, method=method)
+  assert found["w"].base.codes is codes
+  assert not np.array_equal(found["w"].a, tree["w"].a)
 
 
 @pytest.mark.parametrize("method", ["eva", "lora_ga"])
