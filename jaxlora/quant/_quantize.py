@@ -12,11 +12,13 @@ from jaxlora._base.coded import decoded, is_coded
 from jaxlora._base.memory import moved, on_device, space_of
 from jaxlora._base.sizes import bytes_of
 from jaxlora._quant.array import QuantizedArray
+from jaxlora._quant.blocks import block_shape
 from jaxlora._quant.encode import encode
 from jaxlora._quant.formats import PUBLIC
 from jaxlora._weight.weight import is_adapted, is_leaf_node
 from jaxlora.quant._plan import Plan, plan_tree
 from jaxlora.quant._report import LeafQuantization, Quantization, leaf_report, output_error
+from jaxlora.quant._shards import check_shards, placed, whole_where_types_say_shards
 
 
 def quantize(
@@ -37,7 +39,7 @@ def quantize(
   Blocks run along the contracted axes of a weight, and along the features of an embedding. A block is the largest
   divisor of the axis from half of `block_size` to the whole of it, else the next larger one: none is cut, none padded.
   The tree goes wherever the floats went: `adapt`, `wrap`, `split`, `merge`, checkpoints, banks. Call functions of it
-  through `wrap`, with adapters or without.
+  through `wrap`, with adapters or without. On a mesh codes and scales lie along the axes that the floats do.
 
   One leaf after the other is moved to the device, written and let go of: of a tree of NumPy arrays (memory-mapped
   files, say) no more than one is on the device in floats.
@@ -58,7 +60,7 @@ def quantize(
   Raises:
     ValueError: naming the leaf, what was found and what to do: an unknown format, a pattern without a match, a leaf
       that is adapted, quantised, no float, empty or a vector, NaN or infinite values, kernels of which nothing tells
-      the contracted axes.
+      the contracted axes, shards that would cut a block.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -127,6 +129,8 @@ def _tree(plan: Plan, format: str, block_size: int | None, double: bool, note: C
   """The tree with codes, one leaf after the other. `note` is told each path, its floats on the device, its codes."""
   new = {}
   for path, axes in plan.axes.items():
+    check_shards(path, plan.leaves[path], block_shape(plan.leaves[path].shape, axes.along, block_size))
+  for path, axes in plan.axes.items():
     make = functools.partial(
       encode, format=format, axes=axes.along, across=axes.across, block_size=block_size, double=double
     )
@@ -142,7 +146,7 @@ def _quantized(
     note(path, leaf, codes)
     return codes
   resting = jnp.asarray(leaf)
-  array = on_device(resting)
+  array = whole_where_types_say_shards(on_device(resting))
   if is_known(array) and not all_finite(array.astype(jnp.float32)):
     raise ValueError(
       f"quantize: {path}: found NaN or infinite values (in float32), expected finite ones: one of them spoils its whole"
@@ -150,7 +154,7 @@ def _quantized(
     )
   codes = make(array)
   note(path, array, codes)
-  return jax.block_until_ready(moved(codes, space_of(resting)))
+  return jax.block_until_ready(placed(moved(codes, space_of(resting)), leaf))
 
 
 def dequantize(tree: Any) -> Any:

@@ -1,0 +1,160 @@
+"""Codes on meshes: values and gradients as on one device, parts along the axes of the floats, no block cut."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import pytest
+
+import jaxlora
+from tests import helpers
+
+KEY, P = jax.random.key(0), PartitionSpec
+WIDTH, INNER, LAYERS = 64, 128, 2
+PARAMS = {
+  "up": 0.2 * jax.random.normal(KEY, (LAYERS, WIDTH, INNER)),
+  "down": 0.2 * jax.random.normal(jax.random.key(1), (LAYERS, INNER, WIDTH)),
+}
+AXES = dict.fromkeys(PARAMS, "sio")
+X = jax.random.normal(KEY, (8, WIDTH))
+# Each with the specs of `up` and of `down`: batches alone, weights in shards that are gathered, and Megatron's way.
+LAYOUTS = {
+  "data": (P(), P()),
+  "fsdp": (P(None, "data"), P(None, "data")),
+  "tensor": (P(None, None, "model"), P(None, "model")),
+  "both": (P(None, "data", "model"), P(None, "model", "data")),
+}
+
+
+def mesh():
+  return helpers.mesh_of(data=4, model=2)
+
+
+def put(tree, layout):
+  specs = dict(zip(("up", "down"), LAYOUTS[layout], strict=True))
+  return {name: jax.device_put(leaf, NamedSharding(mesh(), specs[name])) for name, leaf in tree.items()}
+
+
+def codes(params, format="nf4", **options):
+  options = {"targets": ".*", "axes": dict.fromkeys(params, "sio"), "block_size": 16} | options
+  return jaxlora.quantize(params, format, **options)
+
+
+def scanned(p, x):
+  layer = lambda x, w: (x + jnp.tanh(x @ w["up"]) @ w["down"], None)
+  return lax.scan(layer, x, p)[0]
+
+
+def unrolled(p, x):
+  for k in range(LAYERS):
+    x = x + jnp.tanh(x @ p["up"][k]) @ p["down"][k]
+  return x
+
+
+def adapted(base):
+  return helpers.trained(jaxlora.adapt(base, jaxlora.LoraConfig(rank=2, targets=".*", axes=AXES), KEY))
+
+
+def step(fn):
+  wrapped = jaxlora.wrap(fn, on_materialize="error")
+  return jax.jit(lambda tree, x: jaxlora.value_and_grad(lambda t: jnp.sum(jnp.sin(wrapped(t, x))))(tree))
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """The tree on one device, and what each function's step gives of it."""
+  tree = adapted(codes(PARAMS))
+  return tree, {fn: jax.device_get(step(fn)(tree, X)) for fn in (scanned, unrolled)}
+
+
+@pytest.mark.parametrize(
+  ("layout", "fn"),
+  [("data", unrolled), ("fsdp", scanned), ("tensor", unrolled), ("tensor", scanned), ("both", scanned)],
+)
+def test_steps_are_those_of_one_device(alone, layout, fn):
+  """The batch in shards, too. Every part of the codes lies along the axes of its weight."""
+  base = codes(put(PARAMS, layout))
+  tree, want = alone
+  for name, spec in zip(("up", "down"), LAYOUTS[layout], strict=True):
+    node = base[name]
+    np.testing.assert_array_equal(node.codes, tree[name].base.codes)
+    assert node.codes.sharding.is_equivalent_to(NamedSharding(mesh(), spec), 3)
+    local = node.scales.codes.addressable_shards[0].data.shape
+    whole = node.codes.addressable_shards[0].data.shape
+    assert tuple(n // k for n, k in zip(whole, local, strict=True)) == (1, 16, 1)
+  placed = jax.tree.map(lambda node, base: node.with_parts({"base": base}), tree, base, is_leaf=is_leaf)
+  got = step(fn)(placed, jax.device_put(X, NamedSharding(mesh(), P("data"))))
+  helpers.assert_close(jax.tree.leaves(jax.device_get(got)), jax.tree.leaves(want[fn]), 1e-4)
+
+
+def is_leaf(node):
+  return isinstance(node, jaxlora.LoraWeight | jaxlora.QuantizedArray)
+
+
+def test_tensor_parallelism_by_hand(alone):
+  """In `shard_map` each device forms its own part of a weight."""
+  tree, want = alone
+
+  def fn(p, x):
+    local = lambda p, x: lax.scan(lambda x, w: (x + lax.psum(jnp.tanh(x @ w["up"]) @ w["down"], "model"), None), x, p)[
+      0
+    ]
+    specs = {"up": LAYOUTS["tensor"][0], "down": LAYOUTS["tensor"][1]}
+    return jax.shard_map(local, mesh=mesh(), in_specs=(specs, P("data")), out_specs=P("data"), check_vma=False)(p, x)
+
+  value = jax.jit(lambda tree, x: jnp.sum(jnp.sin(jaxlora.wrap(fn, on_materialize="ignore")(tree, x))))(tree, X)
+  assert float(value) == pytest.approx(float(want[scanned][0]), rel=1e-4)
+
+
+def test_blocks_are_not_cut():
+  """128 inputs over eight devices are 16 for each; the error's remedies work."""
+  match = (
+    r"down: axis 1 of 128 is split over 'data', 'model', 16 for each of 8 devices, and blocks of 64 .*block_size=16"
+  )
+  spec = NamedSharding(mesh(), P(None, ("data", "model")))
+  params = {"down": jax.device_put(PARAMS["down"], spec)}
+  with pytest.raises(ValueError, match=match):
+    codes(params, block_size=64)
+  assert codes(params, block_size=16)["down"].block == (1, 16, 1)
+  elsewhere = jax.device_put(PARAMS["down"], NamedSharding(mesh(), P(None, None, ("data", "model"))))
+  assert codes({"down": elsewhere}, block_size=64)["down"].codes.sharding.spec == P(None, None, ("data", "model"))
+  before = codes({"down": PARAMS["down"]}, block_size=64)
+  sharded = jax.device_put(before, NamedSharding(mesh(), P()))
+  np.testing.assert_array_equal(jaxlora.dequantize(sharded)["down"], jaxlora.dequantize(before)["down"])
+
+
+def test_what_is_written_again_stays_where_it_was(alone):
+  base = codes(put(PARAMS, "both"))
+  tree = jax.tree.map(lambda node, base: node.with_parts({"base": base}), alone[0], base, is_leaf=is_leaf)
+  merged, _ = jaxlora.quant.merge_and_requantize(tree)
+  same_places(merged, base)
+  want, _ = jaxlora.quant.merge_and_requantize(alone[0])
+  for name in PARAMS:
+    assert (np.asarray(merged[name].codes) != np.asarray(want[name].codes)).mean() < 1e-3
+
+
+def test_explicit_meshes(alone):
+  """Where types say how arrays are sharded, those of codes do."""
+  with jax.set_mesh(helpers.mesh_of(jax.sharding.AxisType.Explicit, data=4, model=2)):
+    down = jax.device_put(PARAMS["down"], LAYOUTS["both"][1])
+    base = codes({"down": down})["down"]
+    assert jax.typeof(base.codes).sharding == jax.typeof(down).sharding
+    assert jax.typeof(base.scales.codes).sharding == jax.typeof(down).sharding
+    np.testing.assert_array_equal(jax.device_get(base.codes), alone[0]["down"].base.codes)
+
+
+@pytest.mark.nightly
+def test_starts_from_floats_on_a_mesh():
+  """Nightly: every device decomposes every weight."""
+  base, floats = codes(put(PARAMS, "both"), double=False), put(PARAMS, "both")
+  config = jaxlora.LoraConfig(rank=2, targets=".*", axes=AXES, init="loftq_niter_2")
+  tree = jaxlora.adapt(base, config, KEY, floats=floats)
+  same_places(jaxlora.strip(tree), base)
+  alone = jaxlora.adapt(codes(PARAMS, double=False), config, KEY, floats=PARAMS)
+  helpers.assert_close(jax.device_get(jaxlora.merge(tree)), jax.device_get(jaxlora.merge(alone)), 0.05)
+
+
+def same_places(tree, other):
+  for leaf, same in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+    assert leaf.sharding.is_equivalent_to(same.sharding, leaf.ndim)
