@@ -27,7 +27,7 @@ from jaxlora._platform import joint
 from jaxlora._platform.joint import Weight
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.wait import late, on_cpus
-from jaxlora._transform.coded import Coded, CodedProduct, formed, formed_again, product_with
+from jaxlora._transform.coded import Coded, CodedProduct, formed, formed_again, how_it_waits, product_with
 from jaxlora._transform.factored import Factored
 from jaxlora._transform.pairing import Pairing
 from jaxlora._transform.thin import Shrink
@@ -90,7 +90,8 @@ class Product:
   def again(self, w: Any, x: jax.Array) -> jax.Array:
     """The base's own product with a tangent, or, transposed, with a cotangent."""
     if isinstance(w, Coded):
-      return late(CodedProduct(Plain(self), self.policy, self.result.looping).linear, w, x, self.policy.wait_codes)
+      coded = CodedProduct(Plain(self), self.policy, self.result.looping)
+      return late(coded.linear, w, x, how_it_waits(w, self.policy))
     return self.base(x, w)
 
   def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:

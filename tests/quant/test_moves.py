@@ -23,6 +23,7 @@ MOVES = {
   "even": lambda x: x[:, ::2],
   "inner": lambda x: x[:, 1:, :-1],
   "blocks": lambda x: x[:, : max(4, x.shape[1] // 8 * 4)],
+  "later blocks": lambda x: x[:, x.shape[1] // 8 * 4 :],
   "back": lambda x: lax.rev(x, (1, 2)),
   "piece": lambda x: jnp.split(x, 2, axis=0)[1] if x.shape[0] % 2 == 0 else x,
   "inner piece": lambda x: jnp.split(x, 2, axis=1)[0] if x.shape[1] % 2 == 0 else x,
@@ -35,6 +36,27 @@ MOVES = {
 }
 
 
+def in_codes(roles="sio", **options):
+  """An array in codes, blocks of 4 along its inputs."""
+  weight = {"w": jax.random.normal(KEY, SHAPE)}
+  return jaxlora.quantize(weight, "nf4", targets="w", axes={"w": roles}, block_size=4, **options)
+
+
+def test_each_move():
+  """All of them in one program: with blocks that are cut, and with second-level scales."""
+  tree = in_codes()
+  x = jax.random.normal(KEY, (12, 12))
+  use = lambda move: lambda p: jnp.tensordot(x[: move(p["w"]).shape[0], : move(p["w"]).shape[1]], move(p["w"]), 2)
+  fns = {name: use(move) for name, move in MOVES.items()}
+  wrapped = {name: jaxlora.wrap(fn, on_materialize="error") for name, fn in fns.items()}
+  plain = jaxlora.dequantize(tree)
+  got, want = jax.jit(
+    lambda: [{name: fn(p) for name, fn in each.items()} for each, p in ((wrapped, tree), (fns, plain))]
+  )()
+  for name in MOVES:
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 @hypothesis.given(
   names=st.lists(st.sampled_from(sorted(MOVES)), min_size=1, max_size=4),
   roles=st.sampled_from(["sio", "oio", "iio", "ois"]),
@@ -44,9 +66,7 @@ MOVES = {
   max_examples=profiles.count(6, 1000), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
 )
 def test_any_moves(names, roles, double):
-  tree = jaxlora.quantize(
-    {"w": jax.random.normal(KEY, SHAPE)}, "nf4", targets="w", axes={"w": roles}, block_size=4, double=double
-  )
+  tree = in_codes(roles, double=double)
 
   def fn(p, x):
     w = p["w"]
