@@ -8,7 +8,8 @@ without touching the function; gradients, optimizer state and checkpoints hold o
     logits = apply({"params": tree}, x)
 
 What belongs together has a face of its own as well: `jaxlora.svd`, `jaxlora.arithmetic`, `jaxlora.init`,
-`jaxlora.quant`, `jaxlora.serving`, and, imported where they are used, `jaxlora.checkpoint` and `jaxlora.peft`.
+`jaxlora.quant`, `jaxlora.serving`, and, imported where they are used, `jaxlora.checkpoint`, `jaxlora.hub` and
+`jaxlora.peft`.
 """
 
 from jaxlora import arithmetic, init, serving, svd

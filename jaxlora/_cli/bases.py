@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from jaxlora._cli.orbax_base import checkpoint_folder, orbax_tensors
-from jaxlora._cli.tensors import TensorFileError, TensorFiles, open_files
 from jaxlora._files.format import FormatError
 from jaxlora._files.msgpack import msgpack_tensors
+from jaxlora._files.tensors import TensorFileError, TensorFiles, open_files
 
 _MSGPACK = "flax_model.msgpack"
 

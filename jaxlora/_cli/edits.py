@@ -10,13 +10,13 @@ import numpy as np
 
 from jaxlora._base.files import code_of
 from jaxlora._base.rounding import lost_share
-from jaxlora._cli.carried import quantisation_of
 from jaxlora._cli.result import BadFile
 from jaxlora._cli.rewrite import Edit
-from jaxlora._cli.tensors import Tensor, TensorFiles
+from jaxlora._files.carried import quantisation_of
 from jaxlora._files.format import Quantised
 from jaxlora._files.named import Neighbours
 from jaxlora._files.scaled import CODES
+from jaxlora._files.tensors import Tensor, TensorFiles
 
 # The value of a weight -> what it becomes, in the second argument's dtype.
 Change = Callable[[np.ndarray, np.dtype], np.ndarray]

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxlora._cli.bases import open_base
 from jaxlora._cli.sources import flax_paths, is_checkpoint, is_peft
-from jaxlora._cli.tensors import TensorFileError
+from jaxlora._files.tensors import TensorFileError
 from jaxlora.peft._lora_leaves import has_lora_leaves
 
 

@@ -12,15 +12,15 @@ from jaxlora._base.files import nbytes_of
 from jaxlora._base.rounding import notable
 from jaxlora._base.text import size
 from jaxlora._cli.bases import open_base
-from jaxlora._cli.carried import carry, changed_config, quantisation_of
 from jaxlora._cli.changes import changes_of
 from jaxlora._cli.edits import Weights
 from jaxlora._cli.result import BadFile, Result
 from jaxlora._cli.rewrite import Edit
-from jaxlora._cli.tensors import TensorFileError, TensorFiles
 from jaxlora._cli.write_model import write_model
+from jaxlora._files.carried import carry, changed_config, quantisation_of
 from jaxlora._files.format import FormatError
 from jaxlora._files.formats import quantised_weights
+from jaxlora._files.tensors import TensorFileError, TensorFiles
 
 
 def run_merge(options: Any) -> Result:

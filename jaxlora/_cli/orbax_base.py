@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlora._base.files import code_of, dtype_of, nbytes_of
 from jaxlora._base.text import listed
-from jaxlora._cli.tensors import TensorFileError
+from jaxlora._files.tensors import TensorFileError
 
 _METADATA = "_METADATA"
 

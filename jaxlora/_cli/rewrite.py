@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from jaxlora._base.files import StoredTensor, code_of, nbytes_of
-from jaxlora._cli.tensors import TensorFileError, TensorFiles
+from jaxlora._files.tensors import TensorFileError, TensorFiles
 
 _PIECE = 1 << 22  # bytes copied at a time
 

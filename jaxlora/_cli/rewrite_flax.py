@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxlora._base.files import StoredTensor
 from jaxlora._cli.orbax_base import write_tree
 from jaxlora._cli.rewrite import Edit, Progress, bytes_of, copy_bytes, values_of
-from jaxlora._cli.tensors import TensorFileError, TensorFiles
+from jaxlora._files.tensors import TensorFileError, TensorFiles
 
 
 def check_layout(source: TensorFiles, edits: Sequence[Edit], target: Path) -> None:

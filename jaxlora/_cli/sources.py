@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlora._adapt.fields import checked_letters, checked_mapping
 from jaxlora._cli.result import BadFile
-from jaxlora._cli.tensors import TensorFiles
+from jaxlora._files.tensors import TensorFiles
 from jaxlora.peft._names import Names, check_types
 from jaxlora.peft._parts import names_from_json
 from jaxlora.peft._records import Adapter

@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxlora._base.files import replacing
 from jaxlora._cli.rewrite import Edit, Progress, write_safetensors
 from jaxlora._cli.rewrite_flax import check_layout, write_msgpack, write_orbax
-from jaxlora._cli.tensors import TensorFileError, TensorFiles
+from jaxlora._files.tensors import TensorFileError, TensorFiles
 
 
 def write_model(

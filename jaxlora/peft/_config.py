@@ -64,7 +64,9 @@ def config_of(
     "r": rank,
     "lora_alpha": alpha,
     "lora_dropout": 0.0 if packed else dropout,
-    "target_modules": target_modules(plain, others, saved, complete=known is not None) if plain or not packed else [],
+    "target_modules": target_modules(plain, others, saved, complete=known is not None)
+    if plain
+    else _NO_MODULES[bool(packed)],
     "modules_to_save": saved or None,
     "bias": bias,
     "use_rslora": scalings == {"rslora"},
@@ -76,6 +78,11 @@ def config_of(
     "layers_to_transform": None,
     "layers_pattern": None,
   } | ({"target_parameters": _target_parameters(packed)} if packed else {})
+
+
+# `target_modules` where no module is adapted: PEFT refuses an empty list unless parameters are adapted, and knows this
+# word for files of modules that are saved whole (`peft/utils/constants.py`).
+_NO_MODULES: dict[bool, list[str] | str] = {True: [], False: "dummy-target-modules"}
 
 
 def _target_parameters(packed: Collection[str]) -> list[str]:

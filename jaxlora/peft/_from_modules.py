@@ -100,7 +100,7 @@ def tree_of_adapter(
   """`from_modules` of checked parameters, for a caller whose name its errors begin with."""
   nodes, treedef = flatten(params, is_leaf=is_leaf_node)
   leaves = dict(nodes)
-  known = _with_conv1d(known_roles(leaves, params, axes, probe), adapter, leaves)
+  known = with_conv1d(known_roles(leaves, params, axes, probe), adapter, leaves)
   problems: list[str] = []
   parts = targets_of_parts(leaves, names, known)
   adapter = named_for_leaves(adapter, leaves, parts, known, problems)
@@ -117,7 +117,7 @@ def tree_of_adapter(
   for name, module in adapter.modules.items():
     if place := places.get((name, "weight")):
       modules.setdefault(place.path, {})[place.index] = module
-  whole = _by_leaf({**adapter.bases, **adapter.whole}, places)
+  whole = by_leaf({**adapter.bases, **adapter.whole}, places)
   known, untold = with_layers(known, leaves, modules, whole, names)
   problems += untold.values()
   known_places = {key: place for key, place in places.items() if place.path not in untold}
@@ -135,7 +135,7 @@ def tree_of_adapter(
   return with_own_names(jax.tree_util.tree_unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()]))
 
 
-def _by_leaf(
+def by_leaf(
   tensors: Mapping[str, np.ndarray], places: Mapping[Key, Place]
 ) -> dict[str, dict[Index, tuple[str, np.ndarray]]]:
   """The names and tensors of parameters that have a leaf, by its path and the index along its stacked axes."""
@@ -146,7 +146,7 @@ def _by_leaf(
   return found
 
 
-def _with_conv1d(known: KnownRoles, adapter: Adapter, leaves: Mapping[str, Any]) -> KnownRoles:
+def with_conv1d(known: KnownRoles, adapter: Adapter, leaves: Mapping[str, Any]) -> KnownRoles:
   """What is known, with whether torch's modules of GPT-2's names are its Conv1D, by the adapter or else by the tree."""
   told = told_by_adapter(adapter)
   if told is None:
@@ -164,7 +164,7 @@ def _adapted_leaves(
   problems: list[str],
 ) -> dict[str, Any]:
   """The new leaves by path; modules and tensors that do not fit theirs are added to `problems`."""
-  whole = _by_leaf(adapter.whole, places)
+  whole = by_leaf(adapter.whole, places)
   new: dict[str, Any] = {}
   lost: dict[str, float] = {}
   for path, layers in modules.items():

@@ -145,20 +145,31 @@ def whole_value(path: str, leaf: Any, tensors: Mapping[Index, tuple[str, np.ndar
   for index, (name, tensor) in tensors.items():
     if any(k >= size for k, size in zip(index, stack, strict=True)):
       raise ValueError(f"{name} is layer {index}, but the leaf's shape {shape} has {stack} of them")
-    module, _, parameter = name.rpartition(".")
-    if parameter == "bias":
-      found = tensor.reshape(layer) if tensor.ndim == 1 and tensor.size == math.prod(layer) else None
-    elif parameter != "weight":
-      found = _as_it_is(name, tensor, layer)
-    else:
-      inputs_first = known.stores_inputs_first(module)
-      roles = roles_of_layer(path, layer, known, None if inputs_first else tensor.shape)
-      found = weight_from_torch(tensor, layer, roles, known.kind(path, module, roles), inputs_first)
-    if found is None:
-      hint = f". {RESIZE}" if is_resized(name, layer, tensor.shape) else ""
-      raise ValueError(f"{name} has shape {tensor.shape}, which does not fit a leaf of shape {shape}{hint}")
-    layers[index] = found.astype(leaf.dtype)
+    layers[index] = layer_from_torch(path, shape, layer, name, tensor, known).astype(leaf.dtype)
   return device_array(value)
+
+
+def layer_from_torch(
+  path: str, shape: Sequence[int], layer: Sequence[int], name: str, tensor: np.ndarray, known: KnownRoles
+) -> np.ndarray:
+  """One layer of a leaf of `shape`, in the layout of the leaf, made of the torch parameter `name`.
+
+  Raises:
+    ValueError: if it does not fit.
+  """
+  module, _, parameter = name.rpartition(".")
+  if parameter == "bias":
+    found = tensor.reshape(layer) if tensor.ndim == 1 and tensor.size == math.prod(layer) else None
+  elif parameter != "weight":
+    found = _as_it_is(name, tensor, layer)
+  else:
+    inputs_first = known.stores_inputs_first(module)
+    roles = roles_of_layer(path, layer, known, None if inputs_first else tensor.shape)
+    found = weight_from_torch(tensor, layer, roles, known.kind(path, module, roles), inputs_first)
+  if found is None:
+    hint = f". {RESIZE}" if is_resized(name, layer, tensor.shape) else ""
+    raise ValueError(f"{name} has shape {tensor.shape}, which does not fit a leaf of shape {tuple(shape)}{hint}")
+  return found
 
 
 def _as_it_is(name: str, tensor: np.ndarray, layer: Sequence[int]) -> np.ndarray | None:
@@ -169,7 +180,8 @@ def _as_it_is(name: str, tensor: np.ndarray, layer: Sequence[int]) -> np.ndarray
   """
   if tensor.shape != tuple(layer):
     return None
-  if len(set(layer)) < len(layer):
+  long = [size for size in layer if size > 1]
+  if len({*long}) < len(long):
     raise ValueError(
       f"{name} has shape {tensor.shape}, which does not tell in which order its axes are. Put the file's tensor into"
       " the merged parameters by hand, and leave it out of the file"

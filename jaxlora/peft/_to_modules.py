@@ -258,13 +258,13 @@ def _trained_whole(
   whole = {
     f"{name}.{parameter}": tensor
     for name, parameter in sorted(replaced)
-    if (tensor := _torch_tensor(*parameters[name][parameter], name, parameter, model, known, problems)) is not None
+    if (tensor := torch_tensor(*parameters[name][parameter], name, parameter, model, known, problems)) is not None
   }
   bias = "all" if bias_alone - saved - set(adapted) else "lora_only" if bias_alone - saved else "none"
   return whole, bias
 
 
-def _torch_tensor(
+def torch_tensor(
   path: str,
   index: tuple[int, ...],
   name: str,

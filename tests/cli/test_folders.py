@@ -89,7 +89,7 @@ def test_which_of_several_is_meant_has_to_be_said(run, tmp_path, hub, folders, t
   hub("model", shards=2)
   out = tmp_path / "out.safetensors"
   error = run("merge", folder, folders / "peft", out, code=1)["error"]
-  assert "found model.safetensors.index.json, model.safetensors. Pass the one that is meant as BASE" in error
+  assert "found model.safetensors.index.json, model.safetensors. Pass the one that is meant." in error
   run("merge", folder / "model.safetensors", folders / "peft", out)  # the remedy
   two = hub("one", "two", inside="others")
   assert "found one.safetensors, two.safetensors. Pass" in run("merge", two, folders / "peft", out, code=1)["error"]
@@ -103,7 +103,7 @@ def test_a_pipeline_names_its_models(run, tmp_path, hub, folders):
   hub("diffusion_pytorch_model", inside="pipeline/unet")
   (tmp_path / "pipeline" / "model_index.json").write_text("{}")
   error = run("merge", tmp_path / "pipeline", folders / "peft", tmp_path / "out", code=1)["error"]
-  assert f"pass {tmp_path / 'pipeline' / 'unet'} as BASE, for instance" in error
+  assert f"pass {tmp_path / 'pipeline' / 'unet'}, for instance" in error
   run("merge", tmp_path / "pipeline" / "unet", folders / "peft", tmp_path / "out")  # the remedy
 
 

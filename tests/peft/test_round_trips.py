@@ -131,3 +131,14 @@ def test_weights_of_conv1d_are_told_by_those_that_are_not_square(tmp_path):
   for shapes, expected in ((gpt2, (b @ a).T), (other, b @ a)):
     first = adapter.stores_inputs_first(shapes)
     np.testing.assert_allclose(adapter.merged("h.0.c_proj.weight", base, inputs_first=first), expected, rtol=1e-5)
+
+
+def test_an_adapter_of_whole_leaves_alone(tmp_path):
+  """PEFT refuses an empty `target_modules` and takes its own word for none."""
+  params = {"body": {"kernel": jnp.ones((3, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
+  tree = jaxlora.adapt(params, jaxlora.LoraConfig(targets=[], train="head/.*"), jax.random.key(0))
+  jaxlora.peft.save(tmp_path / "adapter", tree)
+  config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+  assert (config["target_modules"], config["modules_to_save"]) == ("dummy-target-modules", ["head"])
+  again = jaxlora.peft.load(tmp_path / "adapter", params)
+  jax.tree.map(np.testing.assert_array_equal, jaxlora.split(again)[1], jaxlora.split(tree)[1])

