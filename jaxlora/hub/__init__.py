@@ -6,12 +6,15 @@
     params = hub.load("model.gguf", like)              # llama.cpp's files, in floats
     hub.save("out", params, beside="SmolLM2-135M")     # safetensors, with the configuration and the tokenizer
 
+    hub.save_gguf_adapter("adapter.gguf", tree, base="model.gguf")    # for llama.cpp; load_gguf_adapter is the way back
+
 `like` is a tree of arrays or of shapes: Linen's parameters (`jax.eval_shape(model.init, ...)`), an NNX module
 (`nnx.eval_shape`). Names and layouts are those of `jaxlora.peft`.
 """
 
+from jaxlora.hub._gguf_lora import load_gguf_adapter, save_gguf_adapter
 from jaxlora.hub._load import load
 from jaxlora.hub._records import HubError
 from jaxlora.hub._save import save
 
-__all__ = ["HubError", "load", "save"]
+__all__ = ["HubError", "load", "load_gguf_adapter", "save", "save_gguf_adapter"]
