@@ -5,21 +5,25 @@ step are exact: arguments (the base is most of them), and temporary bytes over t
 interleaved rounds, over the float base's. The error of a format is that of its kernels by Frobenius' norm, the largest
 of all, and that of the logits of the batch.
 
+qwix' own LoRA on its own codes is beside them where it is installed; it cuts no tiles out of stacked kernels (--scan).
+
 With --chip the steps are compiled for a chip instead, from shapes alone, and nothing is run: what its compiler says of
 memory, and, of a TPU, its estimate of cycles.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-import functools
 from typing import Any, NamedTuple
 
 from ahead import Target, compile_for, figures
 from chips import CHIPS, NoCompilerError, device_of, stay_on_the_host
 import contestants
-from contestants import Contestant
+from contestants import Contestant, Program
 import harness
+import jax
+import jax.numpy as jnp
 import models
+import quantized_peers
 from settings import Base, Settings, add_sizes, base_shapes, make_base
 import steps
 
@@ -38,6 +42,31 @@ class Format(NamedTuple):
   block_size: int | None = 64
   double: bool = False
 
+  def program(self, base: Base) -> Program:
+    """The program of a step on the base in codes."""
+    return contestants.jaxlora_split(base._replace(params=self.params(base)))
+
+  def params(self, base: Base) -> Any:
+    """The parameters with the adapted kernels in codes."""
+    probe = lambda params: base.model.apply({"params": params}, base.batch.x)
+    options = {"block_size": self.block_size, "double": self.double, "targets": models.TARGETS, "probe": probe}
+    return jaxlora.quantize(base.params, self.format, **options)
+
+
+class Qwix(NamedTuple):
+  """A row: Google's qwix, tiles of 64."""
+
+  name: str
+  format: str
+
+  def program(self, base: Base) -> Program:
+    """The program of a step of its LoRA on its codes."""
+    return quantized_peers.qwix_step(self.format, base)
+
+  def params(self, base: Base) -> Any:
+    """The parameters in its codes, as this library reads them."""
+    return jaxlora.quant.from_qwix(quantized_peers.qwix_model(base, self.format)[1])
+
 
 FORMATS = (
   Format("nf4", "nf4"),
@@ -48,37 +77,29 @@ FORMATS = (
   Format("int8, per output", "int8", None),
   Format("fp8, per output", "fp8", None),
 )
+Row = Format | Qwix
+PEERS = (Qwix("qwix, nf4", "nf4"), Qwix("qwix, int8", "int8"))
 
 
 def named(text: str) -> list[str]:
   """The names of the formats that begin with one of some words."""
-  found = [row.name for row in FORMATS if row.name.startswith(tuple(text.split("|")))]
+  names = [row.name for row in (*FORMATS, *PEERS)]
+  found = [name for name in names if name.startswith(tuple(text.split("|")))]
   if not found:
-    raise argparse.ArgumentTypeError(f"{text!r} begins no format; expected some of {[row.name for row in FORMATS]}")
+    raise argparse.ArgumentTypeError(f"{text!r} begins no format; expected some of {names}")
   return found
 
 
-def chosen(args: argparse.Namespace) -> list[Format]:
-  """The formats that were asked for."""
-  return [row for row in FORMATS if row.name in args.formats]
+def chosen(args: argparse.Namespace) -> list[Row]:
+  """The formats that were asked for; qwix' where it is installed, on one device's layers that are not stacked."""
+  peers = PEERS if harness.installed("qwix") and not args.scan and args.chip is None else ()
+  return [row for row in (*FORMATS, *peers) if row.name in args.formats]
 
 
-def quantized(base: Base, row: Format) -> tuple[Any, Any]:
-  """The parameters with the adapted kernels in codes, and the report on that."""
-  probe = lambda params: base.model.apply({"params": params}, base.batch.x)
-  options = {"block_size": row.block_size, "double": row.double, "targets": models.TARGETS, "probe": probe}
-  return jaxlora.quantize_with_report(base.params, row.format, **options)
-
-
-def on_codes(row: Format, base: Base) -> Any:
-  """The program of a step on the base in codes."""
-  return contestants.jaxlora_split(base._replace(params=quantized(base, row)[0]))
-
-
-def candidates(rows: Sequence[Format]) -> list[Contestant]:
+def candidates(rows: Sequence[Row]) -> list[Contestant]:
   """The float base's step, then one for each format."""
   floats = Contestant(FLOATS, contestants.jaxlora_split, contestants.factor_parameters)
-  codes = [Contestant(row.name, functools.partial(on_codes, row), contestants.factor_parameters) for row in rows]
+  codes = [Contestant(row.name, row.program, contestants.factor_parameters) for row in rows]
   return [floats, *codes]
 
 
@@ -86,19 +107,36 @@ def candidates(rows: Sequence[Format]) -> list[Contestant]:
 # Figures.
 
 
-def errors(base: Base, row: Format) -> dict[str, float | None]:
+def errors(base: Base, row: Row) -> dict[str, float]:
   """What a format takes for each kernel's element, and what it loses."""
-  _, report = quantized(base, row)
+  codes = row.params(base)
+  floats = jaxlora.dequantize(codes)
+  is_codes = lambda node: isinstance(node, jaxlora.QuantizedArray)
+  nodes = jax.tree.leaves(codes, is_leaf=is_codes)
+  kernels = [k for k, node in enumerate(nodes) if is_codes(node)]
+  bits = [sum(leaf.size * bits_of(leaf.dtype) for leaf in jax.tree.leaves(nodes[k])) / nodes[k].size for k in kernels]
+  pairs = [(jax.tree.leaves(base.params)[k], jax.tree.leaves(floats)[k]) for k in kernels]
+  logits = [base.model.apply({"params": params}, base.batch.x) for params in (base.params, floats)]
   return {
-    "bytes_per_parameter": sum(leaf.bits for leaf in report.leaves) / len(report.leaves) / 8,
-    "kernel_error": max(leaf.error for leaf in report.leaves),
-    "output_error": report.output_error,
+    "bytes_per_parameter": sum(bits) / len(bits) / 8,
+    "kernel_error": max(relative_error(*pair) for pair in pairs),
+    "output_error": relative_error(*logits),
   }
 
 
-def prepare(base: Base, formats: Sequence[Format], tick: Callable[[str], Any]) -> dict[str, steps.Compiled]:
+def bits_of(dtype: Any) -> int:
+  return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
+
+
+def relative_error(before: jax.Array, after: jax.Array) -> float:
+  """`||before - after|| / ||before||`."""
+  before, after = (x.astype(jnp.float32).ravel() for x in (before, after))
+  return float(jnp.linalg.norm(before - after) / jnp.linalg.norm(before))
+
+
+def prepare(base: Base, formats: Sequence[Row], tick: Callable[[str], Any]) -> dict[str, steps.Compiled]:
   """Compiles all candidates, and checks that each starts where the floats that its codes stand for do, and trains."""
-  values = {FLOATS: base.params} | {row.name: jaxlora.dequantize(quantized(base, row)[0]) for row in formats}
+  values = {FLOATS: base.params} | {row.name: jaxlora.dequantize(row.params(base)) for row in formats}
   entries = {}
   for one in candidates(formats):
     tick(f"compiling {one.name}")
@@ -128,7 +166,7 @@ def compare(settings: Settings, args: argparse.Namespace, tick: Callable[[str], 
 
 
 def compare_for(
-  target: Target, settings: Settings, formats: Sequence[Format], tick: Callable[[str], Any]
+  target: Target, settings: Settings, formats: Sequence[Row], tick: Callable[[str], Any]
 ) -> dict[str, Any]:
   """What a chip's compiler says of all formats; nothing is run."""
   base, rows = base_shapes(settings), {}
@@ -195,7 +233,7 @@ def tables(results: dict[str, Any]) -> str:
   """The table of benchmarks/README.md."""
   head, *rows = cells(results)
   return "\n\n".join(
-    [f"{results['title']}. {harness.conditions(results)}.", harness.markdown(head, rows), remark(results)]
+    [f"{results['title']}. {harness.conditions(results, 'qwix')}.", harness.markdown(head, rows), remark(results)]
   )
 
 
@@ -219,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   parser = harness.make_parser(__file__, __doc__, "--scan --remat")
   harness.add_layers(parser)
   add_sizes(parser)
-  names = [row.name for row in FORMATS]
+  names = [row.name for row in (*FORMATS, *PEERS)]
   parser.add_argument("--only", dest="formats", type=named, default=names, help="formats that begin so: nf4|int8")
   parser.add_argument("--chip", choices=list(CHIPS), help="compile for this chip, and run nothing")
   args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
