@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora import hub, peft
+import jaxlora.checkpoint
 from tests.helpers import bench_scripts
 from tests.helpers.paths import EXAMPLES
 
-for package in ("gguf", "jinja2", "rouge_score", "scipy", "tokenizers", "tqdm"):
+for package in ("gguf", "jinja2", "rouge_score", "safetensors", "scipy", "tokenizers", "tqdm"):
   pytest.importorskip(package, reason="the language model's example needs jaxlora[llm]")
 
 PARTS = (
@@ -36,7 +38,9 @@ TEMPLATE = "{% for m in messages %}<|s|>{{ m['role'][0] + m['content'] }}<|e|>{%
 
 @pytest.fixture(scope="module")
 def llm():
-  with bench_scripts.modules("finetune", "sweep", *(f"lm.{part}" for part in PARTS), folder=EXAMPLES / "llm") as found:
+  with bench_scripts.modules(
+    "export", "finetune", "generate", "sweep", *(f"lm.{part}" for part in PARTS), folder=EXAMPLES / "llm"
+  ) as found:
     yield found
 
 
@@ -144,9 +148,6 @@ def test_padding_counts_for_nothing(llm, setup):
 
 def test_the_model_goes_to_safetensors_and_back(llm, setup, tmp_path):
   """By the names that the original's checkpoints have."""
-  pytest.importorskip("safetensors")
-  from jaxlora import hub
-
   hub.save(tmp_path / "model", setup.model)
   like = nnx.eval_shape(lambda: llm.model.Llama(setup.model.config, nnx.Rngs(0)))
   again = hub.load(tmp_path / "model", like)
@@ -250,12 +251,32 @@ def test_the_command_compares_base_lora_and_full(llm, setup, finished, capsys, m
   base, lora, full = results
   assert max(lora["loss"], full["loss"]) < base["loss"]
   assert lora["trained"] < full["trained"] == sum(leaf.size for leaf in jax.tree.leaves(setup.model))
-  assert sorted(file.suffix for file in out.iterdir()) == [".json"] * 3  # checkpoints are gone
+  assert sorted(file.suffix for file in out.iterdir()) == [".adapter", *[".json"] * 3]  # checkpoints are gone
   monkeypatch.setattr(llm.training, "train", None)  # nothing is done again
   monkeypatch.setattr(llm.runs, "evaluate", None)
   assert llm.finetune.main(args) == results
   printed = capsys.readouterr().out
   assert all(text in printed for text in ("sentence by aspect", "LoRA r=2", "by a person: 0 is hard"))
+
+
+def test_the_adapter_writes_and_is_exported(llm, setup, files, finished, tmp_path, capsys):
+  """What the run wrote is written again; and all three exports are the same merged model."""
+  _, results, out = finished
+  adapter = next(out.glob("*.adapter"))
+  question, model = setup.pairs["test"][1].question, f"--model={files[0]}"
+  limit = f"--limit={llm.rows.ANSWER}"
+  assert llm.generate.main([question, model, limit, f"--adapter={adapter}"]) == [results[1]["written"][1]]
+  llm.export.main([str(adapter), str(tmp_path / "out"), model])
+  merged = jaxlora.merge(jaxlora.checkpoint.load(adapter, setup.model))
+  for tree in (
+    hub.load(tmp_path / "out" / "merged", setup.model),
+    jaxlora.merge(peft.load(tmp_path / "out" / "peft", setup.model)),
+    jaxlora.merge(hub.load_gguf_adapter(tmp_path / "out" / "adapter.gguf", setup.model, base=files[0])),
+  ):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), tree, merged)
+  with pytest.raises(SystemExit):
+    llm.export.main([str(adapter), str(tmp_path / "out"), model])
+  assert "is there already; name another folder" in capsys.readouterr().err
 
 
 def test_the_sweep_goes_on_and_shows_its_table(llm, files, tmp_path, capsys, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import jaxlora
+from jaxlora import checkpoint
 
 from . import decoding, gguf_file, methods, papers, rows, scores, tokens, training
 from .methods import Method
@@ -104,6 +105,7 @@ def do(setup: Setup, run: Run, out: Path, quiet: bool = False) -> dict[str, Any]
     setup: the model and the data.
     run: what to do.
     out: the folder of results; `NAME.json` is written when the run is done, `NAME/` has its checkpoints until then.
+      `NAME.adapter/` is LoRA's adapter, a checkpoint of jaxlora's.
     quiet: no progress bars.
   """
   digest = harness.digest([run.settings, setup.digest])
@@ -122,6 +124,8 @@ def do(setup: Setup, run: Run, out: Path, quiet: bool = False) -> dict[str, Any]
         CHECKPOINT_EVERY, _ticker(bar),
       )  # fmt: skip
     result["trained"] = int(sum(leaf.size for leaf in jax.tree.leaves(jaxlora.split(tree)[1])))
+    if run.method.name == "lora" and not file.with_suffix(".adapter").exists():
+      checkpoint.save(file.with_suffix(".adapter"), tree)
     final = methods.plain(tree)
     del tree, base
   result |= evaluate(setup, final, run.split, run.name, quiet)
