@@ -5,18 +5,34 @@ Reading order: the record -> one policy for each platform -> which one a call ge
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxlora._base.labelled import Labelled, Result, contract
 from jaxlora._jax.by_platform import EVERYWHERE, Form, by_platform
-from jaxlora._jax.linear_call import Transpose, Transposes
+from jaxlora._jax.linear_call import Transposes
 from jaxlora._platform.codes import LookUp, by_selects, look_up_by_compiler
 from jaxlora._platform.expand import expand
 from jaxlora._platform.kept_sum import kept_sum, plain_sum, sum_once
 from jaxlora._platform.regions import Region, find_regions
 from jaxlora._platform.wait import Wait, at_once, by_barrier, by_compiler, codes_by_compiler, on_cpus
+
+
+class Forms(NamedTuple):
+  """The ways to write one function, or one transpose.
+
+  Attributes:
+    default: for any number of devices; `None` where it is known already.
+    flat: with groups of axes flattened to one, for programs of one device.
+    in_tiles: where the platform lays arrays out in tiles, as TPUs do.
+    merged: where the platform's compiler merges products of one input.
+  """
+
+  default: Any = None
+  flat: Any = None
+  in_tiles: Any = None
+  merged: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +50,8 @@ class Banks:
   loops: bool
 
 
-def _merging(fn: Callable[..., Any]) -> Form:
-  """A form that lays weights side by side: not for several devices, between which they may be split."""
+def _on_one_device(fn: Callable[..., Any]) -> Form:
+  """A form that flattens axes, or lays weights side by side: not for devices between which they may be split."""
   return Form(fn, single_device=True)
 
 
@@ -62,7 +78,8 @@ class Policy:
     rematerialises: whether the inputs of adapted products are made again in the backward pass, where that is cheap.
     widens_bases: whether the compiler makes a wider copy of a half-precision weight for its product. Such a copy is
       made again in the backward pass, and not kept.
-    flattens: whether the base's own product is written with the weight's axes flattened to two.
+    flattens: whether programs of one device have groups of axes flattened to one: a weight's, and a product's tokens.
+      Of an array that is split over devices along two of these, the compiler would gather the whole.
     shares_traces: whether layers that are alike are traced and lowered once.
     banks: see there.
     banks_in_tiles: the same for programs that are given the forms for arrays in tiles.
@@ -97,28 +114,28 @@ class Policy:
   merges: tuple[str, ...] = ()
   reason: str = dataclasses.field(default="", compare=False)
 
-  def lowered(
-    self, default: Callable[..., Any], in_tiles: Callable[..., Any], *args: Any, shared: Sequence[int] = ()
-  ) -> Any:
-    """`default(*args)`; `in_tiles(*args)`, the same, where the platform lays arrays out in tiles, as TPUs do.
+  def lowered(self, forms: Forms, *args: Any, shared: Sequence[int] = ()) -> Any:
+    """`forms.default(*args)`, or the form for the program that is lowered.
 
     Args:
-      default: a function of pytrees of arrays.
-      in_tiles: another form of it.
-      *args: its arguments.
-      shared: numbers of the flat operands that `jax.vmap` may not map in the other form.
+      forms: of pytrees of arrays.
+      *args: their arguments.
+      shared: numbers of the flat operands that `jax.vmap` may not map in the form for tiles.
     """
-    forms = {name: Form(in_tiles, shared=tuple(shared)) for name in self.tiled}
-    return by_platform(default, forms, *args) if forms else default(*args)
+    others = self._others(forms, lambda in_tiles: Form(in_tiles, shared=tuple(shared)))
+    return by_platform(forms.default, others, *args) if others else forms.default(*args)
 
-  def transposes(self, in_tiles: Transpose | None, merged: Transpose | None = None) -> Transposes:
-    """The `transposes` of a linear call: those for platforms that lay arrays out in tiles, or merge products."""
-    found = {} if in_tiles is None else dict.fromkeys(self.tiled, Form(in_tiles))
-    return found | ({} if merged is None else dict.fromkeys(self.merges, _merging(merged)))
+  def transposes(self, forms: Forms) -> Transposes:
+    """The `transposes` of a linear call, whose default is the transpose of the call itself."""
+    return self._others(forms, Form)
 
-  def lowered_merged(self, default: Callable[..., Any], merged: Callable[..., Any], *args: Any) -> Any:
-    """`default(*args)`; `merged(*args)`, the same, where the platform's compiler merges products of one input."""
-    return by_platform(default, dict.fromkeys(self.merges, _merging(merged)), *args) if self.merges else default(*args)
+  def _others(self, forms: Forms, for_tiles: Callable[[Any], Form]) -> dict[str, Form]:
+    """The forms for platforms, those for one device alone behind the others."""
+    found = {} if forms.in_tiles is None else {name: for_tiles(forms.in_tiles) for name in self.tiled}
+    found |= {} if forms.merged is None else dict.fromkeys(self.merges, _on_one_device(forms.merged))
+    if forms.flat is not None and self.flattens:
+      found.setdefault(EVERYWHERE, _on_one_device(forms.flat))
+    return found
 
   def sum(self, base: jax.Array, delta: jax.Array, looping: bool) -> jax.Array:
     """The base's product plus the low-rank part, in the base product's dtype."""

@@ -65,10 +65,7 @@ class Joined:
   norm: Any
   place: int
 
-  def __call__(
-    self, base: jax.Array, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[jax.Array]
-  ) -> jax.Array:
-    del base  # which is part of the one product
+  def __call__(self, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[jax.Array]) -> jax.Array:
     product, matrices = self.product, self.product.as_matrices(x, weight)
     if product.result.looping:
       h, b = thin[self.place], matrices.b  # they lie with tokens as the fastest axis there, and to part them is free

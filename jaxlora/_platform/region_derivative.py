@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxlora._jax.jaxpr import equation_context
 from jaxlora._jax.trace_cache import traced_once
 from jaxlora._platform.layouts import along_rows
-from jaxlora._platform.policy import Policy
+from jaxlora._platform.policy import Forms, Policy
 from jaxlora._platform.regions import Region
-from jaxlora._platform.wait import at_once, by_barrier, late, residuals_used
+from jaxlora._platform.wait import TransposeOf, at_once, by_barrier, late, residuals_used
 
 
 class Shrinks(Protocol):
@@ -28,8 +28,8 @@ class Shrinks(Protocol):
 
   def __call__(self, x: Any, factors: Sequence[Any]) -> Any: ...
 
-  def apart(self) -> "Shrinks":
-    """The same with all axes of the result apart."""
+  def flat(self) -> "Shrinks":
+    """The same for programs of one device."""
 
 
 def evaluate_region(
@@ -86,7 +86,8 @@ class _Evaluated:
     def call(values, factors):
       env = region.evaluate(values)
       result = env[region.result]
-      thin = self.policy.lowered(shrinks, shrinks.apart(), result, factors) if factors else []
+      forms = Forms(shrinks, shrinks.flat(), in_tiles=shrinks)
+      thin = self.policy.lowered(forms, result, factors) if factors else []
       return result, [env[var] for var in region.small], thin
 
     def jvp(primals, tangents):
@@ -100,9 +101,11 @@ class _Evaluated:
       of_result = region.softmax() is not None and not residuals_used(from_result, kept, steps)[place]
       chosen, wait = (from_result, self.policy.wait_softmax) if of_result else (from_root, self.policy.wait)
       rows = place if is_norm(region) and self.policy.keeps_rows else None
-      in_tiles = _TransposeApart(along(shrinks.apart(), from_result=of_result), is_norm(region), steps, rows)
-      transposes = self.policy.transposes(in_tiles)
-      d_result, d_thin = late(chosen, kept, steps, wait, transposes)
+      forms = Forms(
+        flat=TransposeOf(along(shrinks.flat(), from_result=of_result), jax.tree.structure(steps), wait),
+        in_tiles=_TransposeApart(along(shrinks, from_result=of_result), is_norm(region), steps, rows),
+      )
+      d_result, d_thin = late(chosen, kept, steps, wait, self.policy.transposes(forms))
       if not moving[1]:
         d_thin = jax.tree.map(jnp.zeros_like, thin)
       if d_result is None:

@@ -37,15 +37,19 @@ def late(
 
 @dataclasses.dataclass(frozen=True)
 class TransposeOf:
-  """The transpose of `fn(residuals, linear)`, whose residuals wait for nothing: one of `late`'s `transposes`.
+  """The transpose of `fn(residuals, linear)`: one of `late`'s `transposes`.
 
   `linear` is a pytree of the structure that `treedef` has.
   """
 
   fn: Callable[[Any, Any], Any]
   treedef: Any
+  wait: Wait | None = None  # how residuals wait for their cotangents; `None` where they need not
 
   def __call__(self, residuals: Any, cotangents: Any, types: Sequence[Any]) -> Sequence[Any]:
+    if self.wait is not None:
+      leaves, treedef = jax.tree.flatten(residuals)
+      residuals = jax.tree.unflatten(treedef, self.wait(leaves, jax.tree.leaves(cotangents)))
     along = lambda *linear: self.fn(residuals, jax.tree.unflatten(self.treedef, linear))
     return jax.linear_transpose(along, *types)(cotangents)
 

@@ -25,8 +25,8 @@ from jaxlora._base.labelled import (
 from jaxlora._jax.sizes import elements
 from jaxlora._platform import joint
 from jaxlora._platform.joint import Weight
-from jaxlora._platform.policy import Policy
-from jaxlora._platform.wait import late, on_cpus
+from jaxlora._platform.policy import Forms, Policy
+from jaxlora._platform.wait import TransposeOf, at_once, late, on_cpus
 from jaxlora._transform.coded import Coded, CodedProduct, formed, formed_again, how_it_waits, product_with
 from jaxlora._transform.factored import Factored
 from jaxlora._transform.pairing import Pairing
@@ -50,7 +50,8 @@ class Product:
     wanted: the labels of the result.
     result: what the product is to be.
     shrink: how `x` meets A.
-    looping: whether this is inside the body of a loop.
+    policy: how the products are written.
+    flattens: whether groups of axes are flattened to one, as programs of one device have them.
   """
 
   primitive: Any
@@ -67,6 +68,12 @@ class Product:
   result: Result
   shrink: Shrink
   policy: Policy
+  flattens: bool = False
+
+  def flat(self) -> "Product":
+    """The same for programs of one device."""
+    flattens = self.policy.flattens and self.result.sharding is None
+    return dataclasses.replace(self, shrink=self.shrink.flat(), flattens=flattens)
 
   @property
   def thin_result(self) -> Result:
@@ -83,9 +90,13 @@ class Product:
     """
     if isinstance(w, Coded):
       return product_with(Plain(self), x, w, self.policy, self.result.looping)
-    if self.policy.widens_bases and w.dtype.itemsize == 2 and not explicitly_sharded(x):
-      return late(lambda residuals, x: self.plain(x, residuals[0]), (w,), x, on_cpus)
-    return self.plain(x, w)
+    widened = self.policy.widens_bases and w.dtype.itemsize == 2 and not explicitly_sharded(x)
+    if not widened and not self.flat().is_flattened(x, w):
+      return self.plain(x, w)
+    along = lambda product: lambda residuals, x: product.plain(x, residuals[0])
+    wait = on_cpus if widened else at_once
+    flat = TransposeOf(along(self.flat()), jax.tree.structure(x), wait)
+    return late(along(self), (w,), x, wait, self.policy.transposes(Forms(flat=flat)))
 
   def again(self, w: Any, x: jax.Array) -> jax.Array:
     """The base's own product with a tangent, or, transposed, with a cotangent."""
@@ -95,30 +106,30 @@ class Product:
     return self.base(x, w)
 
   def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x W`."""
-    y = self.flat(x, w) if self.policy.flattens else None
-    return self.primitive.bind(*self.in_order(x, w), **dict(self.params)) if y is None else y
+    """`x W`.
 
-  def flat(self, x: jax.Array, w: jax.Array) -> jax.Array | None:
-    """The product with a weight of many axes flattened to two; `None` where that is no help.
-
-    The gradient `dx = dy W^T` is then one product, too: of a kernel with its output axes apart, `(in, heads, width)`,
-    XLA would lay out a transposed copy each time. Token axes stay apart: a mesh may shard more than one of them.
+    Flat, a weight of many axes has two. The gradient `dx = dy W^T` is then one product, too: of a kernel with its
+    output axes apart, `(in, heads, width)`, XLA would lay out a transposed copy each time.
     """
-    alike = x.dtype == w.dtype and not self.batched and not explicitly_sharded(x)
-    if self.ndim < 3 or not alike or not self.contracted:
-      return None
+    if not self.is_flattened(x, w):
+      return self.primitive.bind(*self.in_order(x, w), **dict(self.params))
     u, v, summed = merged_alike(Labelled(x, self.labels), Labelled(w, tuple(range(self.ndim))), list(self.contracted))
-    v = v.flattened(self.free)
-    if v.array.ndim > 2:
-      return None
-    y = contract(*self.in_order(u, v), summed, self.result)
+    y = contract(*self.in_order(u, v.flattened(self.free)), summed, self.result)
     return y.expanded().ordered(self.wanted)
+
+  def is_flattened(self, x: Any, w: Any) -> bool:
+    """Whether the weight is laid out as a matrix for its own product, and is none."""
+    if not self.flattens or self.ndim < 3 or self.batched or x.dtype != w.dtype or explicitly_sharded(x):
+      return False
+    weight = tuple(range(self.ndim))
+    inputs = len(self.contracted) == 1 or (is_run(self.contracted, weight) and is_run(self.contracted, self.labels))
+    outputs = len(self.free) < 2 or is_run(self.free, weight)
+    return inputs and outputs
 
   def expand(self, h: Labelled, b: jax.Array, by: Callable[..., Labelled] = contract) -> jax.Array:
     """`h B`, laid out as the result."""
     v = Labelled(b, self.second)
-    if self.policy.flattens and self.result.sharding is None:
+    if self.flattens:
       own = [d for d in self.free if d in self.second and d not in h.labels]  # not the stacked axes, which `h` has, too
       h, v = h.flattened(own_labels(h.labels)), v.flattened(own)
     y = by(*self.in_order(h, v), [RANK, *self.stack], self.result)
@@ -223,19 +234,17 @@ def product_of(
     weight_first=pairing.weight_first,
     wanted=wanted,
     result=Result(out.dtype, pairing.precision, sharding, looping),
-    shrink=shrink_of(x, w.roles, pairing, out.dtype, policy, looping, sharding),
+    shrink=shrink_of(x, w.roles, pairing, out.dtype, looping, sharding),
     policy=policy,
   )
 
 
-def shrink_of(
-  x: Any, roles: str, pairing: Pairing, dtype: Any, policy: Policy, looping: bool, sharding: Any = None
-) -> Shrink:
+def shrink_of(x: Any, roles: str, pairing: Pairing, dtype: Any, looping: bool, sharding: Any = None) -> Shrink:
   """How `x` meets the A of a weight with these roles, in a product of result `dtype`."""
   inputs = tuple(d for d in range(len(roles)) if d in pairing.contracted and roles[d] == "i")
   thin = Result(wider_dtype(x.dtype, dtype), pairing.precision, sharding, looping)
   labels, factor = pairing.input_labels(x.ndim), factor_axes(roles, "i")
-  return Shrink(labels, factor, inputs, pairing.weight_first, thin, policy.flattens)
+  return Shrink(labels, factor, inputs, pairing.weight_first, thin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,10 +30,10 @@ from jaxlora._jax.trace_cache import traced_once
 from jaxlora._platform import merged
 from jaxlora._platform.joint import Weight
 from jaxlora._platform.kept_sum import plain_sum
-from jaxlora._platform.policy import Policy
+from jaxlora._platform.policy import Forms, Policy
 from jaxlora._platform.product_forms import Joined, Moving, SideBySide, TransposeJoined, TransposeSideBySide
 from jaxlora._platform.recipes import Recipe
-from jaxlora._platform.wait import at_once, late
+from jaxlora._platform.wait import TransposeOf, at_once, late
 from jaxlora._transform.coded import Coded, along_leaves, formed
 from jaxlora._transform.product import Product
 from jaxlora._transform.thin import Shrink, Shrinks
@@ -55,6 +55,10 @@ class Products:
   @property
   def policy(self) -> Policy:
     return self.each[0].policy
+
+  def flat(self) -> "Products":
+    """The same for programs of one device."""
+    return dataclasses.replace(self, each=tuple(product.flat() for product in self.each))
 
   def __call__(
     self, x: jax.Array, thin: Sequence[Labelled], weights: Sequence[Weight], sources: Sequence[jax.Array] = ()
@@ -90,7 +94,7 @@ class Products:
 
     if not self.merges(x, weights):
       return apart(x, thin, weights, sources)
-    return self.policy.lowered_merged(apart, SideBySide(self.each), x, thin, weights, sources)
+    return self.policy.lowered(Forms(apart, merged=SideBySide(self.each)), x, thin, weights, sources)
 
   def joins(self, x: jax.Array, weights: Sequence[Weight]) -> bool:
     """Whether each of the products can be one."""
@@ -113,14 +117,17 @@ class Products:
   ) -> jax.Array:
     """One of them: two products and a sum, or one product."""
     product = self.each[k]
-    base = product.plain(x, formed(weight[0], x, product.policy, product.result.looping))
-    separately = lambda base, x, thin, weight, sources: add(base, product.expand(thin[k], weight[2], expand))
-    if not product.joins(x, weight):
-      return separately(base, x, thin, weight, sources)
-    first = 2 + len(thin)  # the weight and its factors are behind the base's product, x and h
+
+    def separately(product, x, thin, weight, sources):
+      del sources
+      base = product.plain(x, formed(weight[0], x, product.policy, product.result.looping))
+      return add(base, product.expand(thin[k], weight[2], expand))
+
+    apart, flat = (functools.partial(separately, form) for form in (product, product.flat()))
+    joined = Joined(product, self.norm, k) if product.joins(x, weight) else None
+    first = 1 + len(thin)  # the weight and its factors are behind x and every h
     shared = range(first, first + len(jax.tree.leaves(weight)))
-    joined = Joined(product, self.norm, k)
-    return self.policy.lowered(separately, joined, base, x, list(thin), weight, sources, shared=shared)
+    return self.policy.lowered(Forms(apart, flat, joined), x, list(thin), weight, sources, shared=shared)
 
   def along_bases(self, primals: Any, tangents: Any) -> list[list[jax.Array]]:
     """What each product has along its base: nothing, unless something that trains multiplies the base."""
@@ -151,11 +158,12 @@ class Products:
       for product, h, weight, moves in zip(self.each, thin, weights, moving.seconds, strict=True)
     ]
     every = moving.x and all((*moving.thin, *moving.seconds))
-    transposes = self.policy.transposes(
-      TransposeJoined(self.each, moving) if self.joins(x, weights) else None,
-      TransposeSideBySide(self.each) if every and self.merges(x, weights) else None,
+    forms = Forms(
+      flat=TransposeOf(Along(self.flat(), moving), jax.tree.structure(steps)),
+      in_tiles=TransposeJoined(self.each, moving) if self.joins(x, weights) else None,
+      merged=TransposeSideBySide(self.each) if every and self.merges(x, weights) else None,
     )
-    return late(Along(self, moving), (complete, list(weights)), steps, at_once, transposes)
+    return late(Along(self, moving), (complete, list(weights)), steps, at_once, self.policy.transposes(forms))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Shrink:
     summed: the labels that are summed.
     weight_first: whether the weight is the left operand.
     result: what `h` is to be.
-    flattens: whether groups of axes are flattened to one.
+    flattens: whether groups of axes are flattened to one, as programs of one device have them.
   """
 
   labels: tuple[Hashable, ...]
@@ -32,18 +32,18 @@ class Shrink:
   summed: tuple[Hashable, ...]
   weight_first: bool
   result: Result
-  flattens: bool
+  flattens: bool = False
 
   def __call__(self, x: jax.Array, a: jax.Array) -> Labelled:
     u, first, summed = Labelled(x, self.labels), Labelled(a, self.factor), list(self.summed)
-    if self.flattens and self.result.sharding is None:
+    if self.flattens:
       u, first, summed = merged_alike(u, first, summed)
       u = u.flattened(own_labels(self.labels))
     return contract(*((first, u) if self.weight_first else (u, first)), summed, self.result).expanded()
 
-  def apart(self) -> "Shrink":
-    """The same with all axes of `x` apart."""
-    return dataclasses.replace(self, flattens=False)
+  def flat(self) -> "Shrink":
+    """The same for programs of one device."""
+    return dataclasses.replace(self, flattens=self.result.sharding is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,6 @@ class Shrinks:
       out.update((k, Labelled(part, h.labels)) for k, part in zip(members, parts, strict=True))
     return [out[k] for k in range(len(factors))]
 
-  def apart(self) -> "Shrinks":
-    """The same with all axes of `x` apart."""
-    return Shrinks(tuple(shrink.apart() for shrink in self.each))
+  def flat(self) -> "Shrinks":
+    """The same for programs of one device."""
+    return Shrinks(tuple(shrink.flat() for shrink in self.each))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled
 from jaxlora._jax.trace_cache import traced_once
-from jaxlora._platform.policy import Policy
+from jaxlora._platform.policy import Forms, Policy
 from jaxlora._platform.recipes import Recipe
 from jaxlora._platform.wait import TransposeOf, at_once, late
 from jaxlora._transform.thin import Shrink
@@ -77,16 +77,17 @@ def _along_factor(shrink: Shrink, x: jax.Array, a: jax.Array, recipe: Recipe, po
   @jax.custom_jvp
   def h(x, a, leaves):
     del leaves
-    return policy.lowered(shrink, shrink.apart(), x, a)
+    return policy.lowered(Forms(shrink, shrink.flat(), in_tiles=shrink), x, a)
 
   def jvp(primals, tangents):
     (x, a, leaves), (_, da, _) = primals, tangents
     out = h(x, a, leaves)
     if isinstance(da, SymbolicZero):
       return out, jax.tree.map(jnp.zeros_like, out)
-    apart = lambda leaves, da: shrink.apart()(recipe.again(leaves), da)
-    transposes = policy.transposes(TransposeOf(apart, jax.tree.structure(a)))
-    return out, late(lambda leaves, da: shrink(recipe.again(leaves), da), leaves, da, recipe.wait, transposes)
+    along = lambda shrink: lambda leaves, da: shrink(recipe.again(leaves), da)
+    of_a = functools.partial(TransposeOf, treedef=jax.tree.structure(a))
+    forms = Forms(flat=of_a(along(shrink.flat()), wait=recipe.wait), in_tiles=of_a(along(shrink)))
+    return out, late(along(shrink), leaves, da, recipe.wait, policy.transposes(forms))
 
   h.defjvp(jvp, symbolic_zeros=True)
   return h(x, a, recipe.leaves)

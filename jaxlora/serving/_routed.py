@@ -13,6 +13,7 @@ from jaxlora._base.dtypes import beside
 from jaxlora._base.labelled import explicitly_sharded
 from jaxlora._base.memory import moved, space_of
 from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, While
+from jaxlora._platform.policy import Forms
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable
 from jaxlora._transform.product import product_of
 from jaxlora._transform.rule import AHEAD, Ahead, Op, only_weight, rule
@@ -97,8 +98,9 @@ def _dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   ways = way, choose_way(jnp.shape(x), w.adapters, pairing, w.routing.in_tiles())
   if ways[0] == ways[1]:
     return [op.policy.sum(base, part(way, x, w.a, w.b, w.slot), op.looping)]
-  forms = (functools.partial(part, way) for way in ways)
-  return [op.policy.sum(base, op.policy.lowered(*forms, x, w.a, w.b, w.slot), op.looping)]
+  default, in_tiles = (functools.partial(part, way) for way in ways)
+  forms = Forms(default, in_tiles=in_tiles)
+  return [op.policy.sum(base, op.policy.lowered(forms, x, w.a, w.b, w.slot), op.looping)]
 
 
 @rule("convert_element_type", kind=RoutedWeight)

@@ -136,7 +136,7 @@ def _thin(x: jax.Array, row: Row, slot: jax.Array | None) -> jax.Array:
   pairing, roles = row.pairing, row.roles
   bank = () if slot is None else (_BANK,)
   stack = [d for d in pairing.contracted if roles[d] == "s"]
-  shrink = shrink_of(x, roles, pairing, row.dtype, row.policy, row.looping)
+  shrink = shrink_of(x, roles, pairing, row.dtype, row.looping)
   h = dataclasses.replace(shrink, factor=(*bank, *shrink.factor))(x, row.a)
   if slot is not None:
     h = _own_ranks(h, slot)
