@@ -4,6 +4,7 @@ Only what a chip executes is counted: the instructions of the ENTRY computation,
 often as they run. What is inside of a fusion belongs to the fusion.
 """
 
+import collections
 from collections.abc import Iterator, Mapping
 import math
 import re
@@ -17,6 +18,7 @@ _INSTRUCTION = re.compile(r"^(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d\w*)\[(?P<shape>[\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?")
 _BODY = re.compile(r"\b(?:body|to_apply|calls)=%?([\w.\-]+)")
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
@@ -144,6 +146,16 @@ def cycles(text: str, trips: int) -> int:
   for one in executed(text, trips):
     found = _CYCLES.search(one.instruction.text)
     total += one.times * int(found[1]) if found else 0
+  return total
+
+
+def communicated(text: str, trips: int) -> collections.Counter[str]:
+  """Bytes of the results of collectives on one device, by kind."""
+  total: collections.Counter[str] = collections.Counter()
+  for one in executed(text, trips):
+    found = _COLLECTIVE.fullmatch(one.instruction.opcode)
+    if found:
+      total[found[1]] += one.times * bytes_of(one.instruction.type)
   return total
 
 

@@ -16,6 +16,7 @@ from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.memory import on_device
 from jaxlora._weight.partitioned import with_own_names
+from jaxlora._weight.placement import beside_its_base
 from jaxlora._weight.roles import laid_out, matrices
 from jaxlora._weight.start import Initializer, Start
 from jaxlora._weight.variant import variant_named
@@ -45,10 +46,13 @@ def adapt(
   modules, biases, names (`kernel` is (in, out), `weight` is taken for (out, in), `w` for (in, out)), other matrices.
   A matrix of which nothing tells is taken for (in, out). What is not certain is checked by `wrap` at the first trace.
 
+  On a mesh A lies as the contracted axes of its base do, B as the free ones, and the rank is never split.
+
   Args:
     params: any pytree of arrays: a Flax parameter dict, `flax.nnx` state, lists, dataclasses. Leaves may be
       `jax.ShapeDtypeStruct`s, as before the weights are loaded: what is made of a weight's values (leaves trained
-      whole, DoRA's magnitudes, PiSSA) is a `ShapeDtypeStruct` then, too.
+      whole, DoRA's magnitudes, PiSSA) is a `ShapeDtypeStruct` then, too; so is every part where these say how they lie
+      (`sharding=`): see `jaxlora.sharding.materialize`.
     config: what to adapt, and how.
     key: a random key, typed or raw uint32.
     probe: a function of `params` alone, such as `lambda p: model.apply({"params": p}, x)`. It is traced abstractly and
@@ -147,7 +151,7 @@ def _start(base: Any, roles: str, plan: LeafPlan, key: jax.Array, drawn: dict[An
 
 
 def _weight(base: Any, held: dict[str, Any], roles: str, plan: LeafPlan, sure: bool) -> LoraWeight:
-  return LoraWeight.from_factors(
+  weight = LoraWeight.from_factors(
     base,
     held.pop("a"),
     held.pop("b"),
@@ -159,6 +163,7 @@ def _weight(base: Any, held: dict[str, Any], roles: str, plan: LeafPlan, sure: b
     sure=sure,
     **held,
   )
+  return beside_its_base(weight)
 
 
 def _abstract(
@@ -166,22 +171,24 @@ def _abstract(
 ) -> LoraWeight:
   """The weight of a base that is only a shape and a dtype, as before the weights are loaded.
 
-  Factors that need nothing more are made. Where some part is made of the weight's values, every part is a shape and a
-  dtype, too, as `jax.eval_shape` gives them.
+  Factors that need nothing more are made. Where some part is made of the weight's values, or the base says how it is
+  to lie, every part is a shape and a dtype, too, as `jax.eval_shape` gives them.
   """
-  if not gives_both(plan.init):
+  told = is_abstract(base) and any(getattr(part, "sharding", None) is not None for part in jax.tree.leaves(base))
+  if not gives_both(plan.init) and not told:
     try:
       return _factored(base, None, roles, plan, sure, key, drawn)
     except (TypeError, AttributeError):  # what a shape gives where an array is computed with
       pass
   try:
-    return jax.eval_shape(lambda base, floats: _factored(base, floats, roles, plan, sure, key, {}), base, floats)
+    weight = jax.eval_shape(lambda base, floats: _factored(base, floats, roles, plan, sure, key, {}), base, floats)
   except jax.errors.JAXTypeError as error:
     raise ValueError(
       f"{plan.path}: found a shape and a dtype, expected an array: the variant {plan.variant!r} or its init looks at"
       " the weight's values, which no trace can give it. Adapt once the weights are loaded: the same key draws the same"
       " factors."
     ) from error
+  return beside_its_base(weight.with_parts({"base": base})) if told else weight
 
 
 def _given(both: FromWeight, start: Start, plan: LeafPlan) -> dict[str, jax.Array]:

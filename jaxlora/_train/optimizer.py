@@ -12,6 +12,7 @@ import optax
 from jaxlora._base.coded import is_coded
 from jaxlora._train.view import check_trainable, extra_in_halves, is_placeholder, trainable_half
 from jaxlora._weight.describe import is_array
+from jaxlora._weight.placement import on_the_mesh_of
 from jaxlora._weight.tree import adapted_leaves, is_half_leaf, map_adapted
 from jaxlora._weight.weight import is_adapted, parts, trained_parts, with_parts
 
@@ -109,7 +110,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     if is_placeholder(params):
       return inner.init(params)
     check_trainable(params, "optimizer")
-    return inner.init(trainable_half(params))
+    half = trainable_half(params)
+    return on_the_mesh_of(inner.init(half), half)
 
   def update(updates, state, params=None, **extra):
     if params is None:

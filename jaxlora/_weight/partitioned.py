@@ -81,7 +81,7 @@ def _named_type(plain: Any) -> Any:
 def _of_partitioned(plain: Any) -> dict[str, Any]:
   def get_partition_spec(self: Any) -> Any:
     spec = plain.get_partition_spec(self)
-    return self.replace(value=_specs(self.value, spec)) if isinstance(self.value, LoraWeight) else spec
+    return self.replace(value=specs_of_parts(self.value, spec)) if isinstance(self.value, LoraWeight) else spec
 
   def get_sharding(self: Any, mesh: Any) -> Any:
     is_spec = lambda x: isinstance(x, PartitionSpec)
@@ -94,7 +94,7 @@ def _of_variable(plain: Any) -> dict[str, Any]:
   def replace(self: Any, *values: Any, **metadata: Any) -> Any:
     """Flax's own, where `get_partition_spec` puts a spec in the place of the weight: one for every part."""
     if values and isinstance(values[0], PartitionSpec) and isinstance(_value(self), LoraWeight):
-      values = (_specs(_value(self), values[0]), *values[1:])
+      values = (specs_of_parts(_value(self), values[0]), *values[1:])
     return plain.replace(self, *values, **metadata)
 
   return {"replace": replace}
@@ -109,8 +109,8 @@ def _rebuilt(box: Any) -> Any:
   return with_own_names(box)
 
 
-def _specs(node: LoraWeight, spec: PartitionSpec) -> LoraWeight:
-  """A weight with the specs of its parts in their places."""
+def specs_of_parts(node: LoraWeight, spec: PartitionSpec) -> LoraWeight:
+  """A weight with the specs of its parts in their places, from that of its base."""
   return node.with_parts({name: _spec(node, name, spec) for name, part in node.parts().items() if part is not None})
 
 

@@ -44,8 +44,19 @@ def side_of_part(node: LoraWeight, part: str) -> str | None:
   return None
 
 
-def put_on(array: jax.Array, sharding: Any) -> jax.Array:
-  return array if sharding is None else jax.device_put(array, sharding)
+def put_on(array: Any, sharding: Any) -> Any:
+  """An array, or a shape and a dtype, that lies so; unchanged where nothing says how."""
+  if sharding is None:
+    return array
+  if isinstance(array, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+  return jax.device_put(array, sharding)
+
+
+def beside_its_base(node: LoraWeight) -> LoraWeight:
+  """The weight, freshly made, with every part where its base says; of a base that does not say, nothing moves."""
+  parts = {name: part for name, part in node.parts().items() if name != "base" and part is not None}
+  return node.with_parts({name: put_on(part, sharding_of(node, name)) for name, part in parts.items()})
 
 
 def beside_base(sharding: Any, roles: str, own: str | None) -> Any:
@@ -62,6 +73,29 @@ def beside_base(sharding: Any, roles: str, own: str | None) -> Any:
   return jax.sharding.NamedSharding(mesh, PartitionSpec())
 
 
+def on_the_mesh_of(tree: Any, like: Any) -> Any:
+  """The tree with every array that was placed nowhere on all devices of the mesh that the arrays of `like` lie on.
+
+  So an optimizer's counters: from a step they come back on the mesh, and the next step would be compiled anew for it.
+  """
+  placed = (leaf.sharding for leaf in jax.tree.leaves(like) if _is_array(leaf) and leaf.committed)
+  mesh = next((s.mesh for s in placed if isinstance(s, jax.sharding.NamedSharding) and s.num_devices > 1), None)
+  if mesh is None:
+    return tree
+  whole = jax.sharding.NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(lambda leaf: put_on(leaf, whole) if _is_array(leaf) and not leaf.committed else leaf, tree)
+
+
+def _is_array(leaf: Any) -> bool:
+  return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+def _of_type(traced: Any) -> Any:
+  """The sharding that the type of a traced array carries: on meshes of explicit axes alone."""
+  sharding = getattr(jax.typeof(traced), "sharding", None)
+  return sharding if any(axis is not None for axis in getattr(sharding, "spec", ())) else None
+
+
 def sharding_of(node: Any, part: str) -> Any:
   """Where a part of a node goes.
 
@@ -69,9 +103,12 @@ def sharding_of(node: Any, part: str) -> Any:
   of the base. `None` leaves the part to JAX, as where the base is not committed to a device.
   """
   base = jax.tree.leaves(node.base)[0] if is_coded(node.base) else node.base  # codes lie as the weight would
-  if isinstance(base, jax.Array) and not base.committed:
+  if isinstance(base, jax.core.Tracer):
+    sharding = _of_type(base)
+  elif isinstance(base, jax.Array) and not base.committed:
     return None
-  sharding = getattr(base, "sharding", None)
+  else:
+    sharding = getattr(base, "sharding", None)
   if sharding is None or part == "value":
     return sharding
   return beside_base(sharding, node.roles, side_of_part(node, part))
