@@ -1,6 +1,7 @@
 """`jaxlora convert`: each file is read once, and what comes of it is written once."""
 
 import dataclasses
+from pathlib import Path
 import re
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxlora._cli.sources import (
   shapes_of_files,
 )
 from jaxlora.checkpoint._adapter import contents, save_part
+from jaxlora.hub._gguf_lora import read_gguf_adapter, save_gguf_adapter, write_gguf_adapter
 from jaxlora.peft._folder import save, save_mlx
 from jaxlora.peft._from_modules import from_modules
 from jaxlora.peft._lora_leaves import from_lora_leaves
@@ -36,6 +38,8 @@ def run_convert(options: Any) -> Result:
   """Converts FROM to TO, whose format is the other one where nothing else is asked for."""
   if (leaves := lora_leaves(options.source)) is not None:
     return _of_lora_leaves(options, leaves, options.to or "peft")
+  if options.gguf or ".gguf" in (Path(options.source).suffix, Path(options.target).suffix):
+    return _with_gguf(options)
   files = is_peft(options.source)
   formats = ("peft", options.to or "jaxlora") if files else ("jaxlora", options.to or "peft")
   if formats == ("jaxlora", "jaxlora"):
@@ -54,9 +58,40 @@ def run_convert(options: Any) -> Result:
   return report, [f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]})"]
 
 
+def _with_gguf(options: Any) -> Result:
+  """llama.cpp's adapter -> any other format, or the other way round."""
+  source, target = Path(options.source), Path(options.target)
+  if not options.gguf:
+    raise BadFile("a GGUF adapter's names and rows are those of a model's GGUF file. Pass it: --gguf MODEL.gguf.")
+  if (source.suffix == ".gguf") == (target.suffix == ".gguf"):
+    raise BadFile(f"--gguf: expected a name that ends in .gguf for one of FROM and TO, found {source} and {target}.")
+  if options.serve or (target.suffix == ".gguf" and options.to):
+    raise BadFile(f"--{'serve' if options.serve else 'to'}: says something of other formats. Leave it out with --gguf.")
+  if source.suffix == ".gguf":
+    forms = "gguf", options.to or "peft"
+    _of_adapter(options, read_gguf_adapter(source, Path(options.gguf)), forms[1])
+  elif is_peft(options.source):
+    forms = "peft", "gguf"
+    adapter = read(options.source, adapter_name=options.adapter_name)
+    if adapter.unsupported:
+      raise fail(options.source, adapter.unsupported)
+    check_names(adapter, options.source)
+    write_gguf_adapter(target, adapter, Path(options.gguf))
+  else:
+    forms, found = ("jaxlora", "gguf"), contents(existing(options.source))
+    tree = shapes_of_base(found) | found.leaves
+    save_gguf_adapter(target, tree, base=options.gguf, names=names_of(options), axes=axes_of(options))
+  report = {"from": options.source, "to": options.target, "formats": list(forms)}
+  return report, [f"{options.source} ({forms[0]}) -> {options.target} ({forms[1]})"]
+
+
 def _of_files(options: Any, form: str) -> None:
   """An adapter in files of PEFT's or of another library -> a checkpoint of jaxlora's, or files of another library."""
-  adapter = read(options.source, adapter_name=options.adapter_name)
+  _of_adapter(options, read(options.source, adapter_name=options.adapter_name), form)
+
+
+def _of_adapter(options: Any, adapter: Adapter, form: str) -> None:
+  """An adapter in torch's modules -> a checkpoint of jaxlora's, or files of another library."""
   if form != "jaxlora":
     if adapter.unsupported:
       raise fail(options.source, adapter.unsupported)

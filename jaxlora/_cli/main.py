@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     report, lines = options.run(options)
   except ImportError as error:
-    print(f"jaxlora: {error}. Install the extra: pip install 'jaxlora[peft]'", file=sys.stderr)
+    told = "" if "jaxlora[" in str(error) else ". Install the extra: pip install 'jaxlora[peft]'"
+    print(f"jaxlora: {error}{told}", file=sys.stderr)
     return 2
   except (ValueError, OSError) as error:  # all that the library raises of files and what they hold are ValueErrors
     text = f"{error}{_as_options(str(error), options)}"
@@ -121,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     "--base",
     metavar="FILE",
     help="names and shapes of the Flax base: safetensors, msgpack, orbax, or a jaxlora checkpoint on it",
+  )
+  convert.add_argument(
+    "--gguf",
+    metavar="MODEL",
+    help="the model's GGUF file, where FROM or TO is llama.cpp's adapter, called NAME.gguf: jaxlora convert run"
+    " adapter.gguf --gguf model.gguf",
   )
   convert.add_argument("--names", metavar="FILE", help=_NAMES)
   convert.add_argument("--axes", metavar="FILE", help=_AXES)

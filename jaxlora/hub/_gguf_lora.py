@@ -54,8 +54,12 @@ def save_gguf_adapter(
   Example:
     >>> jaxlora.hub.save_gguf_adapter("adapter.gguf", tree, base="model.gguf")  # doctest: +SKIP
   """
-  adapter = to_modules(tree, names=names, axes=axes)
-  about = metadata_of(Path(base))
+  write_gguf_adapter(Path(path), to_modules(tree, names=names, axes=axes), Path(base), dtype)
+
+
+def write_gguf_adapter(path: Path, adapter: Adapter, base: Path, dtype: Any = np.float32) -> None:
+  """`save_gguf_adapter` of an adapter in torch's modules."""
+  about = metadata_of(base)
   tensors, problems = {}, [f"{name}: trained whole, and the format has factors alone" for name in adapter.whole]
   alpha = max((module.alpha for module in adapter.modules.values()), default=1.0)
   for name, module in adapter.modules.items():
@@ -74,7 +78,7 @@ def save_gguf_adapter(
       tensors[own + _B] = (b if heads is None else pairs_together(b, heads)).astype(dtype)
   if problems:
     raise failed(f"hub.save_gguf_adapter: {path}", problems)
-  _write(Path(path), tensors, about.architecture, float(alpha))
+  _write(path, tensors, about.architecture, float(alpha))
 
 
 def _write(path: Path, tensors: Mapping[str, np.ndarray], architecture: str, alpha: float) -> None:

@@ -1,12 +1,14 @@
 """Adapters in llama.cpp's files: names, permuted rows, one alpha; against NumPy, and there and back."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlora
-from jaxlora import hub
+from jaxlora import checkpoint, hub, peft
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need jaxlora[gguf]")
 
@@ -68,6 +70,41 @@ def test_merged_by_llama_cpps_rule_it_is_the_merged_model(base, tmp_path):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), jaxlora.merge(back), jaxlora.merge(tree)
   )
+
+
+def test_the_command_line_goes_all_ways(base, tmp_path, capsys):
+  pytest.importorskip("safetensors")
+  from jaxlora._cli import main
+
+  path, params = base
+  tree = adapted(params)
+  peft.save(tmp_path / "peft", tree)
+  checkpoint.save(tmp_path / "run", tree)
+  convert = lambda *words: (main(["convert", *(str(word) for word in words)]), capsys.readouterr().err)
+  at = tmp_path.joinpath
+  assert convert(at("peft"), at("a.gguf"), "--gguf", path)[0] == 0
+  assert convert(at("run"), at("b.gguf"), "--gguf", path)[0] == 0
+  jax.tree.map(np.testing.assert_array_equal, tensors_of(at("a.gguf")), tensors_of(at("b.gguf")))
+  assert convert(at("a.gguf"), at("back"), "--gguf", path)[0] == 0
+  again = peft.load(at("back"), params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), jaxlora.merge(again), jaxlora.merge(tree)
+  )
+  for words, message in (
+    ([at("peft"), at("c.gguf")], "Pass it: --gguf MODEL.gguf"),
+    ([at("peft"), at("c"), "--gguf", path], "expected a name that ends in .gguf for one of FROM and TO"),
+    ([at("peft"), at("c.gguf"), "--gguf", path, "--to", "peft"], "--to: says something of other formats"),
+  ):
+    code, said = convert(*words)
+    assert (code, message in said) == (1, True), said
+
+
+def test_without_the_package_its_extra_is_named(base, tmp_path, capsys, monkeypatch):
+  from jaxlora._cli import main
+
+  monkeypatch.setitem(sys.modules, "gguf", None)
+  assert main(["convert", str(base[0]), str(tmp_path / "out"), "--gguf", str(base[0])]) == 2
+  assert capsys.readouterr().err == "jaxlora: GGUF files need the package gguf: pip install 'jaxlora[gguf]'\n"
 
 
 def test_what_the_format_has_no_place_for(base, tmp_path):
