@@ -74,6 +74,8 @@ class Policy:
     wait_softmax: how the derivative of a softmax waits, which is made of its kept result.
     wait_codes: how the codes of a quantised weight wait, of which a product forms the weight once more.
     look_up: how codes become the values that a format's book has for them.
+    turns: the platforms whose programs are given a transposed weight of codes decoded first and turned then: codes
+      that are read across rows are read one by one.
     regions: from a jaxpr to the norms, softmaxes and activations that are differentiated as one.
     rematerialises: whether the inputs of adapted products are made again in the backward pass, where that is cheap.
     widens_bases: whether the compiler makes a wider copy of a half-precision weight for its product. Such a copy is
@@ -107,6 +109,7 @@ class Policy:
   banks_in_tiles: Banks
   wait_codes: Wait = by_barrier
   look_up: LookUp = by_selects
+  turns: tuple[str, ...] = ()
   joins: bool = True
   few_tokens: int = 1024
   keeps_rows: bool = True
@@ -128,6 +131,10 @@ class Policy:
   def transposes(self, forms: Forms) -> Transposes:
     """The `transposes` of a linear call, whose default is the transpose of the call itself."""
     return self._others(forms, Form)
+
+  def lowered_turned(self, default: Callable[..., Any], decoded_first: Callable[..., Any], node: Any) -> Any:
+    """`default(node)`; `decoded_first(node)`, the same, where that is to be."""
+    return by_platform(default, dict.fromkeys(self.turns, Form(decoded_first)), node) if self.turns else default(node)
 
   def _others(self, forms: Forms, for_tiles: Callable[[Any], Form]) -> dict[str, Form]:
     """The forms for platforms, those for one device alone behind the others."""
@@ -172,6 +179,7 @@ CPU = Policy(
   banks_in_tiles=_ACCELERATED,
   wait_codes=codes_by_compiler,
   look_up=look_up_by_compiler,
+  turns=("cpu",),
   tiled=("tpu",),
   merges=("cuda", "rocm"),
 )
@@ -180,6 +188,7 @@ GPU = dataclasses.replace(
   name="gpu",
   wait_codes=by_barrier,
   look_up=by_selects,
+  turns=(),
   add=plain_sum,
   add_once=plain_sum,
   expand=contract,

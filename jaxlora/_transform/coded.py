@@ -65,7 +65,7 @@ class Later:
 
 
 class HowCodes(Protocol):
-  """What is asked of a policy: how codes become numbers, how they wait, whether products that are alike are one."""
+  """What is asked of a policy: how codes become numbers, turn and wait, and whether products that are alike are one."""
 
   @property
   def look_up(self) -> LookUp: ...
@@ -73,6 +73,9 @@ class HowCodes(Protocol):
   def wait_codes(self) -> Wait: ...
   @property
   def shares_traces(self) -> bool: ...
+  @property
+  def turns(self) -> tuple[str, ...]: ...
+  def lowered_turned(self, default: Callable[..., Any], decoded_first: Callable[..., Any], node: Any) -> Any: ...
 
 
 @jax.tree_util.register_dataclass
@@ -88,16 +91,20 @@ class Coded:
     scalars: the other operands of what is put off.
     steps: what is put off, in order.
     varies: whether it is another one in every step of the innermost loop, so that no compiler moves its floats out.
+    turn: the order that its axes are to have in the array, where that is put off: before the steps.
   """
 
   node: Any
   scalars: tuple[Any, ...] = ()
   steps: tuple[Later, ...] = dataclasses.field(default=(), metadata={"static": True})
   varies: bool = dataclasses.field(default=False, metadata={"static": True})
+  turn: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.steps[-1].shape if self.steps else tuple(self.node.shape)
+    if self.steps:
+      return self.steps[-1].shape
+    return tuple(self.node.shape) if self.turn is None else tuple(self.node.shape[d] for d in self.turn)
 
   @property
   def dtype(self) -> Any:
@@ -134,6 +141,16 @@ class Coded:
     steps = tuple(dataclasses.replace(step, shape=tuple(node.shape)) for step in self.steps)
     return self.replace(node=node, steps=steps)
 
+  def turned(self, order: Sequence[int]) -> "Coded":
+    """The same with its axes in another order, which is put off: its parts stay as they lie."""
+    turn = tuple(order) if self.turn is None else tuple(self.turn[d] for d in order)
+    steps = tuple(dataclasses.replace(step, shape=tuple(step.shape[d] for d in order)) for step in self.steps)
+    return self.replace(turn=None if turn == tuple(range(len(turn))) else turn, steps=steps)
+
+  def settled(self) -> "Coded":
+    """The same with its parts in the order of its axes."""
+    return self if self.turn is None else self.replace(node=self.node.transpose(*self.turn), turn=None)
+
   def later(self, eqn: Any, params: dict[str, Any], args: Sequence[Any]) -> "Coded":
     """The same with an equation put off in which it is the one operand that is no scalar."""
     (place,) = (k for k, arg in enumerate(args) if arg is self)
@@ -147,7 +164,8 @@ class Coded:
     """The array in floats."""
     here = on_device(self.node)
     how = () if policy is None or not isinstance(here, QuantizedArray) else (policy.look_up,)
-    x, first = here.dequantize(*how), 0
+    decode, first = _Decoded(how, self.turn), 0
+    x = decode(here) if policy is None or self.turn is None else policy.lowered_turned(decode, decode.first, here)
     for step in self.steps:
       x, first = step(x, self.scalars[first : first + step.others]), first + step.others
     return x
@@ -156,12 +174,33 @@ class Coded:
     """What a loop over the first axis takes slices of; `None` where slices of the parts are none of the array."""
     if not self.moves:
       return None if self.steps or not _slices(self.node) else self
-    node = _whole_along_first(self.node)
-    return None if node is None else self.moved(node)
+    here = self.settled()
+    node = _whole_along_first(here.node)
+    return None if node is None else here.moved(node)
 
   def in_one_step(self) -> "Coded":
     """The slice of one step of a loop over its first axis, whose parts have been sliced."""
     return self.replace(steps=tuple(dataclasses.replace(s, shape=s.shape[1:]) for s in self.steps), varies=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoded:
+  """From a node to its floats with the axes in another order: equal for equal ways.
+
+  Attributes:
+    how: what its `dequantize` is told.
+    turn: the order; `None` for its own.
+  """
+
+  how: tuple[Any, ...]
+  turn: tuple[int, ...] | None
+
+  def __call__(self, node: Any) -> jax.Array:
+    return (node if self.turn is None else node.transpose(*self.turn)).dequantize(*self.how)
+
+  def first(self, node: Any) -> jax.Array:
+    """The same, decoded before the axes are moved."""
+    return lax.transpose(node.dequantize(*self.how), self.turn or range(node.ndim))
 
 
 def _whole_along_first(node: QuantizedArray) -> QuantizedArray | None:

@@ -49,7 +49,7 @@ def bind_coded(
     (w,) = coded
     if name in BILINEAR:
       return [_product(eqn, params, args, w, policy, looping)]
-    out = _rearranged(eqn, params, args, w)
+    out = _rearranged(eqn, params, args, w, policy)
   if out is not None:
     return out
   reason = f"no rule keeps codes through `{name}`"
@@ -67,7 +67,7 @@ def _product(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded, po
   return product_with(fn, args[1 if weight_first else 0], w, policy, looping)
 
 
-def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded) -> list[Any] | None:
+def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded, policy: Policy) -> list[Any] | None:
   """The results as coded values; `None` where the array has to be formed."""
   name = eqn.primitive.name
   if name not in (*ON_THE_HOST, *ELEMENTWISE):
@@ -75,6 +75,11 @@ def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded)
     args, w = [here if arg is w else arg for arg in args], here
   if name in IDENTITIES:
     return [jax.tree.map(lambda part: bind(eqn, [part])[0], w)]
+  if name == "transpose" and w.moves and policy.turns:
+    return [w.turned(params["permutation"])]
+  if name not in ELEMENTWISE:
+    here = w.settled()
+    args, w = [here if arg is w else arg for arg in args], here
   if name in PLACEMENTS:
     return [placed(w, params.get("sharding"))]
   if name in ELEMENTWISE:
@@ -108,6 +113,7 @@ def placed(w: Coded, sharding: Any) -> Coded:
   """A coded value whose codes lie as its array is to; its other parts are small and follow the compiler."""
   if not isinstance(w.node, QuantizedArray) or not w.moves or sharding is None:
     return w
+  w = w.settled()
   return w.moved(w.node.with_parts({"codes": lax.with_sharding_constraint(w.node.codes, sharding)}))
 
 
@@ -118,6 +124,7 @@ def _sent(value: Any, target: Any) -> Any:
   if not isinstance(value, Coded) or target is None:
     return value if target is None else jax.device_put(value, target)
   if isinstance(target, jax.sharding.NamedSharding):
+    value = value.settled()
     return jax.tree.map(lambda part: jax.device_put(part, _along(part, w=value, sharding=target)), value)
   return jax.tree.map(lambda part: jax.device_put(part, target), value)
 
@@ -154,8 +161,10 @@ def coded_specs(w: Any, spec: Any, mesh: Any) -> Any:
     return spec
   if not w.moves or w.scalars:
     return None
+  if w.turn is not None:  # its parts lie in another order
+    spec = [(*spec, *[None] * (w.ndim - len(spec)))[w.turn.index(d)] for d in range(w.ndim)]
   sizes, leaves = dict(mesh.shape), jax.tree.leaves(w)
-  found = [spec_of_part(spec, jnp.shape(leaf), w.shape, sizes) for leaf in leaves]
+  found = [spec_of_part(spec, jnp.shape(leaf), w.node.shape, sizes) for leaf in leaves]
   if any(each is None for each in found):
     return None
   specs = [jax.sharding.PartitionSpec(*each) for each in found if each is not None]

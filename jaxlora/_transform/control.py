@@ -252,8 +252,10 @@ def _with_slices(handler: Any, eqn: Any, x: Any) -> Any:
 
 def _without_steps(handler: Any, eqn: Any, y: Any) -> Any:
   """A result that a scan stacks: a quantised weight of which more is put off than casts and scalars is formed."""
-  if not isinstance(y, TracedWeight) or not isinstance(y.base, Coded) or y.base.moves:
+  if not isinstance(y, TracedWeight) or not isinstance(y.base, Coded):
     return y
+  if y.base.moves:
+    return y.replace(base=y.base.settled())
   return handler.dequantized(y, eqn, "a scan stacks what became of it")
 
 

@@ -1,5 +1,7 @@
 """Rearranged by its parts, a quantised array is the rearranged array; what its parts cannot do is put off."""
 
+import re
+
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -10,6 +12,7 @@ import pytest
 
 import jaxlora
 from jaxlora._quant.blocks import reshaped
+from tests import helpers
 from tests.helpers import profiles
 
 KEY = jax.random.key(0)
@@ -115,3 +118,33 @@ def test_from_qwix():
   assert jaxlora.quantize({"w": qarray.dequantize(other)}, "int4", targets="w") is not None
   with pytest.raises(ValueError, match="from_qwix: the tree holds no QArray"):
     jaxlora.quant.from_qwix({"w": w})
+
+
+def test_transposed_codes_are_decoded_as_they_lie_on_cpus():
+  """Read across rows, codes are read one by one: on CPUs floats are transposed, elsewhere codes are."""
+  w = jaxlora.quantize({"w": jax.random.normal(KEY, (64, 96))}, "int8", targets="w", axes={"w": "oi"}, double=False)
+  fn, x = (lambda p, x: jnp.tanh(x @ p["w"].T) * 2.0), jnp.ones((2, 96))
+  step = jax.grad(lambda x, p: jnp.sum(jaxlora.wrap(fn, on_materialize="error")(p, x)))
+  for program in (jax.jit(jaxlora.wrap(fn)).lower(w, x), jax.jit(step).lower(x, w)):
+    assert re.search(r"stablehlo.transpose.*xf32>", program.as_text())
+    assert not re.search(r"stablehlo.transpose.*xi8>", program.as_text())
+  elsewhere = jax.jit(jaxlora.wrap(fn, platform="tpu")).lower(w, x)
+  assert re.search(r"stablehlo.transpose.*xi8>", elsewhere.as_text())
+
+
+def test_transpositions_that_are_put_off():
+  """They meet loops, branches, look-ups and shapes."""
+  tree = jaxlora.quantize(
+    {"w": jax.random.normal(KEY, (3, 8, 12))}, "nf4", targets="w", axes={"w": "sio"}, block_size=4
+  )
+
+  def fn(p, x):
+    turned = p["w"].transpose(0, 2, 1)
+    _, stacked = lax.scan(lambda c, w: (c, w.T), 0, p["w"])
+    _, sums = lax.scan(lambda c, w: (c, jnp.sum(jnp.sin(x @ w))), 0, turned)
+    either = lax.cond(x[0, 0] > 0, lambda w: x @ w[0], lambda w: x @ w[1], turned)
+    rows = jnp.take(p["w"].transpose(2, 1, 0), jnp.array([1, 3]), axis=0) * 2.0
+    return jnp.einsum("bi,sio->sbo", x, stacked), sums, either, rows, x @ turned.reshape(36, 8)[:12]
+
+  both = jax.jit(lambda tree, x: (jaxlora.wrap(fn, on_materialize="ignore")(tree, x), fn(jaxlora.dequantize(tree), x)))
+  helpers.assert_close(*both(tree, jax.random.normal(KEY, (4, 12))), 1e-5)
