@@ -170,6 +170,17 @@ def _no_kernel_error(field: str, name: str, leaves: LeavesByPath) -> ValueError:
     return no_match_error(
       f"LoraConfig.{field}", name, list(leaves), rule="a name matches a run of whole path components"
     )
+  codes = [
+    f"{path} ({leaves[path].dtype})"
+    for path in others
+    if np.ndim(leaves[path]) > 1 and hasattr(leaves[path], "dtype") and jnp.issubdtype(leaves[path].dtype, jnp.integer)
+  ]
+  if codes:
+    return ValueError(
+      f"LoraConfig.{field}: {name!r} names no kernel of floats, only {listed(codes)}. Codes are a base with their"
+      " scales beside them: quantise the floats (jaxlora.quantize), or take a file's codes (jaxlora.quant.from_tensors,"
+      " jaxlora.quant.from_gguf)."
+    )
   return ValueError(
     f"LoraConfig.{field}: {name!r} names no kernel, only {listed(others)}. Name a leaf itself to adapt it all the same,"
     " or train them whole (LoraConfig.train)."

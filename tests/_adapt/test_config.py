@@ -186,6 +186,10 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
       {"params": {"norm": {"scale": jnp.ones(3)}, "w": jnp.ones((6, 4))}, "targets": ["w", "norm"]},
       r"LoraConfig\.targets: 'norm' names no kernel, only norm/scale.*LoraConfig\.train",
     ),
+    (
+      {"params": {"norm": {"kernel": jnp.ones((6, 4), jnp.int8)}, "w": jnp.ones((6, 4))}, "targets": ["norm"]},
+      r"LoraConfig\.targets: 'norm' names no kernel of floats, only norm/kernel \(int8\)\. .*\(jaxlora\.quantize\)",
+    ),
     ({"targets": QUERY, "exclude": ".*"}, r"Widen targets, or narrow exclude or train"),
     ({"rank": 5}, r"encoder/query/kernel: rank 5 is larger than the smaller side.*fan-in 6 and fan-out 4.*at most 4"),
     ({"targets": "steps"}, r"steps: dtype int32 cannot be trained; expected a floating dtype"),
@@ -201,6 +205,11 @@ def test_adapt_says_which_leaf_and_what_to_do(fields, message):
     adapt(**fields)
   assert not (callable(fields.get("targets")) and "regex" in str(caught.value))
   jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
+
+
+def test_codes_with_their_scales_are_a_kernel():
+  codes = jaxlora.quantize({"norm": {"kernel": jnp.ones((6, 4))}, "w": jnp.ones((6, 4))}, "int8")
+  assert adapt(codes, targets=["norm"])["norm"]["kernel"].a.shape == (2, 6)
 
 
 def test_no_targets_train_whole_leaves_alone():
