@@ -16,6 +16,7 @@ SCRIPTS = ("train_step", "forward", "memory", "compile_time", "serving", "varian
 MODULES = (
   *SCRIPTS,
   "harness",
+  "quantized_peers",
   "contestants",
   "settings",
   "steps",
@@ -282,9 +283,11 @@ def test_help_has_an_example(bench, capsys):
 
 @pytest.mark.nightly
 def test_quantized(run):
-  finished = run("quantized", "--layers=1", "--only=int8, per", "--rounds=1")
+  pytest.importorskip("qwix")
+  finished = run("quantized", "--layers=1", "--only=int8, per|qwix, int8", "--rounds=1")
   rows = finished.results["rows"]
   check_rows(finished, list(rows))
-  assert list(rows) == ["float base", "int8, per output"]
+  assert list(rows) == ["float base", "int8, per output", "qwix, int8"]
+  assert 0.5 < rows["qwix, int8"]["kernel_error"] / rows["int8, per output"]["kernel_error"] < 2
   assert rows["int8, per output"]["memory_over_floats"] < 1
   assert 0.005 < rows["int8, per output"]["kernel_error"] < 0.02

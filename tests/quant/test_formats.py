@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora._quant.again import encoded_as
 from jaxlora._quant.blocks import block_shape
 from tests.helpers import profiles
 
@@ -134,6 +135,23 @@ def test_any_shape_and_dtype(roles, sizes, format, dtype, size, double):
   if roles[0] == "s":
     last = formed(jax.tree.map(lambda part: np.asarray(part)[-1], found))
     np.testing.assert_allclose(np.float32(last), np.float32(values[-1]), rtol=1e-2, atol=1e-6)
+
+
+@hypothesis.given(
+  roles=st.sampled_from(ROLES),
+  sizes=st.lists(st.sampled_from([1, 2, 3, 5, 8, 12, 20]), min_size=4, max_size=4),
+  format=st.sampled_from(FORMATS),
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  size=st.sampled_from([1, 4, 7, 64, None]),
+  double=st.booleans(),
+)
+@hypothesis.settings(max_examples=profiles.count(3, 300), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+def test_any_shape_is_written_again_as_it_was(roles, sizes, format, dtype, size, double):
+  """Other floats in an array's format, blocks and levels are what quantising them with its options gives."""
+  shape = tuple(sizes[: len(roles)])
+  first, other = (jax.random.normal(jax.random.key(k), shape, dtype) for k in range(2))
+  write = lambda w: one(w, format, axes={"w": roles}, block_size=size, double=double)
+  jax.tree.map(np.testing.assert_array_equal, encoded_as(other, write(first)), write(other))
 
 
 def test_embeddings_have_blocks_along_their_features():
