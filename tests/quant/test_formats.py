@@ -151,7 +151,12 @@ def test_any_shape_is_written_again_as_it_was(roles, sizes, format, dtype, size,
   shape = tuple(sizes[: len(roles)])
   first, other = (jax.random.normal(jax.random.key(k), shape, dtype) for k in range(2))
   write = lambda w: one(w, format, axes={"w": roles}, block_size=size, double=double)
-  jax.tree.map(np.testing.assert_array_equal, encoded_as(other, write(first)), write(other))
+  found, want = encoded_as(other, write(first)), write(other)
+  assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, want)
+  assert (found.dtype, found.block) == (want.dtype, want.block)
+  np.testing.assert_array_equal(found.codes, want.codes)
+  values = [np.float32(formed(node)) for node in (found, want)]  # a mean's last bit may move a scale by one code
+  np.testing.assert_allclose(*values, atol=0.03 * np.abs(values[1]).max())
 
 
 def test_embeddings_have_blocks_along_their_features():
