@@ -149,9 +149,14 @@ def test_values(case):
 
 def test_functions_of_all_of_them():
   """Kernels in Flax's layout, adapted: values and gradients are those of the floats."""
-  kernels = {case.replace(", ", "_"): base(case)[0].T for case in FORMATS}
+  found = {case.replace(", ", "_"): base(case) for case in FORMATS}
+  kernels = {name: node.T for name, (node, _) in found.items()}
   tree = jaxlora.adapt(kernels, jaxlora.LoraConfig(rank=2, targets=".*", axes={".*": "io"}), jax.random.key(0))
-  inputs = {name: jnp.ones((2, node.shape[0])) for name, node in kernels.items()}
+  shapes = {name: (2, node.shape[0]) for name, node in kernels.items()}
+  inputs = {
+    name: helpers.normal(k, shapes[name], jnp.float32) / float(np.abs(value).sum(1).max())
+    for k, (name, (_, value)) in enumerate(found.items())
+  }
   fn = lambda p, x: sum(jnp.sum(jnp.tanh(x[name] @ p[name])) for name in x)
   helpers.check(fn, helpers.trained(tree), (inputs,), 1e-4)
 
