@@ -145,7 +145,7 @@ def test_any_shape_and_dtype(roles, sizes, format, dtype, size, double):
   size=st.sampled_from([1, 4, 7, 64, None]),
   double=st.booleans(),
 )
-@hypothesis.settings(max_examples=profiles.count(3, 300), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=profiles.count(3, 60), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
 def test_any_shape_is_written_again_as_it_was(roles, sizes, format, dtype, size, double):
   """Other floats in an array's format, blocks and levels are what quantising them with its options gives."""
   shape = tuple(sizes[: len(roles)])
