@@ -1,7 +1,7 @@
 """The forms of adapted products, and of the transpose of their derivative, that some compilers are given.
 
-TPUs take each product and its low-rank part as one (`joint.py`); GPUs take all products of one input as two
-(`merged.py`).
+TPUs take each product and its low-rank part as one (`joint.py`), in loops as a product and a short sum (`summed.py`);
+GPUs take all products of one input as two (`merged.py`).
 
 Reading order: what is known of a product -> one product -> the products of one input -> transposes.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 
 from jaxlora._base.labelled import Labelled, Result, contract
-from jaxlora._platform import joint, merged
+from jaxlora._platform import joint, merged, summed
 from jaxlora._platform.joint import Weight
 from jaxlora._platform.layouts import along_rows
 from jaxlora._platform.widened import NotWidened, widened
@@ -24,6 +24,8 @@ class Product(Protocol):
 
   @property
   def labels(self) -> tuple[Hashable, ...]: ...
+  @property
+  def ndim(self) -> int: ...
   @property
   def contracted(self) -> tuple[int, ...]: ...
   @property
@@ -51,6 +53,11 @@ class Moving:
   seconds: tuple[bool, ...]
 
 
+def read_in_place(each: Sequence[Product]) -> bool:
+  """Whether the weights are layers of a stack that their products can read: matrices as they lie, in a loop."""
+  return all(product.result.looping and product.ndim == 2 for product in each)
+
+
 @dataclasses.dataclass(frozen=True)
 class Joined:
   """One product in the form that has a single pass.
@@ -72,6 +79,9 @@ class Joined:
     else:
       h, b = joint.thin_and_second(matrices, thin, self.place)
     flat = Labelled(x, product.labels).flattened(product.contracted)
+    if read_in_place([product]) and summed.is_short(h, matrices.r):
+      y = summed.forward(matrices, flat, h, product.weight_first, product.result)
+      return y.expanded().ordered(product.wanted)
     if product.result.looping and joint.as_large_as_result(flat, matrices.k):
       y = joint.forward_apart(matrices, flat, h, product.weight_first, product.result)
       return y.expanded().ordered(product.wanted)
@@ -124,13 +134,19 @@ class TransposeJoined:
     matrices = [p.as_matrices_again(dy, weight) for p, dy, weight in triples]
     flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
     gs = [contract(dy, m.b, [m.n], p.thin_result) for p, m, dy in zip(self.each, matrices, flat, strict=True)]
-    apart = self.each[0].result.looping and joint.as_large_as_result(flat[-1], matrices[-1].n)
-    to_input = joint.transpose_input_apart if apart else joint.transpose_input
-    out = [to_input(matrices, flat, gs).expanded().ordered(self.each[0].labels)] if self.moving.x else []
+    out = [self.to_input(matrices, flat, gs).expanded().ordered(self.each[0].labels)] if self.moving.x else []
     out += [g.ordered(h.labels) for g, h, moves in zip(gs, thin, self.moving.thin, strict=True) if moves]
     for p, m, h, dy, moves in zip(self.each, matrices, thin, flat, self.moving.seconds, strict=True):
       out += [along_rows(joint.transpose_second(m, h, dy).expanded().ordered(p.second))] if moves else []
     return out
+
+  def to_input(self, matrices: Sequence[joint.Matrices], flat: Sequence[Labelled], gs: Sequence[Labelled]) -> Labelled:
+    """`dx`, in the form that suits."""
+    if read_in_place(self.each) and all(summed.is_short(g, m.r) for g, m in zip(gs, matrices, strict=True)):
+      return summed.transpose_input(matrices, flat, gs)
+    if self.each[0].result.looping and joint.as_large_as_result(flat[-1], matrices[-1].n):
+      return joint.transpose_input_apart(matrices, flat, gs)
+    return joint.transpose_input(matrices, flat, gs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,8 +202,11 @@ class Scanned(nn.Module):
     return scanned(Block(name="blocks"), x, None)[0]
 
 
-def test_a_scanned_step_lays_no_stack_of_layers_out_anew(compile_for_tpu):
-  """What the layers keep for the backward pass is one array: to copy it in each layer costs more with every layer."""
+def test_a_scanned_step_copies_no_stack_of_layers_and_no_slice_of_one(compile_for_tpu):
+  """What the layers keep for the backward pass is one array: to copy it in each layer costs more with every layer.
+
+  The weights of the MLP are read where they lie in their stacks.
+  """
   module, x = Scanned(), jnp.zeros((4, TOKENS, WIDTH), jnp.bfloat16)
   params = module.init(jax.random.key(0), x[:1, :1])["params"]
   fn = lambda p, x: module.apply({"params": p}, x)
@@ -214,6 +217,7 @@ def test_a_scanned_step_lays_no_stack_of_layers_out_anew(compile_for_tpu):
   text = compile_for_tpu(jax.value_and_grad(loss), trainable, frozen, x).as_text()
   assert " while(" in text
   assert not re.findall(rf"= bf16\[2,4,{TOKENS},{WIDTH}\]\S* copy\(", text)
+  assert not re.findall(rf"dynamic-slice\S* = bf16\[(?:1,)?(?:{WIDTH},{HIDDEN}|{HIDDEN},{WIDTH})\]", text)
 
 
 @pytest.mark.nightly
