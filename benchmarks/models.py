@@ -12,7 +12,7 @@ Params = dict[str, Any]
 HEAD_WIDTH = 64
 # The kernels that every contestant adapts, and how many of their axes (after a scanned one) are input axes. Embeddings
 # and the head are not adapted.
-INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "mlp_in": 1, "mlp_out": 1}
+INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "mlp_in": 1, "mlp_gate": 1, "mlp_out": 1}
 TARGETS = rf"(.*/)?({'|'.join(INPUT_AXES)})/kernel"
 
 

@@ -59,6 +59,8 @@ TABLES = {
   "variants": _benchmark("variants"),
   "serving": _benchmark("serving"),
   "compile_time": _benchmark("compile_time"),
+  "compiled_suite": _benchmark("compiled_suite"),
+  "seven_billion": _benchmark("seven_billion"),
   **{
     name: _benchmark("compiled", folder=name)
     for chip in ("v5e", "v5p", "v6e", "h100")
