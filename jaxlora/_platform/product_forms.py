@@ -53,9 +53,13 @@ class Moving:
   seconds: tuple[bool, ...]
 
 
-def read_in_place(each: Sequence[Product]) -> bool:
-  """Whether the weights are layers of a stack that their products can read: matrices as they lie, in a loop."""
-  return all(product.result.looping and product.ndim == 2 for product in each)
+def read_in_place(each: Sequence[Product], weights: Sequence[Weight]) -> bool:
+  """Whether the weights are layers of a stack that their products can read: matrices as they lie, in a loop.
+
+  Not codes, which are formed in any case: joined, they are formed once.
+  """
+  floats = all(isinstance(w, jax.Array) for w, _, _ in weights)
+  return floats and all(product.result.looping and product.ndim == 2 for product in each)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Joined:
     else:
       h, b = joint.thin_and_second(matrices, thin, self.place)
     flat = Labelled(x, product.labels).flattened(product.contracted)
-    if read_in_place([product]) and summed.is_short(h, matrices.r):
+    if read_in_place([product], [weight]) and summed.is_short(h, matrices.r):
       y = summed.forward(matrices, flat, h, product.weight_first, product.result)
       return y.expanded().ordered(product.wanted)
     if product.result.looping and joint.as_large_as_result(flat, matrices.k):
@@ -134,15 +138,18 @@ class TransposeJoined:
     matrices = [p.as_matrices_again(dy, weight) for p, dy, weight in triples]
     flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
     gs = [contract(dy, m.b, [m.n], p.thin_result) for p, m, dy in zip(self.each, matrices, flat, strict=True)]
-    out = [self.to_input(matrices, flat, gs).expanded().ordered(self.each[0].labels)] if self.moving.x else []
+    in_place = read_in_place(self.each, weights)
+    out = [self.to_input(matrices, flat, gs, in_place).expanded().ordered(self.each[0].labels)] if self.moving.x else []
     out += [g.ordered(h.labels) for g, h, moves in zip(gs, thin, self.moving.thin, strict=True) if moves]
     for p, m, h, dy, moves in zip(self.each, matrices, thin, flat, self.moving.seconds, strict=True):
       out += [along_rows(joint.transpose_second(m, h, dy).expanded().ordered(p.second))] if moves else []
     return out
 
-  def to_input(self, matrices: Sequence[joint.Matrices], flat: Sequence[Labelled], gs: Sequence[Labelled]) -> Labelled:
+  def to_input(
+    self, matrices: Sequence[joint.Matrices], flat: Sequence[Labelled], gs: Sequence[Labelled], in_place: bool
+  ) -> Labelled:
     """`dx`, in the form that suits."""
-    if read_in_place(self.each) and all(summed.is_short(g, m.r) for g, m in zip(gs, matrices, strict=True)):
+    if in_place and all(summed.is_short(g, m.r) for g, m in zip(gs, matrices, strict=True)):
       return summed.transpose_input(matrices, flat, gs)
     if self.each[0].result.looping and joint.as_large_as_result(flat[-1], matrices[-1].n):
       return joint.transpose_input_apart(matrices, flat, gs)
