@@ -61,6 +61,7 @@ TABLES = {
   "compile_time": _benchmark("compile_time"),
   "compiled_suite": _benchmark("compiled_suite"),
   "seven_billion": _benchmark("seven_billion"),
+  "meshes": _benchmark("meshes"),
   **{
     name: _benchmark("compiled", folder=name)
     for chip in ("v5e", "v5p", "v6e", "h100")
