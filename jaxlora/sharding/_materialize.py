@@ -35,8 +35,8 @@ def materialize(abstract: Any, make: Callable[[jax.Array], Any], key: jax.Array)
     >>> config = jaxlora.LoraConfig(rank=2)
     >>> make = lambda key: jaxlora.adapt({"kernel": jax.random.normal(key, (16, 8))}, config, key)
     >>> tree = materialize(jaxlora.adapt(abstract, config, jax.random.key(0)), make, jax.random.key(0))
-    >>> tree["kernel"].base.sharding.spec, tree["kernel"].a.sharding.spec
-    (PartitionSpec('data',), PartitionSpec(None, 'data'))
+    >>> tuple(tree["kernel"].base.sharding.spec), tuple(tree["kernel"].a.sharding.spec)
+    (('data',), (None, 'data'))
   """
   made = jax.eval_shape(make, key)
   wanted, found = (dict(flatten(tree)[0]) for tree in (abstract, made))

@@ -57,8 +57,8 @@ def specs(
     >>> params = {"kernel": jnp.ones((16, 8)), "bias": jnp.zeros(8)}
     >>> tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), jax.random.key(0))
     >>> found = specs(tree, patterns={"kernel": jax.sharding.PartitionSpec("data", "model")})
-    >>> found["kernel"].base, found["kernel"].a, found["kernel"].b
-    (PartitionSpec('data', 'model'), PartitionSpec(None, 'data'), PartitionSpec(None, 'model'))
+    >>> tuple(found["kernel"].a), tuple(found["kernel"].b)
+    ((None, 'data'), (None, 'model'))
   """
   leaves, treedef = flatten(tree, is_leaf=is_half_leaf)
   paths = [path for path, _ in leaves]

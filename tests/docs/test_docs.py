@@ -17,13 +17,14 @@ MODULES = ["jaxlora", *(module.name for module in pkgutil.walk_packages(jaxlora.
 
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.filterwarnings("default")
-def test_the_readmes_python_runs(capsys):
+def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path):
   if not README.exists():
     pytest.skip("the README is not beside the tests")
   blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
   assert len(blocks) >= 3
   assert sum(bool(line.strip()) for line in blocks[0].splitlines()) == 25  # the main job in small
   scope = {}
+  monkeypatch.chdir(tmp_path)  # what it saves
   for block in blocks:
     exec(compile(block, str(README), "exec"), scope)
   printed = capsys.readouterr().out
