@@ -10,13 +10,12 @@ data.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-import sys
 from typing import Any
 
 import jax.numpy as jnp
 from lm import baselines, tables
 from lm.methods import METHODS, Method
-from lm.runs import Run, Setup, do, prepare
+from lm.runs import Run, Setup, do, prepare, resumable
 from lm.training import Schedule
 import numpy as np
 
@@ -107,8 +106,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except KeyboardInterrupt:
-    print("Interrupted: the same command goes on where it stood.", file=sys.stderr)
-    raise SystemExit(130) from None
+  resumable(main)

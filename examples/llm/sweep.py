@@ -20,7 +20,7 @@ from typing import Any
 
 from lm import tables
 from lm.methods import Method
-from lm.runs import Run, do, prepare
+from lm.runs import Run, do, prepare, resumable
 from lm.training import Schedule
 
 SEEDS = (0, 1, 2)
@@ -121,8 +121,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except KeyboardInterrupt:
-    print("Interrupted: the same command goes on where it stood.", file=sys.stderr)
-    raise SystemExit(130) from None
+  resumable(main)

@@ -91,12 +91,13 @@ class Product:
     if isinstance(w, Coded):
       return product_with(Plain(self), x, w, self.policy, self.result.looping)
     widened = self.policy.widens_bases and w.dtype.itemsize == 2 and not explicitly_sharded(x)
-    if not widened and not self.flat().is_flattened(x, w):
+    flat = self.flat()
+    if not widened and not flat.is_flattened(x, w):
       return self.plain(x, w)
     along = lambda product: lambda residuals, x: product.plain(x, residuals[0])
     wait = on_cpus if widened else at_once
-    flat = TransposeOf(along(self.flat()), jax.tree.structure(x), wait)
-    return late(along(self), (w,), x, wait, self.policy.transposes(Forms(flat=flat)))
+    forms = Forms(flat=TransposeOf(along(flat), jax.tree.structure(x), wait))
+    return late(along(self), (w,), x, wait, self.policy.transposes(forms))
 
   def again(self, w: Any, x: jax.Array) -> jax.Array:
     """The base's own product with a tangent, or, transposed, with a cotangent."""

@@ -54,7 +54,7 @@ def materialize(abstract: Any, make: Callable[[jax.Array], Any], key: jax.Array)
 
 
 def _differences(wanted: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
-  for path in wanted.keys() | found.keys():
+  for path in wanted | found:  # in the order of the trees, on every run
     if path not in found or path not in wanted:
       yield f"{path} is {'missing' if path in wanted else 'not in the abstract tree'}"
     elif (wanted[path].shape, wanted[path].dtype) != (found[path].shape, found[path].dtype):

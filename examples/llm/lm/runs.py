@@ -70,6 +70,15 @@ class Run:
     return f"{method.name}{lora}-{schedule.rate:g}-s{schedule.seed}-{self.split}"
 
 
+def resumable(main: Callable[[], Any]) -> None:
+  """Runs a command; one that is interrupted says that it can go on."""
+  try:
+    main()
+  except KeyboardInterrupt:
+    print("Interrupted: the same command goes on where it stood.", file=sys.stderr)
+    raise SystemExit(130) from None
+
+
 def prepare(model_file: Path | None, data: Path | None, items: int, dtype: Any = jnp.float32) -> Setup:
   """Reads the model and the data.
 
