@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from lm import baselines, tables
-from lm.methods import METHODS, Method
+from lm.methods import CODES, METHODS, Method
 from lm.runs import Run, Setup, do, prepare, resumable
 from lm.training import Schedule
 import numpy as np
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
   add("--method", choices=METHODS, action="append", help="what to run, again for more of them (default: all three)")
   add("--rank", type=int, default=8, help="of LoRA (default: 8)")
   add("--targets", default="all-linear", help="all-linear, attention, or a regex over whole paths")
-  add("--base", choices=("float", "nf4", "int8", "int4", "q4_0", "fp8"), default="float", help="LoRA's frozen weights")
+  add("--base", choices=("float", *CODES), default="float", help="LoRA's frozen weights")
   add("--rate", type=float, help="peak learning rate (default: 3e-3 of LoRA, 1e-4 of full fine-tuning)")
   add("--steps", type=int, default=75, help="updates (default: 75, one epoch)")
   add("--batch", type=int, default=4, help="pairs an update (default: 4)")

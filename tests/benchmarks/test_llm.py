@@ -1,7 +1,5 @@
 """examples/llm from end to end on a tiny model in a GGUF file, its decoding and its loop against plain oracles."""
 
-import json
-from pathlib import Path
 import re
 
 from flax import nnx
@@ -13,97 +11,16 @@ import pytest
 import jaxlora
 from jaxlora import hub, peft
 import jaxlora.checkpoint
-from tests.helpers import bench_scripts
-from tests.helpers.paths import EXAMPLES
+from tests.helpers import tiny_llm
+from tests.helpers.tiny_llm import write_data, write_gguf
 
-for package in ("gguf", "jinja2", "rouge_score", "safetensors", "scipy", "tokenizers", "tqdm"):
-  pytest.importorskip(package, reason="the language model's example needs jaxlora[llm]")
-
-PARTS = (
-  "baselines",
-  "decoding",
-  "gguf_file",
-  "methods",
-  "model",
-  "papers",
-  "rows",
-  "runs",
-  "scores",
-  "tokens",
-  "training",
-)
-WIDTH, LAYERS, HEADS, KV_HEADS, MLP = 16, 2, 4, 2, 24
-TEMPLATE = "{% for m in messages %}<|s|>{{ m['role'][0] + m['content'] }}<|e|>{% endfor %}<|s|>a"
+tiny_llm.need_packages()
 
 
 @pytest.fixture(scope="module")
 def llm():
-  with bench_scripts.modules(
-    "export", "finetune", "generate", "sweep", *(f"lm.{part}" for part in PARTS), folder=EXAMPLES / "llm"
-  ) as found:
+  with tiny_llm.modules("export", "finetune", "generate", "sweep") as found:
     yield found
-
-
-def byte_tokens() -> list[str]:
-  """Byte-level BPE's letters."""
-  from tokenizers.pre_tokenizers import ByteLevel
-
-  return sorted(ByteLevel.alphabet())
-
-
-def write_gguf(path: Path, architecture: str = "llama", **changed: np.ndarray | None) -> Path:
-  """A tiny model as llama.cpp's converters write one; a tensor of `changed` replaces one, or leaves it out."""
-  import gguf
-
-  writer = gguf.GGUFWriter(path, architecture)
-  names = ["<|s|>", "<|e|>", *byte_tokens(), "it"]
-  for field, value in (
-    ("block_count", LAYERS), ("context_length", 1024), ("embedding_length", WIDTH), ("feed_forward_length", MLP),
-    ("attention.head_count", HEADS), ("attention.head_count_kv", KV_HEADS),
-  ):  # fmt: skip
-    writer.add_uint32(f"{architecture}.{field}", value)
-  writer.add_float32(f"{architecture}.rope.freq_base", 10_000.0)
-  writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-  writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre("smollm")
-  writer.add_token_list(names)
-  writer.add_token_types([3, 3, *[1] * (len(names) - 2)])
-  writer.add_token_merges(["i t"])
-  writer.add_eos_token_id(1)
-  writer.add_pad_token_id(1)
-  writer.add_chat_template(TEMPLATE)
-  generator = np.random.default_rng(0)
-  kv = WIDTH // HEADS * KV_HEADS
-  shapes = {"token_embd": (len(names), WIDTH), "output_norm": (WIDTH,)}
-  for k in range(LAYERS):
-    sizes = {"attn_q": (WIDTH, WIDTH), "attn_k": (kv, WIDTH), "attn_v": (kv, WIDTH), "attn_output": (WIDTH, WIDTH)}
-    sizes |= {"ffn_gate": (MLP, WIDTH), "ffn_up": (MLP, WIDTH), "ffn_down": (WIDTH, MLP)}
-    sizes |= {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,)}
-    shapes |= {f"blk.{k}.{name}": size for name, size in sizes.items()}
-  for name, shape in shapes.items():
-    values = generator.normal(0, 0.4, shape).astype(np.float32)
-    values = changed.get(name, values)
-    if values is not None:
-      writer.add_tensor(f"{name}.weight", values)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  return path
-
-
-def write_data(folder: Path) -> Path:
-  for split, count in (("train", 6), ("val", 2), ("test", 3)):
-    papers = [
-      {
-        "id": f"{split}{k}",
-        "sentences": {"abstract": [f"a paper of {k} .", "it ends ."]},
-        "summary": {"challenge": f"{k} is hard", "approach": "it ends", "outcome": "they win"},
-      }
-      for k in range(count)
-    ]
-    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, papers)))
-  return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 `model` (the network), `gguf_file` and `tokens` (a model's file, its tokenizer and chat template), `papers` (the data),
 `rows` (padded batches), `methods` (what trains), `training` (the loop), `decoding` and `scores` (the evaluation),
-`runs` (one run, from its settings to its result), `tables`.
+`serving` (adapters side by side), `runs` (one run, from its settings to its result), `tables`.
 
 What they share with the benchmarks (files, versions, intervals) is in `benchmarks/harness`, which is not installed:
 importing this package puts `benchmarks/` on the import path.

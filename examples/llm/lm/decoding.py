@@ -1,15 +1,18 @@
 """Greedy decoding of a batch, one program from the prompts to the answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .model import Llama, empty_cache
+from .model import Cache, Config, Llama, empty_cache
 from .rows import Example, batch, by_length
 from .tokens import Chat
+
+# Logits of the last of some tokens: `call(tokens, room, cache, at) -> (batch, 1, vocabulary), cache`.
+Call = Callable[[jax.Array, jax.Array, Cache, jax.Array | int], tuple[jax.Array, Cache]]
 
 
 @functools.partial(jax.jit, static_argnames=("limit", "end", "pad"))
@@ -27,9 +30,17 @@ def greedy(model: Llama, prompts: jax.Array, valid: jax.Array, limit: int, end: 
   Returns:
     (batch, limit) tokens, the end among them.
   """
+  call = lambda tokens, room, cache, at: model(tokens, room, last=1, cache=cache, at=at)
+  return decode(call, model.config, prompts, valid, limit, end, pad)
+
+
+def decode(
+  call: Call, config: Config, prompts: jax.Array, valid: jax.Array, limit: int, end: int, pad: int
+) -> jax.Array:
+  """The loop of `greedy`, around any call of a model: `serving` has one in which every row has its own adapter."""
   count, width = prompts.shape
   room = jnp.concatenate([valid, jnp.ones((count, limit), bool)], 1)
-  logits, cache = model(prompts, room, last=1, cache=empty_cache(model.config, count, width + limit))
+  logits, cache = call(prompts, room, empty_cache(config, count, width + limit), 0)
   answers = jnp.full((count, limit), pad, jnp.int32)
 
   def goes_on(state):
@@ -40,7 +51,7 @@ def greedy(model: Llama, prompts: jax.Array, valid: jax.Array, limit: int, end: 
     step, next, answers, cache, done = state
     answers = answers.at[:, step].set(jnp.where(done, pad, next))
     done = done | (next == end)
-    logits, cache = model(next[:, None], room, last=1, cache=cache, at=width + step)
+    logits, cache = call(next[:, None], room, cache, width + step)
     return step + 1, logits[:, -1].argmax(-1).astype(jnp.int32), answers, cache, done
 
   first = logits[:, -1].argmax(-1).astype(jnp.int32)

@@ -11,7 +11,7 @@ import jaxlora
 from .model import Llama
 
 METHODS = ("base", "lora", "full")
-FLOAT = "float"
+FLOAT, CODES = "float", ("nf4", "int8", "int4", "q4_0", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
