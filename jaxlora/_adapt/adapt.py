@@ -15,9 +15,9 @@ from jaxlora._base.coded import decoded, is_coded, type_of_leaf
 from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.memory import on_device
+from jaxlora._weight.matrices import laid_out, matrices
 from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.placement import beside_its_base
-from jaxlora._weight.roles import laid_out, matrices
 from jaxlora._weight.start import Initializer, Start
 from jaxlora._weight.variant import variant_named
 from jaxlora._weight.weight import SCALINGS, FullWeight, LoraWeight, start_subtracted

@@ -21,7 +21,8 @@ from jaxlora._base.dtypes import wide
 from jaxlora._base.matrix import frobenius, ratio
 from jaxlora._base.memory import on_device
 from jaxlora._quant.again import cannot_rewrite, encoded_as
-from jaxlora._weight.roles import laid_out, low_rank_delta, matrices
+from jaxlora._weight.matrices import laid_out, matrices
+from jaxlora._weight.roles import low_rank_delta
 from jaxlora._weight.weight import SCALINGS
 
 _SAME = 0.7  # of its norm: no format loses as much, and weights that have nothing to do with each other differ by 1.4

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlora._base.explicit import placed_by_compiler
 from jaxlora._base.matrix import matmul, orthonormal, randomised, svd
 from jaxlora._base.programs import one_program
 from jaxlora._weight.start import Initializer
@@ -108,6 +109,7 @@ class FromWeight(NamedTuple):
   cancels: bool = False
 
 
+@placed_by_compiler
 @functools.partial(one_program, static_argnums=2)
 def orthogonal(key, w, rank, scale):
   """Factors in orthogonal halves of the space of the rank: both are random, their product is zero.
@@ -128,6 +130,7 @@ def orthogonal(key, w, rank, scale):
   return matmul(q[:, 0::2].mT, first), matmul(q[:, 1::2].mT, second)
 
 
+@placed_by_compiler
 @functools.partial(jax.jit, static_argnums=2, static_argnames="iterations")
 def pissa(key, w, rank, scale, iterations=None):
   """The principal part of the weight: A = sqrt(S / scale) U^T, B = sqrt(S / scale) V^T for W = U S V^T cut at the rank.
@@ -141,6 +144,7 @@ def pissa(key, w, rank, scale, iterations=None):
   return a / root, b / root
 
 
+@placed_by_compiler
 @functools.partial(jax.jit, static_argnums=2)
 def olora(key, w, rank, scale):
   """The first columns of Q and rows of R for W^T = Q R: B = Q[:, :rank]^T, orthonormal, and A = R[:rank].

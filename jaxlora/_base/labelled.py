@@ -90,19 +90,6 @@ def contract(x: Labelled, y: Labelled, summed: Sequence[Hashable], result: Resul
   return Labelled(product, labels)
 
 
-def type_of(x: Any) -> Any:
-  """The type of an array; a type is its own."""
-  try:
-    return jax.typeof(x)
-  except TypeError:
-    return x
-
-
-def explicitly_sharded(x: Any) -> bool:
-  """Whether the type of `x` carries its sharding: flattening its axes would then have to give one, too."""
-  return any(axis is not None for axis in getattr(type_of(x).sharding, "spec", ()))
-
-
 def own_labels(labels: Sequence[Hashable]) -> list[Hashable]:
   """The labels of axes that only the input has."""
   return [label for label in labels if isinstance(label, tuple)]

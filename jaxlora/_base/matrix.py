@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wide
+from jaxlora._base.explicit import einsum, explicit_mesh, placed_by_compiler
 from jaxlora._base.programs import one_program
 
 
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
   """The product at full precision: accelerators would round its operands."""
-  return jnp.matmul(x, y, precision="highest")
+  if explicit_mesh(x, y) is None:
+    return jnp.matmul(x, y, precision="highest")
+  stack = list(range(x.ndim - 2))
+  m, k, n = range(x.ndim - 2, x.ndim + 1)
+  return einsum(x, [*stack, m, k], y, [*stack, k, n], [*stack, m, n])
 
 
 class LowRank(NamedTuple):
@@ -59,12 +64,14 @@ def _cut(found: LowRank, rank: int) -> LowRank:
   return LowRank(found.u[..., :rank], found.s[..., :rank], found.vt[..., :rank, :], ratio(gone, every))
 
 
+@placed_by_compiler
 @one_program
 def svd(x: jax.Array) -> LowRank:
   u, s, vt = jnp.linalg.svd(x, full_matrices=False)
   return LowRank(u, s, vt, jnp.zeros(s.shape[:-1], s.dtype))
 
 
+@placed_by_compiler
 @functools.partial(one_program, static_argnums=(1, 3, 4))
 def randomised(x: jax.Array, rank: int, key: jax.Array, oversample: int, iterations: int) -> LowRank:
   count = min(rank + oversample, *x.shape[-2:])
@@ -91,6 +98,7 @@ def ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
   return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
+@placed_by_compiler
 @one_program
 def product_svd(a: jax.Array, b: jax.Array) -> LowRank:
   """The decomposition of `a^T b`, (stack, in, out), for thin `a` (stack, rank, in) and `b` (stack, rank, out).

@@ -11,7 +11,7 @@ from jaxlora._cli.lora_leaves import lora_leaves
 from jaxlora._cli.norms import Measured, delta_norm, measured, measured_flat, tensor_norm
 from jaxlora._cli.result import BadFile, Result
 from jaxlora._cli.sources import existing, is_peft
-from jaxlora._weight.roles import thin
+from jaxlora._weight.matrices import thin
 from jaxlora._weight.weight import LoraWeight
 from jaxlora.checkpoint._adapter import contents
 from jaxlora.peft._read import read

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from jaxlora._base.coded import decoded, is_coded
 from jaxlora._base.dtypes import beside, inexact
+from jaxlora._base.explicit import explicitly_sharded, type_of
 from jaxlora._base.memory import moved, on_device, space_of
+from jaxlora._base.reshape import reshape
 from jaxlora._jax.control_flow import Scan, While
 from jaxlora._jax.jaxpr import varying_axes
 from jaxlora._platform.recipes import Recipe
-from jaxlora._weight.roles import factor_axes, factor_shape, low_rank_delta, times_gain
-from jaxlora._weight.weight import LoraWeight
+from jaxlora._weight.roles import RANK, factor_axes, factor_shape, low_rank_delta, times_gain
 
 ADAPTED = "base + A B was formed as one array"
 QUANTISED = "the quantised weight was formed as one array of floats"
@@ -131,7 +132,12 @@ class Factored(TracedWeight):
 
   def reshaped(self, shape: tuple[int, ...], roles: str, base: Any) -> "Factored":
     def sized(factor: jax.Array, own: str) -> jax.Array:
-      return lax.reshape(factor, factor_shape(shape, roles, own, rank_of(self, factor)))
+      new = factor_shape(shape, roles, own, rank_of(self, factor))
+      names = type_of(base).sharding.spec if explicitly_sharded(base) else None
+      axes = factor_axes(roles, own)
+      return reshape(
+        factor, new, names and jax.sharding.PartitionSpec(*(None if d == RANK else names[d] for d in axes))
+      )
 
     return self.mapped(sized, base=base, roles=roles)
 
@@ -166,7 +172,7 @@ def rank_of(w: Factored, factor: jax.Array) -> int:
   return factor.shape[w.roles.count("s")]
 
 
-def factored(weight: LoraWeight, path: str, key: jax.Array | None) -> Factored:
+def factored(weight: Any, path: str, key: jax.Array | None) -> Factored:
   """The traced weight of a `LoraWeight`: base frozen, scale folded into the smaller work."""
   dtype = weight.base.dtype
   parts = {name: part if name == "base" else on_device(part) for name, part in weight.parts().items()}

@@ -12,15 +12,14 @@ from typing import Any
 import jax
 
 from jaxlora._base.dtypes import wider_dtype
+from jaxlora._base.explicit import explicitly_sharded, type_of
 from jaxlora._base.labelled import (
   Labelled,
   Result,
   Run,
   contract,
-  explicitly_sharded,
   merged_alike,
   own_labels,
-  type_of,
 )
 from jaxlora._jax.sizes import elements
 from jaxlora._platform import joint

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from jaxlora._base.coded import decoded
 from jaxlora._base.dtypes import precise
+from jaxlora._base.explicit import einsum
 from jaxlora._base.memory import on_device
 from jaxlora._base.programs import one_program
+from jaxlora._base.reshape import reshape
 from jaxlora._weight.lora import lora_shapes, lora_start
 from jaxlora._weight.roles import RANK, factor_axes
 from jaxlora._weight.start import Start, over_outputs
@@ -28,7 +30,7 @@ def squared_norms(base: jax.Array, roles: str) -> jax.Array:
   wide = precise(base)
   summed = jnp.sum(wide * wide, axis=[d for d, role in enumerate(roles) if role == "i"], keepdims=True)
   order = [d for d, role in enumerate(roles) if role != "i"]
-  return lax.reshape(_ordered(summed, roles, order), over_outputs(jnp.shape(base), roles))
+  return reshape(_ordered(summed, roles, order), over_outputs(jnp.shape(base), roles))
 
 
 def _ordered(x: jax.Array, roles: str, order: Sequence[int]) -> jax.Array:
@@ -60,9 +62,9 @@ def change_of_squares(base: jax.Array, roles: str, a: jax.Array, b: jax.Array) -
   def second(axes: Sequence[int]) -> list[int]:
     return [other if d == rank else d for d in axes]
 
-  crossed = jnp.einsum(a, a_axes, base, list(range(len(roles))), b_axes, precision="highest")
-  gram = jnp.einsum(a, a_axes, a, second(a_axes), [*stack, rank, other], precision="highest")
-  folded = jnp.einsum(gram, [*stack, rank, other], b, second(b_axes), b_axes, precision="highest")
+  crossed = einsum(a, a_axes, base, range(len(roles)), b_axes)
+  gram = einsum(a, a_axes, a, second(a_axes), [*stack, rank, other])
+  folded = einsum(gram, [*stack, rank, other], b, second(b_axes), b_axes)
   return jnp.sum(b * (2 * crossed + folded), axis=len(stack), keepdims=True)
 
 

@@ -6,6 +6,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxlora._base.reshape import reshape
 from jaxlora._weight.lora import lora_shapes
 from jaxlora._weight.roles import fan
 from jaxlora._weight.start import Start, stack_sizes
@@ -80,7 +81,7 @@ def _lokr_factors(parts: Parts, roles: str) -> tuple[jax.Array, jax.Array]:
   second = jnp.einsum("pq,...ri->...rqpi", one, b)
   wide = columns * a.shape[-2]
   sizes = [tuple(size for size, role in zip(shape, roles, strict=True) if role == own) for own in "io"]
-  return lax.reshape(first, (*stack, wide, *sizes[0])), lax.reshape(second, (*stack, wide, *sizes[1]))
+  return reshape(first, (*stack, wide, *sizes[0])), reshape(second, (*stack, wide, *sizes[1]))
 
 
 # LyCORIS (arXiv:2309.14859), eq. 9, the second Kronecker factor a low-rank product.

@@ -63,21 +63,3 @@ def fan(shape: Sequence[int], roles: str, own: str) -> int:
 
 def axes_of(roles: str, role: str) -> list[int]:
   return [d for d, own in enumerate(roles) if own == role]
-
-
-def matrices(x: jax.Array, roles: str) -> jax.Array:
-  """An array of a weight's shape as one matrix for each stacked slice: `(stack, in, out)`."""
-  order = [axes_of(roles, role) for role in "sio"]
-  sizes = [math.prod(x.shape[d] for d in axes) for axes in order]
-  return jnp.transpose(x, [d for axes in order for d in axes]).reshape(sizes)
-
-
-def thin(factor: jax.Array, roles: str) -> jax.Array:
-  """A factor as one matrix for each stacked slice: `(stack, rank, in)` or `(stack, rank, out)`."""
-  stack = roles.count("s")
-  return factor.reshape(math.prod(factor.shape[:stack]), factor.shape[stack], -1)
-
-
-def laid_out(matrix: jax.Array, shape: Sequence[int], roles: str, own: str) -> jax.Array:
-  """The inverse of `thin`: `(stack, rank, n)` as a factor of a weight of `shape`."""
-  return matrix.reshape(factor_shape(tuple(shape), roles, own, matrix.shape[-2]))

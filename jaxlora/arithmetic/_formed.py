@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlora._base.explicit import placed_by_compiler
 from jaxlora._base.keys import leaf_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._base.programs import one_program
-from jaxlora._weight.roles import axes_of, matrices
+from jaxlora._weight.matrices import matrices
+from jaxlora._weight.roles import axes_of
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 from jaxlora.arithmetic._sums import (
   Term,
@@ -130,13 +132,15 @@ def _formed(path: str, terms: Sequence[Term], plan: Plan) -> jax.Array:
   key = None if plan.key is None else leaf_key(plan.key, path)
   stack = next((axes_of(term.node.roles, "s") for term in terms if isinstance(term.node, LoraWeight)), [])
 
-  def sparse(k: int, x: jax.Array) -> jax.Array:
+  def sparse(x: jax.Array, key: Any) -> jax.Array:
     slices = jnp.moveaxis(x, stack, range(len(stack)))
     flat = slices.reshape(math.prod(slices.shape[: len(stack)]), -1)
-    kept = merging.sparse(flat, plan.density, None if key is None else jax.random.fold_in(key, k))
+    kept = merging.sparse(flat, plan.density, key)
     return jnp.moveaxis(kept.reshape(slices.shape), range(len(stack)), stack)
 
-  return merging.total([sparse(k, x) for k, x in enumerate(weighted(terms))])
+  keys = (None if key is None else jax.random.fold_in(key, k) for k in range(len(terms)))
+  placed = placed_by_compiler(sparse, like=0)
+  return merging.total([placed(*pair) for pair in zip(weighted(terms), keys, strict=True)])
 
 
 def _low_rank_sum(path: str, total: jax.Array, terms: Sequence[Term], plan: Plan) -> tuple[LoraWeight, Row]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.dtypes import wide
 from jaxlora._base.matrix import frobenius, matmul
-from jaxlora._weight.roles import thin
+from jaxlora._weight.matrices import thin
 from jaxlora._weight.weight import LoraWeight, is_adapted
 from jaxlora.arithmetic._aligned import aligned
 from jaxlora.arithmetic._sums import Term, norm_of, weighted, widest

@@ -13,7 +13,7 @@ from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key
 from jaxlora._base.matrix import matmul, svd
 from jaxlora._base.patterns import first_match
-from jaxlora._weight.roles import thin
+from jaxlora._weight.matrices import thin
 from jaxlora._weight.weight import LoraWeight
 from jaxlora.init._options import Options, check_missing, orthonormal_rows, random_rows, rows_shape, side, without_start
 from jaxlora.init._sketch import Seen, sketcher

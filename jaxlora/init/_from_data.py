@@ -9,7 +9,7 @@ from jaxlora._base.checks import is_known
 from jaxlora._base.keys import typed_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
-from jaxlora._weight.roles import thin
+from jaxlora._weight.matrices import thin
 from jaxlora._weight.weight import LoraWeight, is_leaf_node
 from jaxlora.init._eva import eva
 from jaxlora.init._lora_ga import lora_ga

@@ -13,7 +13,7 @@ from jaxlora._base.keys import leaf_key
 from jaxlora._base.matrix import matmul, svd
 from jaxlora._base.paths import flatten
 from jaxlora._transform.wrap import wrap
-from jaxlora._weight.roles import laid_out, thin
+from jaxlora._weight.matrices import laid_out, thin
 from jaxlora._weight.weight import LoraWeight, is_leaf_node, start_subtracted
 from jaxlora.init._options import Options, check_missing, orthonormal_rows, random_rows, rows_shape, side, without_start
 

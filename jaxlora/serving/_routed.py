@@ -10,7 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.dtypes import beside
-from jaxlora._base.labelled import explicitly_sharded
+from jaxlora._base.explicit import explicitly_sharded
 from jaxlora._base.memory import moved, space_of
 from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, While
 from jaxlora._platform.policy import Forms

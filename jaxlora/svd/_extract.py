@@ -19,8 +19,9 @@ from jaxlora._base.matrix import frobenius
 from jaxlora._base.memory import on_device
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
+from jaxlora._weight.matrices import matrices
 from jaxlora._weight.partitioned import with_own_names
-from jaxlora._weight.roles import matrices
+from jaxlora._weight.placement import beside_its_base
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 from jaxlora.svd._low_rank import low_rank
 from jaxlora.svd._ranks import rank_or_energy
@@ -221,6 +222,6 @@ def _extracted(
   a, b = factors_of_svd(found, base.shape, roles, own)
   row = Row(plan.path, found.rank, frobenius(x, 2), found.error)
   if energy is not None:
-    return LoraWeight.from_factors(base, a, b, roles, dropout=plan.dropout), row
+    return beside_its_base(LoraWeight.from_factors(base, a, b, roles, dropout=plan.dropout)), row
   weight = LoraWeight.from_factors(base, a, b, roles, alpha=plan.alpha, scaling=plan.scaling, dropout=plan.dropout)
-  return weight.with_parts({"b": b / jnp.asarray(weight.scale, b.dtype)}), row
+  return beside_its_base(weight.with_parts({"b": b / jnp.asarray(weight.scale, b.dtype)})), row

@@ -8,7 +8,9 @@ import jax
 from jaxlora._base.checks import check_finite
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.matrix import LowRank, product_svd
-from jaxlora._weight.roles import axes_of, laid_out, thin
+from jaxlora._weight.matrices import laid_out, thin
+from jaxlora._weight.placement import beside_its_base
+from jaxlora._weight.roles import axes_of
 from jaxlora._weight.tree import adapted_leaves, check_adapted
 from jaxlora._weight.weight import LoraWeight, parts
 
@@ -39,7 +41,7 @@ def weight_of_svd(like: LoraWeight, found: LowRank, dtype: Any = None) -> LoraWe
   """A plain LoRA weight of scale 1 on the base of another one, whose update is `found`, (stack, in, out)."""
   dtype = dtype or wider_dtype(like.a.dtype, like.b.dtype)
   factors = factors_of_svd(found, like.base.shape, like.roles, dtype)
-  return LoraWeight.from_factors(like.base, *factors, like.roles, dropout=like.dropout, sure=like.sure)
+  return beside_its_base(LoraWeight.from_factors(like.base, *factors, like.roles, dropout=like.dropout, sure=like.sure))
 
 
 def lora_leaves(tree: Any, what: str, linear: bool = True) -> list[tuple[str, LoraWeight]]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlora._base.explicit import sharded_as
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, dropped
 from jaxlora._transform.pairing import Pairing, meeting
 from jaxlora._transform.product import Product, Weight, product_of
@@ -96,4 +97,4 @@ def gain_along(w: Factored, labels: Sequence[Any], otherwise: str) -> jax.Array:
 
 def times(x: jax.Array, gain: jax.Array) -> jax.Array:
   """`x` times a gain that lies along some of its axes, in the dtype of `x`."""
-  return x * gain.astype(x.dtype)
+  return x * sharded_as(gain.astype(x.dtype), x)
