@@ -8,11 +8,11 @@ without touching the function; gradients, optimizer state and checkpoints hold o
     logits = apply({"params": tree}, x)
 
 What belongs together has a face of its own as well: `jaxlora.svd`, `jaxlora.arithmetic`, `jaxlora.init`,
-`jaxlora.quant`, `jaxlora.serving`, `jaxlora.sharding`, and, imported where they are used, `jaxlora.checkpoint`,
-`jaxlora.hub` and `jaxlora.peft`.
+`jaxlora.losses`, `jaxlora.quant`, `jaxlora.serving`, `jaxlora.sharding`, and, imported where they are used,
+`jaxlora.checkpoint`, `jaxlora.hub` and `jaxlora.peft`.
 """
 
-from jaxlora import arithmetic, init, serving, sharding, svd
+from jaxlora import arithmetic, init, losses, serving, sharding, svd
 from jaxlora._adapt.adapt import adapt
 from jaxlora._adapt.config import LoraConfig
 from jaxlora._adapt.halves import join, split
@@ -85,6 +85,7 @@ __all__ = [
   "join",
   "labels",
   "lora_plus",
+  "losses",
   "low_rank",
   "mask",
   "merge",
