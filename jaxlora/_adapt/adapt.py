@@ -52,7 +52,8 @@ def adapt(
     params: any pytree of arrays: a Flax parameter dict, `flax.nnx` state, lists, dataclasses. Leaves may be
       `jax.ShapeDtypeStruct`s, as before the weights are loaded: what is made of a weight's values (leaves trained
       whole, DoRA's magnitudes, PiSSA) is a `ShapeDtypeStruct` then, too; so is every part where these say how they lie
-      (`sharding=`): see `jaxlora.sharding.materialize`.
+      (`sharding=`): see `jaxlora.sharding.materialize`. NumPy arrays stay NumPy's, and every call of a compiled
+      function copies them to the device: `jax.device_put(params)` does it once.
     config: what to adapt, and how.
     key: a random key, typed or raw uint32.
     probe: a function of `params` alone, such as `lambda p: model.apply({"params": p}, x)`. It is traced abstractly and

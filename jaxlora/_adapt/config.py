@@ -48,7 +48,8 @@ class LoraConfig:
       Or a function `(key, shape, dtype, fan_in, rank) -> A`, where `fan_in` is the product of the contracted axes.
       Factors that start from data: `jaxlora.init_from_data`.
     dropout: probability in [0, 1) that an element of the adapter's input is dropped while training.
-    dtype: dtype of the factors; `None` means the weight's own.
+    dtype: dtype of the factors; `None` means the weight's own: those of a bfloat16 base are bfloat16, and so are their
+      gradients and Adam's moments, unless the optimizer keeps its own. PEFT's are float32 then: `dtype="float32"`.
     variant: `"lora"`; `"lora_fa"` (A frozen); `"dora"` (a magnitude for every output, its norm a constant for the
       gradient; `"dora_exact"`: not so); `"vera"` (A and B frozen and shared, two trained vectors); `"adalora"`
       (singular values that can be pruned); `"loha"`, `"lokr"` (Hadamard and Kronecker products); or one of your own

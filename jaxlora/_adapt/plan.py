@@ -1,6 +1,6 @@
 """The plan of an adaptation: which leaves, with which roles and fields; every check, before the first array is made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import re
 from typing import Any
@@ -13,9 +13,11 @@ from jaxlora._adapt.initializers import INITIALIZERS, gives_both
 from jaxlora._adapt.layouts import Layouts
 from jaxlora._adapt.probe import study
 from jaxlora._adapt.targets import select
+from jaxlora._base.checks import is_foreign
 from jaxlora._base.dtypes import holds_factors
 from jaxlora._base.paths import flatten
 from jaxlora._base.patterns import first_match
+from jaxlora._base.text import listed
 from jaxlora._quant.array import check_quantized
 from jaxlora._weight.roles import fan
 from jaxlora._weight.variant import variant_named
@@ -59,12 +61,15 @@ def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | Non
   seen = None if probe is None else dict(zip(leaves, study(probe, params), strict=True))
   layouts = Layouts.of_tree(params, leaves, given, seen)
   targets, whole = select(config, leaves, layouts)
-  adapted, unsure = {}, set()
+  adapted, unsure, untold = {}, set(), []
   for path, leaf in leaves.items():
-    if path in targets:
-      roles, sure = _roles(path, leaf, layouts)
-      adapted[path] = roles, leaf_plan(config, path)
-      unsure |= set() if sure else {path}
+    if path in targets and (found := _roles(path, leaf, layouts)) is not None:
+      adapted[path] = found[0], leaf_plan(config, path)
+      unsure |= set() if found[1] else {path}
+    elif path in targets:
+      untold.append(path)
+  if untold:
+    raise _untold_roles(untold, leaves, layouts)
   for path, leaf in leaves.items():
     if path in adapted:
       _check_plan(path, leaf, *adapted[path])
@@ -87,6 +92,12 @@ def _floats(leaves: dict[str, Any], adapted: dict[str, tuple[str, LeafPlan]], fl
 
 
 def _check_trainable(path: str, leaf: Any) -> None:
+  if is_foreign(leaf):
+    raise ValueError(
+      f"{path}: found a {type(leaf).__name__}, expected an array of JAX or NumPy: JAX cannot trace it. Convert it"
+      " (jax.numpy.asarray), or, where it stands for an array that it makes when needed, register its type as a pytree"
+      " node with shape, dtype and dequantize(), as those of quantised bases are."
+    )
   dtype = getattr(leaf, "dtype", type(leaf).__name__)
   if not hasattr(leaf, "dtype") or not jnp.issubdtype(dtype, jnp.inexact):
     raise ValueError(
@@ -95,8 +106,8 @@ def _check_trainable(path: str, leaf: Any) -> None:
     )
 
 
-def _roles(path: str, leaf: Any, layouts: Layouts) -> tuple[str, bool]:
-  """The roles of a leaf, and whether they are certain."""
+def _roles(path: str, leaf: Any, layouts: Layouts) -> tuple[str, bool] | None:
+  """The roles of a leaf, and whether they are certain; `None` where nothing tells them."""
   _check_trainable(path, leaf)
   shape = tuple(leaf.shape)
   if len(shape) < 2:
@@ -115,19 +126,28 @@ def _roles(path: str, leaf: Any, layouts: Layouts) -> tuple[str, bool]:
   if (clue := layouts.clue(path, len(shape))) is not None:
     return clue.roles, clue.proven
   seen = None if layouts.seen is None else layouts.seen[path]
-  if len(shape) == 2 and (seen is None or not seen.is_something_else):
-    return "io", False
-  remedy = f"Say them: LoraConfig(axes={{{re.escape(path)!r}: 'one of i, o, s per axis'}})"
-  if seen is None:
-    raise ValueError(
-      f"{path}: shape {shape} has {len(shape)} axes, and nothing tells which are contracted. {remedy}, or pass"
+  return ("io", False) if len(shape) == 2 and (seen is None or not seen.is_something_else) else None
+
+
+def _untold_roles(paths: Sequence[str], leaves: dict[str, Any], layouts: Layouts) -> ValueError:
+  """The error for leaves whose roles nothing tells: all of them."""
+  path, *others = paths
+  shape = tuple(leaves[path].shape)
+  more = [f"{other} {tuple(leaves[other].shape)}" for other in others]
+  also = f"; nor those of {listed(more, 12)}" if more else ""
+  each = "Say them" if not others else "Say them, with an entry for each or a pattern for several"
+  remedy = f"{each}: LoraConfig(axes={{{re.escape(path)!r}: 'one of i, o, s per axis'}})"
+  if layouts.seen is None:
+    return ValueError(
+      f"{path}: shape {shape} has {len(shape)} axes, and nothing tells which are contracted{also}. {remedy}, or pass"
       " probe=lambda p: model.apply({'params': p}, x) to adapt, which learns them from one abstract trace."
     )
+  seen = layouts.seen[path]
   how = (
     f"the probe uses it in {', '.join(sorted(set(seen.used)))}" if seen.used else "the probe does not multiply by it"
   )
-  raise ValueError(
-    f"{path}: shape {shape}: no product tells which axes are contracted: {how}. {remedy}, train it whole"
+  return ValueError(
+    f"{path}: shape {shape}: no product tells which axes are contracted: {how}{also}. {remedy}, train it whole"
     " (LoraConfig.train), or exclude it."
   )
 

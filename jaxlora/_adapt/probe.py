@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlora._adapt.evidence import INPUT, NONE, Evidence, Label, Seen, joined, unknown
 from jaxlora._adapt.observer import Observer
+from jaxlora._base.checks import is_foreign
 from jaxlora._base.coded import is_coded, type_of_leaf
 from jaxlora._jax.control_flow import Branches, Scan, Structure, Unreadable, While
 from jaxlora._transform.interpreter import Handler, interpret
@@ -32,7 +33,11 @@ def study(probe: Callable[[Any], Any], params: Any) -> list[Evidence]:
   """
   leaves, treedef = jax.tree_util.tree_flatten(params, is_leaf=is_coded)
   leaves = [*map(type_of_leaf, leaves)]
-  arrays = {k: leaf for k, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+  arrays = {
+    k: leaf
+    for k, leaf in enumerate(leaves)
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not is_foreign(leaf)
+  }
 
   def flat(arrays: dict[int, Any]) -> list[Any]:
     out = probe(jax.tree_util.tree_unflatten(treedef, [arrays.get(k, leaf) for k, leaf in enumerate(leaves)]))

@@ -4,12 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora._base.coded import type_of_leaf
 from jaxlora._base.paths import flatten
 from jaxlora._base.sizes import bytes_of
-from jaxlora._base.text import size, table
+from jaxlora._base.text import folded, size, table
 from jaxlora._weight.tree import check_adapted
 from jaxlora._weight.weight import LoraWeight, is_adapted, is_leaf_node, parts, trained_parts
 
@@ -54,6 +56,7 @@ class Summary:
     base_bytes, trainable_bytes: sizes in memory.
     optimizer_bytes: two moments (Adam) of the trainable leaves.
     full_optimizer_bytes: the same for full fine-tuning.
+    host_bytes: those of NumPy arrays, which every call of a compiled function copies to the device.
   """
 
   leaves: tuple[LeafSummary, ...]
@@ -64,6 +67,7 @@ class Summary:
   trainable_bytes: int
   optimizer_bytes: int
   full_optimizer_bytes: int
+  host_bytes: int = 0
 
   @property
   def saved(self) -> float:
@@ -71,32 +75,47 @@ class Summary:
     return _saved(self.trainable_parameters, self.adapted_parameters)
 
   def __str__(self) -> str:
-    rows = [("leaf", "shape", "roles", "rank", "scale", "A", "B", "trained", "of", "change")]
-    for leaf in self.leaves:
-      rows.append(
-        (
-          leaf.path,
-          " x ".join(map(str, leaf.shape)),
-          leaf.roles or "whole",
-          "-" if leaf.rank is None else str(leaf.rank),
-          "-" if leaf.scale is None else f"{leaf.scale:g}",
-          f"{leaf.a_parameters:,}",
-          f"{leaf.b_parameters:,}",
-          f"{leaf.trainable_parameters:,}",
-          f"{leaf.base_parameters:,}",
-          _fewer(_saved(leaf.trainable_parameters, leaf.base_parameters)),
-        )
-      )
+    return self.text()
+
+  def text(self, *, fold: bool = True) -> str:
+    """The table.
+
+    Args:
+      fold: whether layers that are alike are one row, `layers_{0-29}/...`, with the figures of each.
+    """
+    head = ("leaf", "shape", "roles", "rank", "scale", "A", "B", "trained", "of", "change")
+    rows = [_row(leaf) for leaf in self.leaves]
     share = 1 - _saved(self.trainable_parameters, self.total_parameters)
     return "\n".join(
       [
-        table(rows),
+        table([head, *(folded(rows) if fold else rows)]),
         f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%});"
         f" {_fewer(self.saved)} than the {self.adapted_parameters:,} of the leaves above",
         f"base {size(self.base_bytes)}, adapter {size(self.trainable_bytes)}, Adam's moments"
         f" {size(self.optimizer_bytes)} (full fine-tuning: {size(self.full_optimizer_bytes)})",
+        *_on_the_host(self.host_bytes),
       ]
     )
+
+
+def _row(leaf: LeafSummary) -> tuple[str, ...]:
+  return (
+    leaf.path,
+    " x ".join(map(str, leaf.shape)),
+    leaf.roles or "whole",
+    "-" if leaf.rank is None else str(leaf.rank),
+    "-" if leaf.scale is None else f"{leaf.scale:g}",
+    f"{leaf.a_parameters:,}",
+    f"{leaf.b_parameters:,}",
+    f"{leaf.trainable_parameters:,}",
+    f"{leaf.base_parameters:,}",
+    _fewer(_saved(leaf.trainable_parameters, leaf.base_parameters)),
+  )
+
+
+def _on_the_host(count: int) -> list[str]:
+  """What is said of arrays that are NumPy's."""
+  return [f"{size(count)} are NumPy arrays, copied to the device by every call: jax.device_put(tree)"] if count else []
 
 
 def _saved(trained: int, of: int) -> float:
@@ -155,6 +174,7 @@ def summary(tree: Any) -> Summary:
     trainable_bytes=bytes_of(trained),
     optimizer_bytes=_ADAM_MOMENTS * bytes_of(trained),
     full_optimizer_bytes=_ADAM_MOMENTS * bytes_of([*map(type_of_leaf, bases)]),
+    host_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if isinstance(leaf, np.ndarray)),
   )
 
 

@@ -1,5 +1,6 @@
 """Which leaves a config picks: patterns, presets, and the evidence on the tree."""
 
+from collections.abc import Iterable
 import re
 from typing import Any
 import warnings
@@ -10,6 +11,7 @@ import numpy as np
 from jaxlora._adapt.config import LoraConfig
 from jaxlora._adapt.fields import ALL_LINEAR, ATTENTION
 from jaxlora._adapt.layouts import Layouts
+from jaxlora._base.checks import is_foreign
 from jaxlora._base.paths import components
 from jaxlora._base.patterns import Pattern, name_matches, no_match_error
 from jaxlora._base.text import listed
@@ -74,11 +76,22 @@ def _targets(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts, whole: 
     )
     _warn_of_unknown_products(picked | whole | excluded, leaves, layouts)
   if not picked:
-    raise ValueError(
-      f"LoraConfig.targets: the preset {config.targets!r} finds nothing among {listed(list(leaves))}. Name the leaves"
-      " by a regex over whole paths, or pass probe= so that their use tells."
-    )
+    raise _preset_finds_nothing(config.targets, leaves, layouts)
   return picked
+
+
+def _preset_finds_nothing(preset: str, leaves: LeavesByPath, layouts: Layouts) -> ValueError:
+  """The error for a preset without a leaf: what could be none, and what else tells."""
+  said = f"LoraConfig.targets: the preset {preset!r} finds nothing among {listed(list(leaves))}."
+  if codes := _codes(leaves, leaves):
+    return ValueError(f"{said} {listed(codes)}: integers are no kernels. {_SCALES_BESIDE}")
+  if foreign := [f"{path} (a {type(leaf).__name__})" for path, leaf in leaves.items() if is_foreign(leaf)]:
+    return ValueError(
+      f"{said} JAX cannot trace {listed(foreign)}: expected arrays of JAX or NumPy. Convert them (jax.numpy.asarray)."
+    )
+  if layouts.seen is None:
+    return ValueError(f"{said} Name the leaves by a regex over whole paths, or pass probe= so that their use tells.")
+  return ValueError(f"{said} The probe multiplies by none of them. Name the leaves by a regex over whole paths.")
 
 
 def _all_linear(kernels: set[str], layouts: Layouts) -> set[str]:
@@ -170,21 +183,24 @@ def _no_kernel_error(field: str, name: str, leaves: LeavesByPath) -> ValueError:
     return no_match_error(
       f"LoraConfig.{field}", name, list(leaves), rule="a name matches a run of whole path components"
     )
-  codes = [
-    f"{path} ({leaves[path].dtype})"
-    for path in others
-    if np.ndim(leaves[path]) > 1 and hasattr(leaves[path], "dtype") and jnp.issubdtype(leaves[path].dtype, jnp.integer)
-  ]
-  if codes:
-    return ValueError(
-      f"LoraConfig.{field}: {name!r} names no kernel of floats, only {listed(codes)}. Codes are a base with their"
-      " scales beside them: quantise the floats (jaxlora.quantize), or take a file's codes (jaxlora.quant.from_tensors,"
-      " jaxlora.quant.from_gguf)."
-    )
+  if codes := _codes(others, leaves):
+    return ValueError(f"LoraConfig.{field}: {name!r} names no kernel of floats, only {listed(codes)}. {_SCALES_BESIDE}")
   return ValueError(
     f"LoraConfig.{field}: {name!r} names no kernel, only {listed(others)}. Name a leaf itself to adapt it all the same,"
     " or train them whole (LoraConfig.train)."
   )
+
+
+def _codes(paths: Iterable[str], leaves: LeavesByPath) -> list[str]:
+  """The matrices of integers among some leaves, with their dtypes."""
+  matrices = [path for path in paths if np.ndim(leaves[path]) > 1 and hasattr(leaves[path], "dtype")]
+  return [f"{path} ({leaves[path].dtype})" for path in matrices if jnp.issubdtype(leaves[path].dtype, jnp.integer)]
+
+
+_SCALES_BESIDE = (
+  "Codes are a base with their scales beside them: quantise the floats (jaxlora.quantize), or take a file's codes"
+  " (jaxlora.quant.from_tensors, jaxlora.quant.from_gguf)."
+)
 
 
 def _named(name: str, path: str, leaf: Any, layouts: Layouts, kernels_only: bool) -> bool:

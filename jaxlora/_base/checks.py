@@ -22,7 +22,14 @@ def is_abstract(leaf: Any) -> bool:
   if is_coded(leaf):
     return any(map(is_abstract, jax.tree.leaves(leaf)))
   array = isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "__array__")
+  array = array or hasattr(leaf, "__jax_array__")
   return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not array
+
+
+def is_foreign(leaf: Any) -> bool:
+  """Whether a leaf is like an array and of a type that JAX cannot trace: it is no pytree node either."""
+  known = isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or is_coded(leaf)
+  return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not known and not is_abstract(leaf)
 
 
 def check_finite(named: Sequence[tuple[str, Any]], what: str) -> None:

@@ -9,7 +9,7 @@ import weakref
 import jax
 
 from jaxlora._base.coded import is_coded
-from jaxlora._base.text import table
+from jaxlora._base.text import folded, table
 from jaxlora._platform.policy import choose_policy
 from jaxlora._transform.frozen import CODES
 from jaxlora._transform.held import opened
@@ -63,14 +63,23 @@ class Explanation:
     return tuple(use for use in self.uses if not use.factored)
 
   def __str__(self) -> str:
-    rows = [("leaf", "path taken", "primitive", "source", "why")]
+    return self.text()
+
+  def text(self, *, fold: bool = True) -> str:
+    """The table.
+
+    Args:
+      fold: whether layers that are alike are one row: `layers_{0-29}/...`.
+    """
+    head = ("leaf", "path taken", "primitive", "source", "why")
+    rows: list[tuple[str, ...]] = []
     for use in self.uses:
       taken, product = ("codes", "x W") if use.way == CODES else ("factored", "x W + s (x A) B")
       taken += f", {use.way}" if use.way not in ("", CODES) else ""
       taken = taken if use.factored else "MATERIALISED"
       rows.append((use.path, taken, use.primitive, use.source, use.reason or product))
     rows.extend((path, "unused", "-", "-", "the function never multiplies by it") for path in self.unused)
-    return f"{table(rows)}\npolicy: {self.policy}, by {self.chosen_by}"
+    return f"{table([head, *(folded(rows) if fold else rows)])}\npolicy: {self.policy}, by {self.chosen_by}"
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -1,6 +1,7 @@
 """`wrap`: any function, unmodified, on trees that hold adapted weights."""
 
 from collections.abc import Callable
+import types
 from typing import Any
 
 import jax
@@ -65,7 +66,8 @@ def wrap(
       program is lowered for a platform that this host does not have. Whatever is said, the program runs everywhere.
 
   Returns:
-    A function with `fn`'s signature and results.
+    A function with `fn`'s signature and results. Two of the same function and settings are equal, without a
+    `dropout_key`: as a static argument of `jax.jit` either serves, and nothing is compiled again.
 
   Raises:
     ValueError: on another `on_materialize`, `tuning` or `platform`; when called, on factors that do not fit their base,
@@ -96,17 +98,52 @@ def wrap(
   check_tuning(tuning, platform, "wrap")
   if dropout_key is not None:
     dropout_key = typed_key(dropout_key, "wrap: dropout_key")
-  seen: set[tuple[str, str, str]] = set()
+  return described(fn)(Wrapped(fn, dropout_key, on_materialize, recompute, tuning, platform))
 
-  function, held = opened(fn)
 
-  @described(fn)
-  def wrapped(*args: Any, **kwargs: Any) -> Any:
-    args = (*held, *args)
-    policy = choose_policy(tuning, platform, recompute, jax.tree.leaves((args, kwargs)))
-    return call(function, Record(on_materialize, seen, policy), dropout_key, args, kwargs)
+# Equal only where they are the same function, bound to the same object; modules and dataclasses may compare arrays.
+_COMPARED = (types.FunctionType, types.MethodType)
 
-  return wrapped
+
+class Wrapped:
+  """What `wrap` returns: equal to another of the same function and settings, so that `jax.jit` knows it again.
+
+  One with a dropout key, or of a callable that holds weights of its own, equals itself alone.
+  """
+
+  def __init__(
+    self,
+    fn: Callable[..., Any],
+    dropout_key: Any,
+    on_materialize: str,
+    recompute: bool,
+    tuning: str,
+    platform: str | None,
+  ):
+    self._function, self._held = opened(fn)
+    self._dropout_key, self._on_materialize = dropout_key, on_materialize
+    self._choose = (tuning, platform, recompute)
+    self._seen: set[tuple[str, str, str]] = set()
+    plain = dropout_key is None and not self._held and isinstance(fn, (*_COMPARED, Wrapped))
+    self._settings = (fn, on_materialize, *self._choose) if plain else (id(self),)
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    args = (*self._held, *args)
+    policy = choose_policy(*self._choose, jax.tree.leaves((args, kwargs)))
+    return call(self._function, Record(self._on_materialize, self._seen, policy), self._dropout_key, args, kwargs)
+
+  def __get__(self, instance: Any, owner: Any = None) -> Any:
+    """As a function does: an attribute of a class is a method of its instances."""
+    return self if instance is None else types.MethodType(self, instance)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Wrapped) and self._settings == other._settings
+
+  def __hash__(self) -> int:
+    return hash(self._settings)
+
+  def __repr__(self) -> str:
+    return f"jaxlora.wrap({short(self._function)})"
 
 
 def call(

@@ -33,9 +33,9 @@ def save(
   `lora_embedding_A` and `_B`; scanned layers are written one by one. Ranks and alphas that differ are in `rank_pattern`
   and `alpha_pattern`, which other readers than PEFT do not read: for those, `serve` writes one rank and one scale, with
   zeros for the ranks that a module lacks and the rest of its scale in B. Leaves trained whole become
-  `modules_to_save`, or, biases alone, `bias="lora_only"` or `"all"`. A token embedding
-  of its own; with DoRA it cannot be: there PEFT changes the look-ups alone. PEFT has one dropout for
-  all modules: the most common one is written.
+  `modules_to_save`, or, biases alone, `bias="lora_only"` or `"all"`. A token embedding of a tree without a head
+  of its own is the head, too: both modules are written, with `ensure_weight_tying`. With DoRA they cannot be, as PEFT
+  changes the look-ups alone: that is a warning. PEFT has one dropout for all modules: the most common one is written.
 
   Args:
     folder: made if it is not there; an adapter that it holds is replaced.

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Collection
 import dataclasses
 from typing import Any
+import warnings
 
 import jax
 import numpy as np
@@ -138,7 +139,10 @@ def _tied_table(model: TorchModel, subject: str) -> tuple[str, str] | None:
       continue
     gain = isinstance(leaf, LoraWeight) and leaf.kind.gain is not None
     head = head_name(target.module, (other.module for other in model.targets.values()))
-    if gain or target.stacked or head is None or own_head(shapes, path) is not None:
+    if target.stacked or head is None or own_head(shapes, path) is not None:
+      continue
+    if gain:
+      _warn_of_look_ups_alone(subject, path, head)
       continue
     if leaf.base is None:
       raise PeftError(
@@ -147,6 +151,17 @@ def _tied_table(model: TorchModel, subject: str) -> tuple[str, str] | None:
       )
     return target.module, head
   return None
+
+
+def _warn_of_look_ups_alone(subject: str, path: str, head: str) -> None:
+  warnings.warn(
+    f"{subject}: {path}: is adapted with a gain over the features of a look-up (DoRA), which a head has none of. In"
+    f" PEFT the look-ups alone change: where the model's head is this embedding ({head}), it computes something else."
+    " Write the merged one instead (jaxlora.merge), or leave the embedding out (LoraConfig(exclude=)); of a model that"
+    " has no head say so: jaxlora.peft.save(..., task_type='FEATURE_EXTRACTION').",
+    UserWarning,
+    stacklevel=5,
+  )
 
 
 def _add_tied_head(modules: dict[str, Module], whole: dict[str, np.ndarray], table: str, head: str) -> None:

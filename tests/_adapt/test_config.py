@@ -196,6 +196,19 @@ def adapt(params=PARAMS, key=KEY, probe=None, **fields):
     ({"train": "steps"}, r"steps: dtype int32 cannot be trained"),
     ({"targets": ".*/bias"}, r"encoder/query/bias: shape \(4,\) has fewer than two axes"),
     ({"targets": "conv/kernel"}, r"conv/kernel: shape \(3, 6, 4\) has 3 axes, and nothing tells.*axes=.*probe="),
+    (
+      {"params": {"layers": {name: {"kernel": jnp.ones((2, 4, 4))} for name in "cab"}}, "targets": "all-linear"},
+      r"layers/a/kernel: shape \(2, 4, 4\) .* nor those of layers/b/kernel \(2, 4, 4\), layers/c/kernel \(2, 4, 4\)\."
+      r" Say them, with an entry for each",
+    ),
+    (
+      {"params": {"a": {"kernel": jnp.ones((2, 4), jnp.int8)}}, "targets": "all-linear"},
+      r"the preset 'all-linear' finds nothing among a/kernel\. a/kernel \(int8\): integers are no kernels\. .*quantize",
+    ),
+    (
+      {"params": {"a": jnp.ones((2, 4))}, "targets": "attention", "probe": lambda p: p["a"].T @ p["a"]},
+      r"the preset 'attention' finds nothing among a\. The probe multiplies by none of them\. Name the leaves",
+    ),
     ({"targets": "conv/kernel", "axes": {"conv/.*": "io"}}, r"'io' has 2 letters for conv/kernel, whose shape"),
   ],
 )
@@ -205,6 +218,29 @@ def test_adapt_says_which_leaf_and_what_to_do(fields, message):
     adapt(**fields)
   assert not (callable(fields.get("targets")) and "regex" in str(caught.value))
   jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
+
+
+class Foreign:
+  """Like an array, and nothing that JAX can trace."""
+
+  shape, ndim, dtype = (6, 4), 2, np.dtype("float32")
+
+  def __jax_array__(self):
+    return jnp.ones(self.shape)
+
+
+@pytest.mark.parametrize("probe", [None, lambda p: jnp.ones((2, 6)) @ jnp.asarray(p["a"]["kernel"])])
+def test_arrays_of_other_libraries_are_named_with_or_without_a_probe(probe):
+  params = {"a": {"kernel": Foreign()}}
+  for targets in ("all-linear", "a/kernel"):
+    with pytest.raises(
+      ValueError, match=r"a/kernel: found a Foreign, expected an array .*\(jax\.numpy\.asarray\)"
+    ) as said:
+      adapt(params, probe=probe, targets=targets)
+    assert "probe" not in str(said.value)
+  with pytest.raises(ValueError, match=r"JAX cannot trace a/scale \(a Foreign\)"):
+    adapt({"a": {"scale": Foreign()}}, probe=None, targets="all-linear")
+  adapt({"a": {"kernel": jnp.asarray(Foreign())}}, probe=probe, targets="a/kernel")  # the remedy
 
 
 def test_codes_with_their_scales_are_a_kernel():

@@ -3,9 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora._base.text import folded
 
 KEY = jax.random.key(0)
 
@@ -80,6 +82,49 @@ def test_explain_runs_nothing_and_takes_shapes():
   tree = jax.eval_shape(lambda p: jaxlora.adapt(p, jaxlora.LoraConfig(rank=2, targets=["kernel"]), KEY), shapes)
   report = jaxlora.explain(model.apply, tree, jax.ShapeDtypeStruct((2, 3), jnp.float32))
   assert [use.path for use in report.uses] == ["params/kernel"]
+
+
+def test_layers_that_are_alike_are_one_row():
+  layer = lambda width: {name: {"kernel": jnp.ones((4, width))} for name in ("q", "k")}
+  params = {f"layers_{k}": layer(4 if k != 2 else 5) for k in range(6)} | {"head": {"kernel": jnp.ones((4, 4))}}
+  tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets=".*kernel"), KEY)
+
+  def fn(tree, x):
+    return [x @ tree[f"layers_{k}"][name]["kernel"] for k in range(6) for name in ("q", "k")]
+
+  for report, paths in (
+    (jaxlora.summary(tree), ["head", "layers_{0-1,3-5}/k", "layers_{0-1,3-5}/q", "layers_2/k", "layers_2/q"]),
+    (jaxlora.explain(fn, tree, jnp.ones(4)), ["layers_{0-5}/q", "layers_{0-5}/k", "head"]),
+  ):
+    rows = [line.split()[0] for line in str(report).splitlines()]
+    assert [row.removesuffix("/kernel") for row in rows if row.endswith("/kernel")] == paths
+    every = report.text(fold=False)
+    assert all(f"layers_{k}/{name}/kernel" in every for k in range(6) for name in ("q", "k"))
+    assert "{" not in every
+
+
+def test_rows_fold_by_one_number_after_the_other():
+  grid = [(f"stage_{i}/block_{j}/w", "x") for i in range(3) for j in range(3)]
+  assert folded(grid) == [("stage_{0-2}/block_{0-2}/w", "x")]
+  assert folded(grid[:-1]) == [
+    ("stage_{0-2}/block_0/w", "x"), ("stage_{0-2}/block_1/w", "x"), ("stage_0/block_2/w", "x"),
+    ("stage_1/block_2/w", "x"),
+  ]  # fmt: skip
+  assert folded([("w1", "x"), ("w2", "y"), ("w3", "x")]) == [("w1", "x"), ("w3", "x"), ("w2", "y")]
+  assert folded([("a", "x")] * 3) == [("a", "x")] * 3
+  assert folded([]) == []
+
+
+def test_arrays_of_numpy_are_said():
+  params = {"w": np.ones((6, 4), np.float32)}
+  tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, targets="w"), KEY)
+  assert jaxlora.summary(tree).host_bytes == 96
+  assert str(jaxlora.summary(tree)).endswith(
+    "96 B are NumPy arrays, copied to the device by every call: jax.device_put(tree)"
+  )
+  again = jax.device_put(tree)
+  assert jaxlora.summary(again).host_bytes == 0
+  assert "NumPy" not in str(jaxlora.summary(again))
 
 
 def test_two_arguments_with_the_same_paths_are_told_apart():

@@ -79,6 +79,61 @@ def test_the_signature_is_kept():
   assert jaxlora.wrap(documented).__doc__ == "What it does."
 
 
+def apply(params, x):
+  return x @ params["w"]
+
+
+class Model:
+  scale = 2
+
+  def apply(self, params, x):
+    return self.scale * (x @ params["w"])
+
+
+def test_equal_by_function_and_settings():
+  """As a static argument of `jit`, a fresh wrapper is compiled once."""
+  model, tree, traced = Model(), one_weight(), []
+
+  def step(fn, tree, x):
+    traced.append(fn)
+    return fn(tree, x)
+
+  step = jax.jit(step, static_argnums=0)
+  for make in (
+    lambda: jaxlora.wrap(apply),
+    lambda: jaxlora.wrap(model.apply),
+    lambda: jaxlora.wrap(jaxlora.wrap(apply)),
+  ):
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    traced.clear()
+    helpers.assert_close(step(make(), tree, X), step(make(), tree, X), 0)
+    assert len(traced) == 1
+  wrapped = jaxlora.wrap(apply)
+  others = [{"on_materialize": "error"}, {"recompute": False}, {"tuning": "none"}, {"platform": "cpu"}]
+  assert len({wrapped, *(jaxlora.wrap(apply, **fields) for fields in others)}) == 5
+  with_keys = [jaxlora.wrap(apply, dropout_key=KEY) for _ in range(2)]
+  assert with_keys[0] != with_keys[1] == with_keys[1]
+  assert jaxlora.wrap(model.apply) != jaxlora.wrap(Model().apply)
+  assert wrapped != apply
+  held = jax.tree_util.Partial(apply, tree)
+  assert jaxlora.wrap(held) != jaxlora.wrap(held)
+  hash(jaxlora.wrap(held))
+
+
+def test_in_a_class_it_is_a_method():
+  tree = one_weight()
+
+  class Model:
+    scale = 2
+
+    @jaxlora.wrap
+    def apply(self, params, x):
+      return self.scale * (x @ params["w"])
+
+  helpers.assert_close(Model().apply(tree, X), 2 * jaxlora.wrap(apply)(tree, X), 1e-6)
+
+
 def test_donation_inside_and_outside():
   tree = one_weight()
   inner = jax.jit(lambda p, x: jnp.tanh(x @ p["w"]), donate_argnums=(0, 1))

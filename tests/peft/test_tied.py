@@ -102,6 +102,17 @@ def test_a_tied_leaf_is_saved_as_both_modules(tmp_path, variant):
   assert not any("lm_head" in name for name in load_file(tmp_path / "headless" / "adapter_model.safetensors"))
 
 
+def test_what_dora_makes_of_a_tied_leaf_is_said(tmp_path):
+  """PEFT changes its look-ups alone; the remedies of the warning."""
+  tree = adapted(TIED, targets=["embed_tokens", "q_proj"], variant="dora")
+  with pytest.warns(UserWarning, match=r"save: model/embed_tokens/embedding: .* In PEFT the look-ups alone change"):
+    peft.save(tmp_path / "p", tree)
+  assert not any("lm_head" in name for name in load_file(tmp_path / "p" / "adapter_model.safetensors"))
+  peft.save(tmp_path / "headless", tree, task_type="FEATURE_EXTRACTION")
+  peft.save(tmp_path / "own", adapted(OWN, targets=["embed_tokens", "q_proj"], variant="dora"))
+  peft.save(tmp_path / "out", adapted(TIED, targets=".*", exclude=".*embedding", variant="dora"))
+
+
 DIFFERENT = {
   "look-ups adapted": (EMBEDDING, ADAPTED),
   "look-ups saved": (WHOLE, SAVED),
