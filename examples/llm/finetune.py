@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from lm import baselines, tables
+from lm import baselines, packing, tables
 from lm.methods import CODES, METHODS, Method
 from lm.runs import Run, Setup, do, prepare, resumable
 from lm.training import Schedule
@@ -41,6 +41,12 @@ def make_parser() -> argparse.ArgumentParser:
   add("--steps", type=int, default=75, help="updates (default: 75, one epoch)")
   add("--batch", type=int, default=4, help="pairs an update (default: 4)")
   add("--accumulate", type=int, default=1, help="parts that a batch is computed in (default: 1)")
+  add(
+    "--pack",
+    type=int,
+    metavar="TOKENS",
+    help="rows of so many tokens with several pairs each (default: one pair a row)",
+  )
   add("--seed", type=int, default=0, help="of the factors and of the order of the pairs")
   add("--items", type=int, default=90, help="pairs to evaluate on, of 300 (default: 90)")
   add("--split", choices=("test", "val"), default="test", help="what to evaluate on; val to choose settings by")
@@ -61,8 +67,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   if parser.parse_known_args(argv)[0].quick:
     parser.set_defaults(**QUICK)
   args = parser.parse_args(argv)
-  for name in ("rank", "steps", "batch", "accumulate", "items"):
-    if getattr(args, name) < 1:
+  for name in ("rank", "steps", "batch", "accumulate", "items", "pack"):
+    if getattr(args, name) is not None and getattr(args, name) < 1:
       parser.error(f"--{name}: found {getattr(args, name)}, expected a whole number of at least 1")
   if args.rate is not None and not 0 < args.rate < float("inf"):
     parser.error(f"--rate: found {args.rate}, expected a finite number above 0, such as 3e-3")
@@ -71,6 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   try:
     args.out.mkdir(parents=True, exist_ok=True)
     args.setup = prepare(args.model, args.data, args.items, jnp.bfloat16 if args.bf16 else jnp.float32)
+    if args.pack is not None:
+      packing.check(args.setup.examples["train"], args.pack)
   except (OSError, ValueError) as error:
     parser.error(str(error))
   return args
@@ -82,7 +90,7 @@ def run_of(name: str, args: argparse.Namespace) -> Run:
     return Run(Method("base"), Schedule(1.0), args.split)
   method = Method("lora", args.rank, targets=args.targets, base=args.base) if name == "lora" else Method("full")
   rate = args.rate or RATES[name]
-  return Run(method, Schedule(rate, args.steps, args.batch, args.accumulate, args.seed), args.split)
+  return Run(method, Schedule(rate, args.steps, args.batch, args.accumulate, args.seed, args.pack), args.split)
 
 
 def samples(setup: Setup, results: Sequence[dict[str, Any]], split: str) -> str:

@@ -125,13 +125,47 @@ def test_a_run_goes_on_bit_for_bit(llm, setup, tmp_path, name):
     llm.training.train(whole, base, setup.examples["train"], schedule(llm), 1, "another", tmp_path / "halved", 2, print)
 
 
-def test_parts_of_a_batch_make_the_same_update(llm, setup, tmp_path):
+@pytest.mark.parametrize("pack", [None, pytest.param(512, marks=pytest.mark.nightly)])
+def test_parts_of_a_batch_make_the_same_update(llm, setup, tmp_path, pack):
   method = llm.methods.Method("lora", rank=2)
-  losses = [
-    trained(llm, setup, method, tmp_path / str(parts), schedule(llm, steps=2, batch=2, accumulate=parts))[1]["loss"]
-    for parts in (1, 2)
-  ]
+  plans = schedule(llm, steps=2, batch=2), schedule(llm, steps=2, batch=2, accumulate=2, pack=pack)
+  losses = [trained(llm, setup, method, tmp_path / f"{k}", plan)[1]["loss"] for k, plan in enumerate(plans)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_runs_without_packing_keep_their_digest(llm):
+  """What a run's settings were before there was packing."""
+  plain, packed = (
+    llm.runs.Run(llm.methods.Method("lora"), llm.training.Schedule(3e-3, pack=pack)) for pack in (None, 512)
+  )
+  assert llm.runs.harness.digest(plain.settings) == "e64f9ae4a23a16b3"
+  assert packed.settings["schedule"] == plain.settings["schedule"] | {"pack": 512}
+  assert "-pack512-" in packed.name
+
+
+def test_packed_pairs_have_the_losses_and_gradients_of_rows_of_their_own(llm, setup):
+  """Pairs of several lengths, two rows of two or three of them and a row of padding; and a document sees no other."""
+  examples = [setup.examples["train"][k] for k in (0, 1, 2, 5, 7)]
+  tree = llm.methods.adapt(llm.methods.Method("lora", rank=2), setup.model, 0)
+  frozen, factors = jaxlora.split(tree)
+  factors = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), factors)
+  length = 2 * max(len(e.prompt) + len(e.answer) for e in examples) + 20
+  packed = llm.packing.pack(examples, length, setup.chat.pad, multiple=4)
+  assert packed.tokens.shape == (4, length)
+  assert sorted(packed.segments.max(1).tolist()) == [0, 1, 2, 2]
+
+  def gradients(losses, rows):
+    total = lambda factors: losses(jaxlora.join(frozen, factors), rows)[0].sum()
+    return jax.jit(jax.value_and_grad(total))(factors)
+
+  alone = gradients(llm.scores.adapted_losses, llm.rows.batch(examples, setup.chat.pad))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max())),
+    gradients(llm.packing.adapted_losses, packed),
+    alone,
+  )
+  assert packed.valid.sum() == sum(len(e.prompt) + len(e.answer) for e in examples)
+  assert packed.counts.sum() == sum(len(e.answer) for e in examples)
 
 
 def test_the_rate_warms_up_and_decays(llm):
@@ -236,6 +270,8 @@ def test_a_file_that_does_not_fit_is_refused(llm, files, tmp_path, capsys, chang
     (["--rank=0"], "--rank: found 0, expected a whole number of at least 1"),
     (["--rate=nan"], "--rate: found nan, expected a finite number above 0"),
     (["--batch=4", "--accumulate=3"], "--accumulate: found 3, expected a divisor of --batch, 4"),
+    (["--pack=0"], "--pack: found 0, expected a whole number of at least 1"),
+    (["--pack=9"], "expected at most the 9 of a packed row: --pack"),
     (["--data=nowhere"], "train.jsonl: not found; expected the data's three files"),
   ],
 )

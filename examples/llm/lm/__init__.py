@@ -1,8 +1,9 @@
 """The parts of the language model's example, one job each; the scripts beside this folder are made of them.
 
 `model` (the network), `gguf_file` and `tokens` (a model's file, its tokenizer and chat template), `papers` (the data),
-`rows` (padded batches), `methods` (what trains), `training` (the loop), `decoding` and `scores` (the evaluation),
-`serving` (adapters side by side), `runs` (one run, from its settings to its result), `tables`.
+`rows` (padded batches) and `packing` (several pairs in a row), `methods` (what trains), `training` (the loop),
+`decoding` and `scores` (the evaluation), `serving` (adapters side by side), `runs` (one run, from its settings to its
+result), `tables`.
 
 What they share with the benchmarks (files, versions, intervals) is in `benchmarks/harness`, which is not installed:
 importing this package puts `benchmarks/` on the import path.

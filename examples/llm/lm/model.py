@@ -168,13 +168,34 @@ class Llama(nnx.Module):
     of_keys = jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
     positions = jax.lax.dynamic_slice_in_dim(of_keys, at, count, 1)
     causal = jnp.arange(valid.shape[1])[None] <= at + jnp.arange(count)[:, None]
-    mask = valid[:, None] & causal[None]
+    x, cache = self._layers(tokens, positions, valid[:, None] & causal[None], cache, at)
+    return self.embed_tokens.attend(self.norm(x[:, -last:] if last else x)).astype(jnp.float32), cache
 
+  def packed(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """What the head reads, of rows that hold several documents.
+
+    Args:
+      tokens: (batch, tokens).
+      segments: the same: the number of the document that a token is of, one after the other from 1 on; 0 is padding.
+        Documents do not see each other, and positions begin anew with each.
+
+    Returns:
+      (batch, tokens, width).
+    """
+    place = jnp.arange(tokens.shape[1])[None]
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    positions = place - jax.lax.cummax(jnp.where(begins, place, 0), 1)
+    same = segments[:, :, None] == segments[:, None]
+    mask = same & (place[:, None] <= place[:, :, None])
+    return self.norm(self._layers(tokens, positions, mask, None, 0)[0])
+
+  def _layers(
+    self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache | None, at: jax.Array | int
+  ) -> tuple[jax.Array, Cache | None]:
     def layer(carry: tuple[jax.Array, Cache | None], numbered: tuple[jax.Array, Block]) -> tuple[Any, None]:
       x, cache = carry
       number, block = numbered
       return block(x, positions, mask, cache, number, at), None
 
     carry = (self.embed_tokens(tokens), cache)
-    (x, cache), _ = jax.lax.scan(layer, carry, (jnp.arange(self.config.layers), self.layers))
-    return self.embed_tokens.attend(self.norm(x[:, -last:] if last else x)).astype(jnp.float32), cache
+    return jax.lax.scan(layer, carry, (jnp.arange(self.config.layers), self.layers))[0]

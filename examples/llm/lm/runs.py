@@ -58,7 +58,7 @@ class Run:
   @property
   def settings(self) -> dict[str, Any]:
     """As JSON."""
-    return {"protocol": PROTOCOL, **dataclasses.asdict(self)}
+    return {"protocol": PROTOCOL, **dataclasses.asdict(self), "schedule": self.schedule.settings}
 
   @property
   def name(self) -> str:
@@ -67,7 +67,8 @@ class Run:
     if method.name == "base":
       return f"base-{self.split}"
     lora = f"-r{method.rank}-{method.targets}-{method.scaling}-{method.base}" if method.name == "lora" else ""
-    return f"{method.name}{lora}-{schedule.rate:g}-s{schedule.seed}-{self.split}"
+    packed = f"-pack{schedule.pack}" if schedule.pack else ""
+    return f"{method.name}{lora}-{schedule.rate:g}{packed}-s{schedule.seed}-{self.split}"
 
 
 def resumable(main: Callable[[], Any]) -> None:

@@ -15,7 +15,8 @@ import optax
 import jaxlora
 from jaxlora.checkpoint import Manager
 
-from . import scores
+from . import packing, scores
+from .packing import Packed
 from .rows import Example, Rows, batch, training_order
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())  # the rate is an argument of the step
@@ -31,6 +32,8 @@ class Schedule:
     batch: pairs of an update.
     accumulate: parts that a batch is computed in, one after the other; the update is the same to rounding.
     seed: of the factors and of the order of the pairs.
+    pack: tokens of a row that holds several pairs, as `packing` makes them; `None` for a row each. The update is the
+      same to rounding.
   """
 
   rate: float
@@ -38,6 +41,12 @@ class Schedule:
   batch: int = 4
   accumulate: int = 1
   seed: int = 0
+  pack: int | None = None
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """As JSON; what is not used is not said, so that results of before it was there keep their digest."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("pack", None)}
 
   def rates(self) -> np.ndarray:
     """The learning rate of each step."""
@@ -47,14 +56,17 @@ class Schedule:
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
-def update(trainable: Any, opt_state: Any, frozen: Any, rows: Rows, rate: jax.Array) -> tuple[Any, Any, jax.Array]:
+def update(
+  trainable: Any, opt_state: Any, frozen: Any, rows: Rows | Packed, rate: jax.Array
+) -> tuple[Any, Any, jax.Array]:
   """One step of Adam on the mean loss of the answers' tokens; rows are (parts, batch / parts, tokens)."""
+  losses = packing.adapted_losses if isinstance(rows, Packed) else scores.adapted_losses
 
-  def loss(trainable: Any, part: Rows) -> tuple[jax.Array, jax.Array]:
-    sums, counts = scores.adapted_losses(jaxlora.join(frozen, trainable), part)
+  def loss(trainable: Any, part: Any) -> tuple[jax.Array, jax.Array]:
+    sums, counts = losses(jaxlora.join(frozen, trainable), part)
     return sums.sum(), counts.sum()
 
-  def add(total: Any, part: Rows) -> tuple[Any, None]:
+  def add(total: Any, part: Any) -> tuple[Any, None]:
     return jax.tree.map(jnp.add, total, jax.value_and_grad(loss, has_aux=True)(trainable, part)), None
 
   zero = ((jnp.zeros(()), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, trainable))
@@ -109,7 +121,7 @@ def train(
     order = training_order(examples, schedule.batch, schedule.steps, schedule.seed)
     for step in range(begun, schedule.steps):
       begin = time.perf_counter()
-      rows = batch([examples[k] for k in order[step]], pad)
+      rows = _rows([examples[k] for k in order[step]], schedule, pad)
       parts = jax.tree.map(lambda x: x.reshape(schedule.accumulate, -1, x.shape[-1]), rows)
       trainable, opt_state, value = update(trainable, opt_state, frozen, parts, rates[step])
       seen["loss"].append(float(value))
@@ -121,3 +133,10 @@ def train(
       if (step + 1) % every == 0 and step + 1 < schedule.steps:
         manager.save(step + 1, jaxlora.join(frozen, trainable), opt_state, data=seen)
   return jaxlora.join(frozen, trainable), seen
+
+
+def _rows(examples: Sequence[Example], schedule: Schedule, pad: int) -> Rows | Packed:
+  """The rows of one update."""
+  if schedule.pack is None:
+    return batch(examples, pad)
+  return packing.pack(examples, schedule.pack, pad, schedule.accumulate)
