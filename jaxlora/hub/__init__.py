@@ -4,6 +4,7 @@
 
     params = hub.load("SmolLM2-135M", like)            # safetensors, one file, several with an index, or a folder
     params = hub.load("model.gguf", like)              # llama.cpp's files, in floats
+    params = hub.load("model.gguf", like, codes=".*")  # the same, a base of the file's codes
     hub.save("out", params, beside="SmolLM2-135M")     # safetensors, with the configuration and the tokenizer
 
     hub.save_gguf_adapter("adapter.gguf", tree, base="model.gguf")    # for llama.cpp; load_gguf_adapter is the way back

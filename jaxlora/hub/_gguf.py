@@ -8,9 +8,12 @@ from pathlib import Path
 import re
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from jaxlora._files.gguf import KINDS
 from jaxlora.hub._records import HubError, Source, Stored
+from jaxlora.quant._gguf import PLAIN, gguf_base
 
 _LAYER = {
   "attn_norm": "input_layernorm",
@@ -137,12 +140,14 @@ def heads_of(name: str, about: Metadata) -> int | None:
 
 def _stored(tensor: Any, heads: int | None) -> Stored:
   gguf = gguf_package()
-
-  def read() -> np.ndarray:
-    values = gguf.dequantize(tensor.data, tensor.tensor_type)
-    return values if heads is None else halves_apart(values, heads)
-
-  return Stored(tuple(int(size) for size in reversed(tensor.shape)), read)
+  ordered = lambda rows: rows if heads is None else halves_apart(rows, heads)
+  kind = tensor.tensor_type.name
+  shape = tuple(int(size) for size in reversed(tensor.shape))
+  read = lambda: ordered(gguf.dequantize(tensor.data, tensor.tensor_type))
+  if kind in PLAIN:
+    return Stored(shape, read)
+  codes = lambda dtype, said: jax.tree.map(ordered, gguf_base(tensor, dtype, said))  # scales have the rows, too
+  return Stored(shape, read, kind, codes if kind in KINDS else None)
 
 
 def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:

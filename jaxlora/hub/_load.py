@@ -1,6 +1,6 @@
 """`load`: a model's files into a tree, one leaf after the other."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import os
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from jaxlora._base.paths import flatten
 from jaxlora._weight.shapes import shape_of_leaf
-from jaxlora.hub._plan import Plan, plan_of, read_group
+from jaxlora.hub._codes import CodedLeaf, coded_leaves, coded_value, in_floats
+from jaxlora.hub._layers import layers_of, tensors_of, together
+from jaxlora.hub._plan import Plan, plan_of
 from jaxlora.hub._records import HubError, Source, failed
 from jaxlora.hub._source import open_source
 from jaxlora.peft._from_modules import check_base
@@ -18,6 +20,7 @@ from jaxlora.peft._names import Names
 from jaxlora.peft._nodes import device_array, layer_from_torch
 from jaxlora.peft._records import PeftError
 from jaxlora.peft._roles import Axes, known_roles
+from jaxlora.quant._shards import check_shards, placed
 
 
 def load(
@@ -30,6 +33,7 @@ def load(
   shardings: Any = None,
   probe: Callable[[Any], Any] | None = None,
   ignore: str | None = None,
+  codes: str | None = None,
 ) -> Any:
   """Reads a model's weights into a tree of parameters.
 
@@ -40,8 +44,8 @@ def load(
 
   Args:
     source: a safetensors file, an index of several, a folder with either, or a GGUF file (Llama, Mistral, Qwen2 and
-      Qwen3, as llama.cpp writes them; its codes become floats). Weights that are quantised in safetensors (FP8, NF4,
-      GPTQ, AWQ, ...) become floats, too.
+      Qwen3, as llama.cpp writes them). Codes become floats, those of safetensors (FP8, NF4, GPTQ, AWQ, ...) too, but
+      for the leaves that `codes` names.
     like: the tree: arrays, or `jax.ShapeDtypeStruct`s. Linen's parameters, NNX modules, dictionaries.
     names: regex over paths -> torch module's name, as for `jaxlora.peft.load`; `Split` and `Joined` where one leaf is
       several modules, or several leaves are one.
@@ -51,13 +55,15 @@ def load(
       `None` for the shardings of the leaves of `like`, where they have some.
     probe: as for `jaxlora.adapt`: a call of the model that tells the roles that names do not.
     ignore: a regex of the model's tensors that the tree has no leaves for, such as `"vision_tower.*"`.
+    codes: a regex over the paths of leaves that stay codes where the file has codes for them, `".*"` for all: they are
+      `jaxlora.QuantizedArray`s then, in the leaf's layout, whose values are those of the load in floats, to the bit.
 
   Returns:
     A tree of the same nesting. Leaves that are no floats and have no tensor (counters, random keys) are `like`'s own.
 
   Raises:
-    HubError: listing all that does not fit: leaves without a tensor, tensors without a leaf, shapes; files that cannot
-      be read.
+    HubError: listing all that does not fit: leaves without a tensor, tensors without a leaf, shapes, codes of several
+      formats in one leaf; files that cannot be read.
 
   Example:
     >>> import tempfile, jax, jax.numpy as jnp, numpy as np, jaxlora.hub, safetensors.numpy
@@ -78,10 +84,14 @@ def load(
   except PeftError as error:
     raise HubError(f"hub.load: {error}") from error
   plan, problems = plan_of(opened, leaves, known, names, ignore)
+  coded, unfit = (set[str](), list[str]())
+  if not problems:
+    coded, unfit = coded_leaves({path: tensors_of(plan, opened, path) for path in plan.names}, opened, codes)
+  problems += unfit
   if problems:
     raise failed(f"hub.load: {opened.place}", problems)
-  placed = dict(zip(leaves, _shardings_of(leaves, shardings), strict=True))
-  new = {path: _on_devices(value, placed[path]) for path, value in _values(plan, opened, dtype)}
+  lying = dict(zip(leaves, _shardings_of(leaves, shardings), strict=True))
+  new = {path: _on_devices(path, value, lying[path]) for path, value in _values(plan, opened, dtype, coded)}
   return treedef.unflatten([new.get(path, leaf) for path, leaf in leaves.items()])
 
 
@@ -102,35 +112,56 @@ def _shardings_of(leaves: Mapping[str, Any], shardings: Any) -> list[Any]:
   return found
 
 
-def _values(plan: Plan, source: Source, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _values(plan: Plan, source: Source, dtype: Any, coded: Collection[str]) -> Iterator[tuple[str, Any]]:
   """The leaves by path, one after the other."""
   done: set[str] = set()
   for path in plan.names:
-    if path in plan.parts and path not in done:
-      arrays = read_group(plan, source, path)
-      together = [other for other in plan.parts if plan.parts[other].modules == plan.parts[path].modules]
-      for other in together:
-        yield other, _value(plan, other, arrays.__getitem__, dtype)
-      done |= {*together}
-    elif path not in done:
-      yield path, _value(plan, path, lambda name: source.tensors[name].read(), dtype)
+    if path not in done:
+      paths = together(plan, path)
+      yield from _in_floats(plan, source, [other for other in paths if other not in coded], dtype).items()
+      for other in filter(coded.__contains__, paths):
+        yield other, _in_codes(plan, source, other, dtype)
+      done |= {*paths}
 
 
-def _value(plan: Plan, path: str, read: Callable[[str], np.ndarray], dtype: Any) -> np.ndarray:
-  """A leaf, made of the tensor of each of its layers."""
-  leaf, tensors = plan.leaves[path], plan.names[path]
-  shape, own = shape_of_leaf(leaf), jnp.result_type(leaf)
-  kind = own if dtype is None or not jnp.issubdtype(own, jnp.floating) else jnp.dtype(dtype)
-  stacked = len(next(iter(tensors)))
-  axes = plan.known.stacked_axes(path, stacked)
-  value = np.empty(shape, kind)
-  layers = np.moveaxis(value, axes, range(stacked))  # a view
-  for index, name in tensors.items():
-    layers[index] = layer_from_torch(path, shape, layers.shape[stacked:], name, read(name), plan.known)
-  return value
+def _in_floats(plan: Plan, source: Source, paths: Sequence[str], dtype: Any) -> dict[str, np.ndarray]:
+  """Leaves that share their torch modules, made of the tensors of one layer after the other."""
+  values = {path: np.empty(shape_of_leaf(plan.leaves[path]), _kind(plan.leaves[path], dtype)) for path in paths}
+  index_of = {name: (path, index) for path in paths for index, name in plan.names[path].items()}
+  filled = 0
+  for arrays in layers_of(plan, source, paths[0], lambda name: source.tensors[name].read()) if paths else ():
+    for name in index_of.keys() & arrays.keys():
+      path, index = index_of[name]
+      axes = plan.known.stacked_axes(path, len(index))
+      layers = np.moveaxis(values[path], axes, range(len(index)))  # a view
+      layers[index] = layer_from_torch(
+        path, values[path].shape, layers.shape[len(index) :], name, arrays[name], plan.known
+      )
+      filled += 1
+  assert filled == len(index_of)
+  return values
 
 
-def _on_devices(value: np.ndarray, sharding: Any) -> jax.Array:
-  if sharding is None:
-    return device_array(value)
-  return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+def _in_codes(plan: Plan, source: Source, path: str, dtype: Any) -> Any:
+  """A leaf of codes, of NumPy arrays."""
+  shape, kind = shape_of_leaf(plan.leaves[path]), _kind(plan.leaves[path], dtype)
+  leaf = CodedLeaf(path, shape, kind, plan.names[path], plan.known, simple=path not in plan.parts)
+  return coded_value(leaf, source, lambda read: layers_of(plan, source, path, read))
+
+
+def _kind(leaf: Any, dtype: Any) -> np.dtype:
+  """The dtype that a leaf gets."""
+  own = jnp.result_type(leaf)
+  return own if dtype is None or not jnp.issubdtype(own, jnp.floating) else jnp.dtype(dtype)
+
+
+def _on_devices(path: str, value: Any, sharding: Any) -> Any:
+  if isinstance(value, np.ndarray):
+    if sharding is None:
+      return device_array(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return jax.device_put(value, sharding)
+  lies = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+  check_shards("hub.load", path, lies, value.block, f"Shard it along another axis. {in_floats(path)}")
+  return placed(value, lies)

@@ -17,7 +17,7 @@ from jaxlora.peft._from_modules import by_leaf, with_conv1d
 from jaxlora.peft._layers import with_layers
 from jaxlora.peft._names import Names, Target, default_target, given_target, key_of
 from jaxlora.peft._nodes import Index, layer_from_torch
-from jaxlora.peft._places import find_places, index_pattern
+from jaxlora.peft._places import find_places
 from jaxlora.peft._records import Adapter, PeftError
 from jaxlora.peft._roles import KnownRoles
 from jaxlora.peft._tied import head_name, is_embedding
@@ -153,17 +153,3 @@ def _misfits(
       layer_from_torch(path, shape, layer, name, stub, known)
     except ValueError as error:
       yield f"{path}: {error}"
-
-
-def read_group(plan: Plan, source: Source, path: str) -> dict[str, np.ndarray]:
-  """The tensors of a leaf that is no one torch module, and of those that share its module, by the leaves' own names."""
-  modules = plan.parts[path].modules
-  targets = {other: target for other, target in plan.parts.items() if target.modules == modules}
-  patterns = [index_pattern(module)[0] for module in modules]
-  whole = {
-    name: tensor.read()
-    for name, tensor in source.tensors.items()
-    if any(pattern.fullmatch(name.rpartition(".")[0]) for pattern in patterns)
-  }
-  leaves = {other: plan.leaves[other] for other in targets}
-  return dict(named_for_leaves(Adapter({}, whole, {}, {}), leaves, targets, plan.known, []).whole)

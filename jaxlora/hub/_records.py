@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,15 @@ class Stored:
   Attributes:
     shape: in torch's layout.
     read: its values; a view of the file where that is one.
+    kind: the name of the format of its codes; `None` for floats.
+    codes: `(dtype, start of an error message) -> QuantizedArray` of NumPy arrays, of the array's dtype; `None` for
+      floats, and where codes of its kind are not read here.
   """
 
   shape: tuple[int, ...]
   read: Callable[[], np.ndarray]
+  kind: str | None = None
+  codes: Callable[[Any, str], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jaxlora._files.named import Neighbours
 from jaxlora._files.tensors import Tensor, TensorFileError, TensorFiles, open_files
 from jaxlora.hub._gguf import open_gguf
 from jaxlora.hub._records import HubError, Source, Stored, failed
+from jaxlora.quant._tensors import stored_base
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -71,4 +72,5 @@ def _decoded(weight: Quantised, files: TensorFiles) -> Stored:
   def read() -> np.ndarray:
     return weight.format.dequantise(weight.parts_by(files.read), weight.about)
 
-  return Stored(weight.shape, read)
+  codes = lambda dtype, said: stored_base(weight, files.read, dtype, said)
+  return Stored(weight.shape, read, weight.format.name, codes)

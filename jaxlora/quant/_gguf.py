@@ -39,13 +39,12 @@ def from_gguf(tensor: Any, *, dtype: Any = jnp.float32) -> QuantizedArray:
 
   Source: ggml's `ggml-quants.c`; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
   """
-  return on_device(gguf_base(tensor, dtype))
+  return on_device(gguf_base(tensor, dtype, f"from_gguf: {tensor.name}"))
 
 
-def gguf_base(tensor: Any, dtype: Any) -> QuantizedArray:
-  """`from_gguf`, of NumPy arrays still."""
+def gguf_base(tensor: Any, dtype: Any, said: str) -> QuantizedArray:
+  """`from_gguf`, of NumPy arrays still; `said` begins its errors."""
   kind = getattr(tensor.tensor_type, "name", str(tensor.tensor_type))
-  said = f"from_gguf: {tensor.name}"
   if kind in PLAIN:
     raise ValueError(f"{said}: found the type {kind}, expected codes. {PLAIN[kind]}")
   if kind not in KINDS:

@@ -129,13 +129,17 @@ def _tree(plan: Plan, format: str, block_size: int | None, double: bool, note: C
   """The tree with codes, one leaf after the other. `note` is told each path, its floats on the device, its codes."""
   new = {}
   for path, axes in plan.axes.items():
-    check_shards(path, plan.leaves[path], block_shape(plan.leaves[path].shape, axes.along, block_size))
+    block = block_shape(plan.leaves[path].shape, axes.along, block_size)
+    check_shards("quantize", path, plan.leaves[path], block, _UNCUT)
   for path, axes in plan.axes.items():
     make = functools.partial(
       encode, format=format, axes=axes.along, across=axes.across, block_size=block_size, double=double
     )
     new[path] = _quantized(path, plan.leaves[path], make, note)
   return plan.treedef.unflatten((plan.leaves | new).values())
+
+
+_UNCUT = "Use block_size={own}, shard the weight along another axis, or quantise it before it is sharded."
 
 
 def _quantized(

@@ -11,8 +11,16 @@ from jaxlora._quant.array import QuantizedArray
 from jaxlora._transform.coded_equations import spec_of_part
 
 
-def check_shards(path: str, leaf: Any, block: Sequence[int]) -> None:
-  """Raises where a device would hold a part of a block, naming the axis of the leaf and those of the mesh."""
+def check_shards(said: str, path: str, leaf: Any, block: Sequence[int], remedy: str) -> None:
+  """Raises where a device would hold a part of a block, naming the axis of the leaf and those of the mesh.
+
+  Args:
+    said: the function that an error begins with.
+    path: of the leaf.
+    leaf: an array, or a shape that says how it lies.
+    block: elements that share a scale, along each axis.
+    remedy: a sentence; `{own}` stands for the elements that a device has along the axis.
+  """
   sharding = named(leaf)
   if sharding is None:
     return
@@ -22,9 +30,9 @@ def check_shards(path: str, leaf: Any, block: Sequence[int]) -> None:
     if count > 1 and (n // count) % b:
       own = n // count
       raise ValueError(
-        f"quantize: {path}: axis {d} of {n} is split over {', '.join(map(repr, _tuple(names)))}, {own} for each of"
-        f" {count} devices, and blocks of {b} run along it: one would lie on two devices. Use block_size={own}, shard"
-        " the weight along another axis, or quantise it before it is sharded."
+        f"{said}: {path}: axis {d} of {n} is split over {', '.join(map(repr, _tuple(names)))}, {own} for each of"
+        f" {count} devices, and blocks of {b} run along it: one would lie on two devices. "
+        + remedy.replace("{own}", str(own))
       )
 
 
