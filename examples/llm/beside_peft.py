@@ -17,8 +17,8 @@ import subprocess
 import sys
 from typing import Any
 
-import harness
 from lm import beside
+from lm.beside import harness  # of benchmarks/, where `lm` has found it
 from lm.methods import Method
 from lm.runs import prepare, resumable
 from lm.training import Schedule

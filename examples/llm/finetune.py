@@ -19,7 +19,7 @@ from lm.runs import Run, Setup, do, prepare, resumable
 from lm.training import Schedule
 import numpy as np
 
-RATES = {"lora": 3e-3, "full": 1e-4}
+RATES = {"lora": 3e-3, "full": 1e-4, "head": 1e-4}
 QUICK = {"steps": 6, "items": 6}
 SAMPLES = 3
 
@@ -33,7 +33,12 @@ def make_parser() -> argparse.ArgumentParser:
     "  python examples/llm/finetune.py --method lora --rank 16 --base nf4 --rate 1e-3",
   )
   add = parser.add_argument
-  add("--method", choices=METHODS, action="append", help="what to run, again for more of them (default: all three)")
+  add(
+    "--method",
+    choices=(*METHODS, "head"),
+    action="append",
+    help="what to run, again for more (default: base, lora, full)",
+  )
   add("--rank", type=int, default=8, help="of LoRA (default: 8)")
   add("--targets", default="all-linear", help="all-linear, attention, or a regex over whole paths")
   add("--base", choices=("float", *CODES), default="float", help="LoRA's frozen weights")
@@ -88,7 +93,7 @@ def run_of(name: str, args: argparse.Namespace) -> Run:
   """What the options say of one method."""
   if name == "base":
     return Run(Method("base"), Schedule(1.0), args.split)
-  method = Method("lora", args.rank, targets=args.targets, base=args.base) if name == "lora" else Method("full")
+  method = Method("lora", args.rank, targets=args.targets, base=args.base) if name == "lora" else Method(name)
   rate = args.rate or RATES[name]
   return Run(method, Schedule(rate, args.steps, args.batch, args.accumulate, args.seed, args.pack), args.split)
 
@@ -108,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
   args = parse(argv)
   setup: Setup = args.setup
   results = [do(setup, run_of(name, args), args.out, args.quiet) for name in args.method or METHODS]
-  print(tables.by_label([*baselines.results(setup, args.split), *results]))
+  print(tables.by_label([*baselines.results(setup.pairs["train"], setup.pairs[args.split], args.split), *results]))
   print(samples(setup, results, args.split))
   return results
 

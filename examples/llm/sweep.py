@@ -7,8 +7,12 @@ The named groups of runs and what each one shows:
   methods     the base, LoRA rank 8 and full fine-tuning, 3 seeds
   ranks       LoRA at ranks 1 to 64, and rank 64 with rsLoRA's scale, 3 seeds
   placement   attention alone at as many parameters as rank 8 on every kernel, 3 seeds
+  head        the tied head alone: whole, and LoRA's at as many parameters as rank 8 on every kernel, 3 seeds
 
-One JSON file a run in the output folder; the tables are printed when all are done, and by --show at any time.
+One JSON file a run in the output folder, and the pairs and the baselines in OUT/evidence. The tables are printed when
+all are done, and by --show at any time, without model and data: all runs and baselines; differences, with paired 95 %
+bootstrap intervals over papers and seeds; aspects; perplexity of plain text; samples by a rule. The plot goes to
+OUT/evidence/test.png.
 """
 
 import argparse
@@ -18,16 +22,17 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from lm import tables
-from lm.methods import Method
-from lm.runs import Run, do, prepare, resumable
+from lm import comparisons, evidence, plots, tables
+from lm.methods import HEAD, Method
+from lm.runs import Run, do, fill, prepare, resumable
 from lm.training import Schedule
 
 SEEDS = (0, 1, 2)
-LORA, FULL = Method("lora"), Method("full")
-RATES = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4)}
+LORA, FULL, HEAD_ALONE = Method("lora"), Method("full"), Method("head")
+RATES = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4), "head": (3e-5, 1e-4, 3e-4)}
 RANKS = (1, 4, 8, 16, 32, 64)
 ATTENTION_RANK = 21  # on attention alone, as many parameters as rank 8 on every kernel, to 1 %
+HEAD_RANK = 49  # the same of the tied head
 RATE_SEED = 100  # of the runs that choose rates
 
 
@@ -42,7 +47,8 @@ def quantised(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
 def rates(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
   """Three rates a method, on validation."""
   del rates, seeds
-  return [Run(method, Schedule(rate, seed=RATE_SEED), "val") for method in (LORA, FULL) for rate in RATES[method.name]]
+  trained = LORA, FULL, HEAD_ALONE
+  return [Run(method, Schedule(rate, seed=RATE_SEED), "val") for method in trained for rate in RATES[method.name]]
 
 
 def methods(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
@@ -63,12 +69,25 @@ def placement(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
   return [Run(method, Schedule(rates["lora"], seed=seed)) for seed in seeds for method in (LORA, attention)]
 
 
-GROUPS = {"quantised": quantised, "rates": rates, "methods": methods, "ranks": ranks, "placement": placement}
+def head(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
+  """What the head alone can do."""
+  small = Method("lora", HEAD_RANK, targets=HEAD)
+  return [Run(method, Schedule(rates[method.name], seed=seed)) for seed in seeds for method in (HEAD_ALONE, small)]
+
+
+GROUPS = {
+  "quantised": quantised,
+  "rates": rates,
+  "methods": methods,
+  "ranks": ranks,
+  "placement": placement,
+  "head": head,
+}
 
 
 def best_rates(out: Path) -> dict[str, float]:
   """The rate of the lowest validation loss of each method, among the runs of `rates` that are done."""
-  found: dict[str, dict[float, float]] = {"lora": {}, "full": {}}
+  found: dict[str, dict[float, float]] = {name: {} for name in RATES}
   for result in results(out):
     settings = result["settings"]
     if settings["split"] == "val" and settings["schedule"]["seed"] == RATE_SEED:
@@ -94,6 +113,10 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--items", type=int, default=90, help="test pairs, of 300 (default: 90)")
   parser.add_argument("--model", type=Path, help="a GGUF file of a Llama-family model (default: SmolLM2-135M-Instruct)")
   parser.add_argument("--data", type=Path, help="a folder of data in ACLSum's form (default: ACLSum)")
+  parser.add_argument(
+    "--fill", action="store_true", help="run nothing: add what finished results do not say yet (losses of each pair, of"
+    " plain text), from the adapters that they have kept",
+  )  # fmt: skip
   parser.add_argument("--show", action="store_true", help="print the tables of what is done, and run nothing")
   parser.add_argument("--quiet", action="store_true", help="no progress bars")
   return parser
@@ -110,14 +133,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
       setup = prepare(args.model, args.data, args.items)
+      evidence.record(args.out, setup.pairs["train"], setup.pairs["test"], "test")
+      if args.fill:
+        gone = [file.stem for file in sorted(args.out.glob("*.json")) if not fill(setup, file, args.quiet)]
+        if gone:
+          print(f"No weights are left of {', '.join(gone)}: nothing was added.", file=sys.stderr)
     except ValueError as error:
       parser.error(str(error))
-    for name in names:
+    for name in () if args.fill else names:
       runs = GROUPS[name](best_rates(args.out), range(args.seeds))
       for number, run in enumerate(runs, 1):
         print(f"{name}, run {number} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
         do(setup, run, args.out, args.quiet)
-  print(tables.by_label(results(args.out)))
+  print(report(args.out))
+
+
+def report(out: Path) -> str:
+  """The tables of what is done; the plot is drawn beside."""
+  kept, done = evidence.load(out, "test"), results(out)
+  found = [*kept["baselines"], *done]
+  if not found:
+    return f"{out}: no run is done"
+  groups = comparisons.by_seed(found, "test")
+  parts = [tables.by_label(found), comparisons.aspects(groups), comparisons.forgetting(groups)]
+  parts += [
+    comparisons.differences(groups, label) for label in (comparisons.REFERENCE, comparisons.BASE) if label in groups
+  ]
+  parts += [comparisons.samples(groups, kept["pairs"], *labels) for labels in comparisons.SAMPLED]
+  if groups:
+    plots.plot(groups, out / evidence.FOLDER / "test.png")
+  return "\n\n".join(filter(None, parts))
 
 
 if __name__ == "__main__":

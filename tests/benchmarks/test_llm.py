@@ -1,6 +1,8 @@
 """examples/llm from end to end on a tiny model in a GGUF file, its decoding and its loop against plain oracles."""
 
+import json
 import re
+import shutil
 
 from flax import nnx
 import jax
@@ -243,7 +245,45 @@ def test_the_sweep_goes_on_and_shows_its_table(llm, files, tmp_path, capsys, mon
   monkeypatch.setattr(llm.runs, "prepare", None)
   llm.sweep.main([*args, "--show"])
   assert capsys.readouterr().out == first.out
-  assert llm.sweep.best_rates(tmp_path) == {"lora": 3e-3, "full": 1e-4}
+  assert llm.sweep.best_rates(tmp_path) == {"lora": 3e-3, "full": 1e-4, "head": 1e-4}
+  assert (tmp_path / "evidence" / "test.png").read_bytes().startswith(b"\x89PNG")
+  assert all(text in first.out for text in ("sentence by aspect", "ROUGE-L by aspect", "less LoRA r=8", "ROUGE-1"))
+
+
+def test_what_finished_results_do_not_say_is_added_from_their_adapters(llm, files, finished, tmp_path, capsys):
+  _, _, out = finished
+  folder = shutil.copytree(out, tmp_path / "out")
+  for file in folder.glob("*.json"):
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in known.items() if k not in ("loss_sums", "loss_counts", "plain_text")}))
+  words = [f"--model={files[0]}", f"--data={files[1]}", f"--out={folder}", "--fill", "--quiet"]
+  llm.sweep.main([*words, "--items=6"])
+  printed = capsys.readouterr()
+  assert "No weights are left of full-" in printed.err
+  assert all(text in printed.out for text in ("over the base's", "less base, instructed"))
+  for file in folder.glob("[bl]*.json"):
+    whole, now = json.loads((out / file.name).read_text()), json.loads(file.read_text())
+    assert now.keys() == whole.keys()
+    np.testing.assert_allclose(now["loss_sums"], whole["loss_sums"], rtol=1e-5)
+    assert now["plain_text"]["digest"] == whole["plain_text"]["digest"]
+    assert abs(now["plain_text"]["loss"] - whole["plain_text"]["loss"]) < 1e-5
+  for file in folder.glob("lora*.json"):
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "plain_text"}))
+  with pytest.raises(SystemExit):
+    llm.sweep.main([*words, "--items=3"])
+  assert "is of another model, other data or other --items" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "rank", "trained_rows"), [("head", 8, None), ("lora", 2, 2)])
+def test_the_tied_head_alone_trains(llm, setup, tmp_path, name, rank, trained_rows):
+  method = llm.methods.Method(name, rank, targets=llm.methods.HEAD)
+  tree, seen = trained(llm, setup, method, tmp_path, schedule(llm, steps=3))
+  assert seen["loss"][-1] < seen["loss"][0]
+  rows, width = setup.model.embed_tokens.embedding.shape
+  count = sum(leaf.size for leaf in jax.tree.leaves(jaxlora.split(tree)[1]))
+  assert count == (rows * width if trained_rows is None else trained_rows * (rows + width))
+  assert method.label == ("tied head alone" if name == "head" else "LoRA r=2, tied head alone")
 
 
 @pytest.mark.parametrize(

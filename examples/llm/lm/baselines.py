@@ -1,17 +1,17 @@
 """Summaries without a model: sentences of the abstract."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import scores
 from .papers import QUESTIONS, Pair, first_sentence, last_sentence, sentence_at
-from .runs import Setup
 
 POSITIONS = np.linspace(0, 1, 11)
 
 
-def best_positions(pairs: list[Pair]) -> dict[str, float]:
+def best_positions(pairs: Sequence[Pair]) -> dict[str, float]:
   """Of each aspect, the relative position of the sentence with the highest ROUGE-L on training pairs."""
   found = {}
   for aspect in QUESTIONS:
@@ -21,17 +21,19 @@ def best_positions(pairs: list[Pair]) -> dict[str, float]:
   return found
 
 
-def results(setup: Setup, split: str) -> list[dict[str, Any]]:
-  """Rows of the table."""
-  pairs, best = setup.pairs[split], best_positions(setup.pairs["train"])
+def results(train: Sequence[Pair], pairs: Sequence[Pair], split: str) -> list[dict[str, Any]]:
+  """Rows of the table; `train` says where each aspect's sentence is."""
+  best = best_positions(train)
   written = {
     "first sentence": [first_sentence(pair) for pair in pairs],
     "last sentence": [last_sentence(pair) for pair in pairs],
     "sentence by aspect": [sentence_at(pair, best[pair.aspect]) for pair in pairs],
   }
   settings = {"split": split, "method": {"name": "base"}}
-  return [
-    {"label": label, "settings": settings, "loss": None}
-    | {kind: float(np.mean(values)) for kind, values in scores.rouge(pairs, texts).items()}
-    for label, texts in written.items()
-  ]
+  found = []
+  for label, texts in written.items():
+    each = scores.rouge(pairs, texts)
+    means = {kind: float(np.mean(values)) for kind, values in each.items()}
+    own = {"label": label, "settings": settings, "loss": None, **means, "each": each, "written": texts}
+    found.append(own | {"aspects": [pair.aspect for pair in pairs]})
+  return found

@@ -11,6 +11,8 @@ import jaxlora
 from .model import Llama
 
 METHODS = ("base", "lora", "full")
+WHOLE = {"full": ".*", "head": "embed_tokens/embedding"}  # what trains whole; the head is tied to the embedding
+HEAD = WHOLE["head"]  # as LoRA's targets
 FLOAT, CODES = "float", ("nf4", "int8", "int4", "q4_0", "fp8")
 
 
@@ -19,7 +21,7 @@ class Method:
   """A way to adapt a model.
 
   Attributes:
-    name: `"base"`, `"lora"` or `"full"`.
+    name: `"base"`, `"lora"`, or one of `WHOLE`: `"full"` or `"head"`.
     rank, alpha, targets, scaling: of LoRA, as in `jaxlora.LoraConfig`. With one alpha for all ranks their best learning
       rates are about the same.
     base: `"float"`, or a format of `jaxlora.quantize` for the weights that LoRA adapts.
@@ -36,8 +38,9 @@ class Method:
   def label(self) -> str:
     """A row's name in a table."""
     if self.name != "lora":
-      return {"base": "base, instructed", "full": "full fine-tuning"}[self.name]
-    parts = [f"LoRA r={self.rank}", "" if self.targets == "all-linear" else self.targets]
+      return {"base": "base, instructed", "full": "full fine-tuning", "head": "tied head alone"}[self.name]
+    placed = {"all-linear": "", HEAD: "tied head alone"}
+    parts = [f"LoRA r={self.rank}", placed.get(self.targets, self.targets)]
     parts += ["" if self.scaling == "standard" else self.scaling, "" if self.base == FLOAT else f"{self.base} base"]
     return ", ".join(filter(None, parts))
 
@@ -57,8 +60,8 @@ def base_of(method: Method, model: Llama) -> Any:
 
 def adapt(method: Method, base: Any, seed: int) -> Any:
   """The tree that trains."""
-  if method.name == "full":
-    config = jaxlora.LoraConfig(targets=[], train=".*")
+  if method.name in WHOLE:
+    config = jaxlora.LoraConfig(targets=[], train=WHOLE[method.name])
   else:
     config = jaxlora.LoraConfig(method.rank, method.alpha, method.targets, scaling=method.scaling)
   return jaxlora.adapt(base, config, jax.random.key(seed), probe=use)

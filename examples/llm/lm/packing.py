@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlora
-from jaxlora.losses import chunked_cross_entropy
+from jaxlora.losses import Metrics, chunked_cross_entropy
 
 from .model import Llama
 from .rows import ANSWER, Example
 
-CHUNK = 128  # answers' tokens whose logits are held at once
+CHUNK = 128  # tokens whose logits are held at once
 
 
 class Packed(NamedTuple):
@@ -100,9 +100,13 @@ def losses(model: Llama, rows: Packed) -> tuple[jax.Array, jax.Array]:
   """The sum of -log p over all answers' tokens, in nats, and how many they are; the head reads their columns alone."""
   hidden = model.packed(rows.tokens, rows.segments)
   hidden = jnp.take_along_axis(hidden, rows.columns[..., None], 1)
+  return head_losses(model, hidden, rows.labels, rows.counts).total, rows.counts.sum()
+
+
+def head_losses(model: Llama, hidden: jax.Array, labels: jax.Array, counts: jax.Array) -> Metrics:
+  """The losses of a tied head, whose logits are never held all at once."""
   head = model.embed_tokens.embedding[...].astype(hidden.dtype).T
-  _, metrics = chunked_cross_entropy(hidden, head, rows.labels, chunk=CHUNK, weights=rows.counts)
-  return metrics.total, rows.counts.sum()
+  return chunked_cross_entropy(hidden, head, labels, chunk=CHUNK, weights=counts)[1]
 
 
 # Of a tree with adapters, on a quantised base or not: every product stays factored, or this is an error.

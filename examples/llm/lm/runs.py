@@ -17,7 +17,7 @@ from tqdm import tqdm
 import jaxlora
 from jaxlora import checkpoint
 
-from . import decoding, gguf_file, methods, papers, rows, scores, tokens, training
+from . import decoding, gguf_file, methods, papers, plain_text, rows, scores, tokens, training
 from .methods import Method
 from .model import Llama
 from .papers import Pair
@@ -91,6 +91,11 @@ def prepare(model_file: Path | None, data: Path | None, items: int, dtype: Any =
   """
   model, fields = gguf_file.load(model_file or gguf_file.packaged(), dtype)
   chat = tokens.chat_of(fields, model.config.vocabulary)
+  return setup_of(model, chat, pairs_of(chat, data, items))
+
+
+def pairs_of(chat: tokens.Chat, data: Path | None, items: int) -> dict[str, list[Pair]]:
+  """The pairs that runs train and are evaluated on."""
   pairs = {split: papers.load(split, data) for split in ("train", "val", "test")}
   long = {p.paper for p in pairs["train"] if len(chat.prompt(p.question)) > rows.LONGEST}
   if long:
@@ -98,7 +103,7 @@ def prepare(model_file: Path | None, data: Path | None, items: int, dtype: Any =
   pairs["train"] = [pair for pair in pairs["train"] if pair.paper not in long]
   for split in ("val", "test"):
     pairs[split] = papers.spread(pairs[split], items)
-  return setup_of(model, chat, pairs)
+  return pairs
 
 
 def setup_of(model: Llama, chat: tokens.Chat, pairs: dict[str, list[Pair]]) -> Setup:
@@ -149,13 +154,54 @@ def evaluate(setup: Setup, model: Llama, split: str, name: str = "", quiet: bool
   """Loss, answers and ROUGE of plain weights on the pairs of a split."""
   pairs, examples = setup.pairs[split], setup.examples[split]
   with _bar(f"{name}: loss", len(examples), "pair", quiet) as bar:
-    loss = scores.loss(model, examples, setup.chat.pad, min(LOSSES_TOGETHER, len(examples)), bar.update)
+    sums, counts = scores.losses(model, examples, setup.chat.pad, min(LOSSES_TOGETHER, len(examples)), bar.update)
   with _bar(f"{name}: answers", len(examples), "pair", quiet) as bar:
     size = min(TOGETHER, len(examples))
     written = decoding.answers(model, setup.chat, examples, size, rows.ANSWER, bar.update)
   rouge = scores.rouge(pairs, written)
   means = {kind: float(np.mean(values)) for kind, values in rouge.items()}
-  return {"loss": loss, **means, "each": rouge, "aspects": [pair.aspect for pair in pairs], "written": written}
+  return {
+    "loss": float(sums.sum() / counts.sum()),
+    **means,
+    "each": rouge,
+    "loss_sums": sums.tolist(),
+    "loss_counts": counts.tolist(),
+    "aspects": [pair.aspect for pair in pairs],
+    "written": written,
+    "plain_text": plain_text.losses(model, setup.chat),
+  }
+
+
+def fill(setup: Setup, file: Path, quiet: bool = False) -> bool:
+  """Adds to a finished result what it does not say yet, each reference's loss and the loss of plain text.
+
+  The base's weights are at hand, LoRA's adapter is kept beside the result; those of others are gone.
+
+  Returns:
+    Whether the result says it now.
+
+  Raises:
+    ValueError: if the result is of another model or other data.
+  """
+  result = json.loads(file.read_text())
+  if {"loss_sums", "plain_text"} <= result.keys():
+    return True
+  settings = result["settings"]
+  if harness.digest([settings, setup.digest]) != result["digest"]:
+    raise ValueError(f"{file}: is of another model, other data or other --items; name those that it was made with")
+  method, folder = Method(**settings["method"]), file.with_suffix(".adapter")
+  if method.name != "base" and not folder.exists():
+    return False
+  tree = setup.model
+  if method.name != "base":
+    tree = methods.plain(checkpoint.load(folder, methods.base_of(method, setup.model)))
+  examples = setup.examples[settings["split"]]
+  with _bar(f"{file.stem}: loss", len(examples), "pair", quiet) as bar:
+    size = min(LOSSES_TOGETHER, len(examples))
+    sums, counts = scores.losses(tree, examples, setup.chat.pad, size, bar.update)
+  more = {"loss_sums": sums.tolist(), "loss_counts": counts.tolist()}
+  harness.write(file, result | more | {"plain_text": plain_text.losses(tree, setup.chat)})
+  return True
 
 
 def _bar(name: str, total: int, unit: str, quiet: bool) -> tqdm:

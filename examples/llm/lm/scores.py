@@ -33,15 +33,15 @@ adapted_losses = jaxlora.wrap(answer_losses, on_materialize="error")
 compiled_losses = jax.jit(adapted_losses)
 
 
-def loss(
+def losses(
   tree: Any, examples: Sequence[Example], pad: int, size: int, tick: Callable[[int], Any] = lambda count: None
-) -> float:
-  """The mean loss of the references' tokens, in nats; `tree` is adapted, or plain."""
+) -> tuple[np.ndarray, np.ndarray]:
+  """Of each reference the sum of its tokens' losses, in nats, and their number; `tree` is adapted, or plain."""
   sums, counts = np.zeros(len(examples)), np.zeros(len(examples))
   for index in by_length(examples, size):
     sums[index], counts[index] = map(np.asarray, compiled_losses(tree, batch([examples[k] for k in index], pad)))
     tick(len({*index.tolist()}))
-  return float(sums.sum() / counts.sum())
+  return sums, counts
 
 
 def rouge(pairs: Sequence[Pair], written: Sequence[str]) -> dict[str, list[float]]:
