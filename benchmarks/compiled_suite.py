@@ -36,13 +36,17 @@ class Setting(NamedTuple):
 SETTINGS = (
   Setting("4 layers, scanned, remat", {"layers": 4, "scan": True, "remat": True}),
   Setting("4 layers, scanned", {"layers": 4, "scan": True}),
+  Setting("4 layers, scanned, remat, rank 64", {"layers": 4, "scan": True, "remat": True, "rank": 64}),
+  Setting("4 layers, scanned, rank 64", {"layers": 4, "scan": True, "rank": 64}),
+  Setting("4 layers, scanned, remat, rank 16", {"layers": 4, "scan": True, "remat": True, "rank": 16}),
   Setting("2 layers", {}),
   Setting("2 layers, d=2048", {"width": 2048}),
   Setting("2 layers, rank 64", {"rank": 64}),
   Setting("2 layers, bf16 on float32 parameters", {"bf16": False, "mixed": True}),
 )
-# Every setting of a v5e, and the first three of the others.
-ROWS = {"v5e:2x2": SETTINGS, "v5p:2x2x1": SETTINGS[:3], "v6e:2x2": SETTINGS[:3]}
+# Every setting of a v5e, and rank 8 with 2 and 4 layers on the others.
+_FEW = tuple(row for row in SETTINGS if row.name in ("4 layers, scanned, remat", "4 layers, scanned", "2 layers"))
+ROWS = {"v5e:2x2": SETTINGS, "v5p:2x2x1": _FEW, "v6e:2x2": _FEW}
 
 
 def settings_of(row: Setting) -> Settings:

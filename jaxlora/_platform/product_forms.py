@@ -1,6 +1,8 @@
 """The forms of adapted products, and of the transpose of their derivative, that some compilers are given.
 
-TPUs take each product and its low-rank part as one (`joint.py`), in loops as a product and a short sum (`summed.py`);
+TPUs take each product and its low-rank part as one (`joint.py`), in loops as a product and a short sum (`summed.py`).
+There the compiler lays tokens along the fastest axis, which suits that sum and the shortest ranks alone: what longer
+ones are joined to lies along its rows.
 GPUs take all products of one input as two (`merged.py`).
 
 Reading order: what is known of a product -> one product -> the products of one input -> transposes.
@@ -83,12 +85,15 @@ class Joined:
     else:
       h, b = joint.thin_and_second(matrices, thin, self.place)
     flat = Labelled(x, product.labels).flattened(product.contracted)
-    if read_in_place([product], [weight]) and summed.is_short(h, matrices.r):
+    short = summed.is_short(h, matrices.r)
+    if short and read_in_place([product], [weight]):
       y = summed.forward(matrices, flat, h, product.weight_first, product.result)
       return y.expanded().ordered(product.wanted)
     if product.result.looping and joint.as_large_as_result(flat, matrices.k):
       y = joint.forward_apart(matrices, flat, h, product.weight_first, product.result)
       return y.expanded().ordered(product.wanted)
+    if product.result.looping and not short:
+      sources = [along_rows(value) if value.shape == x.shape else value for value in sources]
     u = self.beside_norm(h, sources, matrices)
     if u is None:
       u = joint.joined(flat, matrices.k, [h], [matrices.r])
@@ -137,6 +142,8 @@ class TransposeJoined:
     triples = zip(self.each, cotangents, weights, strict=True)
     matrices = [p.as_matrices_again(dy, weight) for p, dy, weight in triples]
     flat = [Labelled(dy, p.wanted).flattened(p.free) for p, dy in zip(self.each, cotangents, strict=True)]
+    if any(p.result.looping and not summed.is_short(h, m.r) for p, h, m in zip(self.each, thin, matrices, strict=True)):
+      flat = [dataclasses.replace(dy, array=along_rows(dy.array)) for dy in flat]
     gs = [contract(dy, m.b, [m.n], p.thin_result) for p, m, dy in zip(self.each, matrices, flat, strict=True)]
     in_place = read_in_place(self.each, weights)
     out = [self.to_input(matrices, flat, gs, in_place).expanded().ordered(self.each[0].labels)] if self.moving.x else []

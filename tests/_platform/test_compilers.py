@@ -194,48 +194,94 @@ def test_a_mixed_batch_traced_on_a_cpu_host_has_no_loop_over_rows(compile_for_tp
 class Scanned(nn.Module):
   """Two blocks, as one that is scanned."""
 
+  remat: bool = False
+
   @nn.compact
   def __call__(self, x):
     scanned = nn.scan(
       lambda block, x, _: (block(x), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
     )
-    return scanned(Block(name="blocks"), x, None)[0]
+    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    return scanned(block(name="blocks"), x, None)[0]
 
 
-def test_a_scanned_step_copies_no_stack_of_layers_and_no_slice_of_one(compile_for_tpu):
+@pytest.fixture
+def scanned_step(compile_for_tpu):
+  """A function from a scanned module and a rank to the compiled training step, and to the frozen floor without one."""
+  x = jnp.zeros((4, TOKENS, WIDTH), jnp.bfloat16)
+  squared = lambda y: jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+  def compiled(module, rank=None):
+    params = module.init(jax.random.key(0), x[:1, :1])["params"]
+    fn = lambda p, x: module.apply({"params": p}, x)
+    if rank is None:
+      return compile_for_tpu(jax.value_and_grad(lambda x, p: squared(fn(p, x))), x, params)
+    tree = helpers.adapted(params, rank=rank, targets=".*/kernel", seed=None, probe=lambda p: fn(p, x[:1]))
+    frozen, trainable = jaxlora.split(tree)
+    wrapped = jaxlora.wrap(fn, on_materialize="error")
+    loss = lambda half, frozen, x: squared(wrapped(jaxlora.join(frozen, half), x))
+    return compile_for_tpu(jax.value_and_grad(loss), trainable, frozen, x)
+
+  return compiled
+
+
+def test_a_scanned_step_copies_no_stack_of_layers_and_no_slice_of_one(scanned_step):
   """What the layers keep for the backward pass is one array: to copy it in each layer costs more with every layer.
 
   The weights of the MLP are read where they lie in their stacks.
   """
-  module, x = Scanned(), jnp.zeros((4, TOKENS, WIDTH), jnp.bfloat16)
-  params = module.init(jax.random.key(0), x[:1, :1])["params"]
-  fn = lambda p, x: module.apply({"params": p}, x)
-  tree = helpers.adapted(params, rank=8, targets=".*/kernel", seed=None, probe=lambda p: fn(p, x[:1]))
-  frozen, trainable = jaxlora.split(tree)
-  wrapped = jaxlora.wrap(fn, on_materialize="error")
-  loss = lambda half, frozen, x: jnp.sum(jnp.square(wrapped(jaxlora.join(frozen, half), x).astype(jnp.float32)))
-  text = compile_for_tpu(jax.value_and_grad(loss), trainable, frozen, x).as_text()
+  text = scanned_step(Scanned(), rank=8).as_text()
   assert " while(" in text
   assert not re.findall(rf"= bf16\[2,4,{TOKENS},{WIDTH}\]\S* copy\(", text)
   assert not re.findall(rf"dynamic-slice\S* = bf16\[(?:1,)?(?:{WIDTH},{HIDDEN}|{HIDDEN},{WIDTH})\]", text)
 
 
-@pytest.mark.nightly
-def test_codes_on_the_host_are_fetched_layer_by_layer(device, lenient):
-  """A scan over layers whose codes rest on the host has a few of them on the chip at a time, never the stack."""
-  layers, codes = 16, 16 * WIDTH * WIDTH  # a byte each
-  params = {"w": jax.ShapeDtypeStruct((layers, WIDTH, WIDTH), jnp.bfloat16)}
-  base = jaxlora.quantize(params, "int8", targets="w", axes={"w": "sio"}, block_size=None, double=False)
-  tree = jaxlora.adapt(base, jaxlora.LoraConfig(rank=8, targets="w", axes={"w": "sio"}), jax.random.key(0))
-  frozen, trainable = jaxlora.split(tree)
-  wrapped = jaxlora.wrap(
-    lambda p, x: jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["w"])[0], on_materialize="error"
-  )
-  loss = lambda half, frozen, x: jnp.sum(jnp.square(wrapped(jaxlora.join(frozen, half), x).astype(jnp.float32)))
+def test_longer_ranks_meet_rows_in_a_loop(scanned_step):
+  """The compiler would lay tokens along the fastest axis there, and 16 columns beside them would cost twice as much."""
+  text = scanned_step(Scanned(remat=True), rank=16).as_text()
+  kept = set(re.findall(rf"bf16\[2,4,{TOKENS},{WIDTH}\]{{([\d,]+)", text))
+  assert kept == {"3,2,1,0"}
+
+
+@pytest.fixture
+def on_the_host(device, lenient):
+  """A function from a base of stacked layers that rests on the host to the size of its stack, and what is on the chip.
+
+  The type of a `jax.ShapeDtypeStruct` does not say where it rests: the step does.
+  """
+  layers = 16
   placed = jax.sharding.SingleDeviceSharding(device)
   host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
   on = lambda where: lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
   x = jax.ShapeDtypeStruct((64, WIDTH), jnp.bfloat16, sharding=placed)
-  args = jax.tree.map(on(placed), trainable), jax.tree.map(on(host), frozen), x
-  memory = jax.jit(jax.grad(loss)).trace(*args).lower(lowering_platforms=("tpu",)).compile().memory_analysis()
-  assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < codes / 2
+
+  def compiled(layer, quantised):
+    params = {"w": jax.ShapeDtypeStruct((layers, WIDTH, WIDTH), jnp.bfloat16)}
+    config = jaxlora.LoraConfig(rank=8, targets="w", axes={"w": "sio"})
+    frozen, trainable = jaxlora.split(jaxlora.adapt(quantised(params), config, jax.random.key(0)))
+    scanned = lambda p, x: jax.lax.scan(lambda x, w: (x + jnp.tanh(layer(x, w)), None), x, p["w"])[0]
+    wrapped = jaxlora.wrap(scanned, on_materialize="error")
+
+    def loss(half, frozen, x):
+      resting = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Host), frozen)
+      return jnp.sum(jnp.square(wrapped(jaxlora.join(resting, half), x).astype(jnp.float32)))
+
+    args = jax.tree.map(on(placed), trainable), jax.tree.map(on(host), frozen), x
+    memory = jax.jit(jax.grad(loss)).trace(*args).lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    stack = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen))
+    return stack, memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+  return compiled
+
+
+def test_floats_on_the_host_are_fetched_layer_by_layer(on_the_host):
+  """A scan over layers that rest on the host has a few of them on the chip at a time, never the stack."""
+  stack, here = on_the_host(lambda x, w: x @ jax.device_put(w, jax.memory.Space.Device), lambda params: params)
+  assert here < stack / 8
+
+
+@pytest.mark.xfail(strict=True, reason="XLA:TPU copies the stack whole: it lays one layer of 8-bit codes out anew")
+def test_codes_on_the_host_are_fetched_layer_by_layer(on_the_host):
+  options = {"targets": "w", "axes": {"w": "sio"}, "block_size": None, "double": False}
+  stack, here = on_the_host(lambda x, w: x @ w, lambda params: jaxlora.quantize(params, "int8", **options))
+  assert here < stack / 2
