@@ -15,6 +15,7 @@ from jaxlora._base.coded import decoded, is_coded, type_of_leaf
 from jaxlora._base.dtypes import wide
 from jaxlora._base.keys import leaf_key, typed_key
 from jaxlora._base.memory import on_device
+from jaxlora._base.processes import check_same_on_all, spans_processes
 from jaxlora._weight.matrices import laid_out, matrices
 from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.placement import beside_its_base
@@ -68,7 +69,7 @@ def adapt(
   Raises:
     ValueError: naming the leaf or the field, what was found, what was expected and what to do: an empty or already
       adapted tree, a pattern without a match, a leaf that cannot be adapted, a rank too large, floats that are not
-      those of the base.
+      those of the base; a key that is not the same on all processes that the parameters lie on.
     TypeError: if `key` is no random key.
 
   Example:
@@ -93,6 +94,8 @@ def adapt(
   key = typed_key(key, "adapt: key")
   plan = plan_tree(params, config, probe, floats)
   drawn: dict[Any, Any] = {}
+  if any(map(spans_processes, jax.tree.leaves(params))):
+    check_same_on_all(key, "adapt: key")
 
   def one(path: str, leaf: Any) -> Any:
     if path in plan.adapted:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
@@ -50,7 +51,17 @@ def put_on(array: Any, sharding: Any) -> Any:
     return array
   if isinstance(array, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+  if _is_array(array) and array.is_fully_addressable and not sharding.is_fully_addressable:
+    return _shards_of(array, sharding)
   return jax.device_put(array, sharding)
+
+
+def _shards_of(array: jax.Array, sharding: Any) -> jax.Array:
+  """The shards that this process holds of an array that every process has whole: none waits for another."""
+  if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(_shards_of(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
+  host = np.asarray(array)
+  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def beside_its_base(node: LoraWeight) -> LoraWeight:

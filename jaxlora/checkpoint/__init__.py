@@ -9,6 +9,10 @@
       manager.save(step, tree, opt_state, data={"index": index}, key=key)   # returns while the files are being written
       state = manager.restore(params, opt_state)         # state.step, .tree, .opt_state, .data, .key
 
+A run of several processes (`jax.distributed`) saves together, into a folder that all of them see: every process calls
+`save`, `Manager` and `Manager.save`, each writes the shards that it holds, and one that is alone is told so after two
+minutes. Any number of processes, on any mesh, restores. One process alone may read (`contents`).
+
 What is on disk (version 1). A checkpoint is a folder with one folder per step, named by its number, which appears by
 one rename, complete. `save` keeps one step and numbers them itself, `Manager` keeps several. In a step:
 
@@ -17,7 +21,8 @@ one rename, complete. `save` keeps one step and numbers them itself, `Manager` k
       jaxlora, jax       the versions that wrote it
       leaves             of every adapted leaf: path, kind ("LoraWeight": roles, rank, alpha, scaling, dropout;
                          "FullWeight": nothing), shape of the base, and its arrays by name (a, b, value): key, shape,
-                         dtype, sha256 (of the elements in C order, little-endian)
+                         dtype, sha256 (of the elements in C order, little-endian) or, of an array that was split over
+                         processes, fingerprint (a manifest that has one is of version 2)
       base               of every leaf of the base: path, shape, dtype, digest (`fingerprint` has the formula; empty
                          where the base had no values)
       whole_base         false where only a part of the base was known (an adapter converted from PEFT)

@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from jaxlora.checkpoint._arrays import Arrays
 from jaxlora.checkpoint._errors import one_error
 from jaxlora.checkpoint._manifest import manifest_of, node_of
+from jaxlora.checkpoint._processes import together
 from jaxlora.checkpoint._rebuild import print_of, rebuilt
-from jaxlora.checkpoint._store import clear_unfinished, folder_of, items, orbax_manager, own_steps, read_step
+from jaxlora.checkpoint._store import (
+  check_saved,
+  clear_unfinished,
+  folder_of,
+  items,
+  orbax_manager,
+  own_steps,
+  read_step,
+)
 
 
 def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | None = None) -> None:
@@ -47,12 +56,15 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
 def save_part(path: Any, tree: Any, *, metadata: dict[str, Any] | None, whole_base: bool) -> None:
   """`save` of a tree that may hold only a part of its base: leaves beside that part are then no difference."""
   folder = folder_of(path)
+  together(f"save: {folder}")  # ahead of the digests, which all compute together
   arrays: Arrays = {}
   manifest = manifest_of(tree, metadata or {}, arrays) | {"training": None, "whole_base": whole_base}
   with one_error(f"save: {folder}: cannot be written; what was there before stands", lambda: clear_unfinished(folder)):
     steps = own_steps(folder)
-    with contextlib.closing(orbax_manager(folder, max_to_keep=1, asynchronous=False)) as manager:
-      manager.save(max(steps, default=-1) + 1, args=items(manifest, arrays), force=True)
+    with contextlib.closing(orbax_manager(folder, "save", max_to_keep=1, asynchronous=False)) as manager:
+      step = max(steps, default=-1) + 1
+      manager.save(step, args=items(manifest, arrays), force=True)
+    check_saved(folder, step, "save")
 
 
 def load(path: str | os.PathLike[str], params: Any, *, step: int | None = None, strict: bool = True) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxlora.checkpoint._arrays import Arrays
 from jaxlora.checkpoint._errors import CheckpointError, one_error
 from jaxlora.checkpoint._manifest import manifest_of
+from jaxlora.checkpoint._processes import together
 from jaxlora.checkpoint._rebuild import rebuilt
 from jaxlora.checkpoint._store import clear_unfinished, folder_of, items, orbax_manager, read_step
 from jaxlora.checkpoint._training import key_of, optimizer_state, training_entry
@@ -76,9 +77,14 @@ class Manager:
     asynchronous: bool = True,
   ):
     self._folder = folder_of(path)
+    together(f"Manager: {self._folder}")
     with one_error(f"Manager: {self._folder}: cannot be opened"):
       self.orbax = orbax_manager(
-        self._folder, max_to_keep=max_to_keep, asynchronous=asynchronous, save_interval_steps=save_interval_steps
+        self._folder,
+        "Manager",
+        max_to_keep=max_to_keep,
+        asynchronous=asynchronous,
+        save_interval_steps=save_interval_steps,
       )
 
   def save(
@@ -123,6 +129,7 @@ class Manager:
         )
       if not (force or self.orbax.should_save(step)):
         return False
+      together(f"Manager.save: {self._folder}: step {step}")
       manifest = manifest_of(tree, metadata or {}, arrays) | {"whole_base": True}
       state: Arrays = {}
       manifest["training"] = training_entry(step, opt_state, data, key, state)

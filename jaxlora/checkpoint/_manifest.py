@@ -19,12 +19,12 @@ from jaxlora._weight.fingerprint import prints
 from jaxlora._weight.tree import base_tree
 from jaxlora._weight.variant import VARIANTS
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node, parts
-from jaxlora.checkpoint._arrays import Arrays, entry_of, value_of
+from jaxlora.checkpoint._arrays import Arrays, entry_of, has_fingerprints, value_of
 from jaxlora.checkpoint._errors import CheckpointError
 
 FORMAT = "jaxlora-checkpoint"
 
-VERSION = 1
+VERSION = 2  # of manifests that have fingerprints of arrays; those without are of version 1
 
 _KINDS = {kind.__name__: kind for kind in (LoraWeight, FullWeight)}
 
@@ -45,7 +45,7 @@ def manifest_of(tree: Any, metadata: Any, arrays: Arrays) -> dict[str, Any]:
       raise CheckpointError(str(error)) from error
   return {
     "format": FORMAT,
-    "version": VERSION,
+    "version": 1,
     "jaxlora": __version__,
     "jax": jax.__version__,
     "leaves": [_leaf_entry(path, node, k, arrays) for k, (path, node) in enumerate(adapted)],
@@ -103,7 +103,9 @@ def node_of(leaf: Mapping[str, Any], arrays: Mapping[str, Any], base: Any) -> An
 
 
 def with_digest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-  """The manifest with the digest of its own text."""
+  """The manifest with its version and the digest of its own text."""
+  split = has_fingerprints([manifest["leaves"], manifest["training"]])
+  manifest = {**manifest, "version": VERSION if split else 1}
   return {**manifest, "sha256": _text_digest(manifest)}
 
 

@@ -7,6 +7,7 @@ import warnings
 import jax
 
 from jaxlora._base.paths import flatten
+from jaxlora._base.processes import spans_processes
 from jaxlora._weight.fingerprint import Print, prints, shape_of
 from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.placement import put_on, sharding_of
@@ -14,6 +15,7 @@ from jaxlora._weight.weight import is_adapted, is_leaf_node, parts, with_parts
 from jaxlora.checkpoint._arrays import as_jax_array
 from jaxlora.checkpoint._errors import CheckpointError, CheckpointWarning, one_error
 from jaxlora.checkpoint._manifest import node_of
+from jaxlora.checkpoint._processes import together
 
 
 def rebuilt(manifest: Mapping[str, Any], arrays: Mapping[str, Any], params: Any, strict: bool, what: str) -> Any:
@@ -24,6 +26,8 @@ def rebuilt(manifest: Mapping[str, Any], arrays: Mapping[str, Any], params: Any,
       f"{what}: {adapted[0]} is adapted; expected the base alone. Pass jaxlora.strip(tree), or the original parameters."
     )
   leaves = dict(nodes)
+  if any(map(spans_processes, jax.tree.leaves(leaves))):
+    together(what)
   problems = list(_differences(manifest, params))
   new = dict(leaves)
   with one_error(f"{what}: cannot be read"):

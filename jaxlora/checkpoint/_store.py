@@ -12,9 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlora._base.text import listed
-from jaxlora.checkpoint._arrays import Arrays
+from jaxlora.checkpoint._arrays import Arrays, is_entry
 from jaxlora.checkpoint._errors import CheckpointError, one_error
 from jaxlora.checkpoint._manifest import verified, with_digest
+from jaxlora.checkpoint._processes import check_shared
 
 ADAPTER, MANIFEST, TRAINING = "adapter", "record", "training"  # folders of a step
 
@@ -24,12 +25,12 @@ def folder_of(path: str | os.PathLike[str]) -> epath.Path:
   return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
-def orbax_manager(folder: epath.Path, *, max_to_keep: int | None, asynchronous: bool, **options: Any) -> Any:
+def orbax_manager(folder: epath.Path, what: str, *, max_to_keep: int | None, asynchronous: bool, **options: Any) -> Any:
   # Unfinished steps of a process that died are removed first. Orbax's own cleaning runs beside the first save, and
   # would race with it where that save has the number of the unfinished step.
   if jax.process_index() == 0:
     clear_unfinished(folder)
-  return ocp.CheckpointManager(
+  manager = ocp.CheckpointManager(
     folder,
     options=ocp.CheckpointManagerOptions(
       max_to_keep=max_to_keep,
@@ -37,6 +38,13 @@ def orbax_manager(folder: epath.Path, *, max_to_keep: int | None, asynchronous: 
       **options,
     ),
   )
+  check_shared(folder, folder, what)
+  return manager
+
+
+def check_saved(folder: epath.Path, step: int, what: str) -> None:
+  """Raises where this process does not see the step that all processes have just saved."""
+  check_shared(folder, folder / str(step) / MANIFEST, what)
 
 
 def items(manifest: Mapping[str, Any], arrays: Arrays, state: Arrays | None = None) -> Any:
@@ -115,7 +123,7 @@ def read_step(
 def _read_step(folder: epath.Path, training: bool) -> tuple[dict[str, Any], dict[str, Any]]:
   with one_error(f"{folder}: cannot be read"):
     try:
-      manifest = verified(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / MANIFEST))
+      manifest = verified(_reader(ocp.JsonCheckpointHandler).restore(folder / MANIFEST))
     except CheckpointError as error:
       raise CheckpointError(f"{folder}: {error}") from error
     if training and manifest["training"] is None:
@@ -126,10 +134,17 @@ def _read_step(folder: epath.Path, training: bool) -> tuple[dict[str, Any], dict
   return manifest, arrays
 
 
+def _reader(handler: Any) -> Any:
+  """Orbax for one process: all may read, and none has to wait for another."""
+  this = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+  return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
 def _keys(manifest: Any) -> set[str]:
   """The keys of the arrays that a part of a manifest names."""
   if isinstance(manifest, dict):
-    own = {manifest["key"]} if "sha256" in manifest and 0 not in manifest["shape"] else set()
+    own = {manifest["key"]} if is_entry(manifest) and 0 not in manifest["shape"] else set()
     return own.union(*map(_keys, manifest.values()))
   return set().union(*map(_keys, manifest)) if isinstance(manifest, list) else set()
 
@@ -139,4 +154,4 @@ def _read_arrays(folder: epath.Path, keys: set[str]) -> dict[str, Any]:
     return {}
   how = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
   args = ocp.args.PyTreeRestore(item=dict.fromkeys(keys, 0), restore_args=how, partial_restore=True)
-  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder, args=args)
+  return _reader(ocp.PyTreeCheckpointHandler).restore(folder, args=args)

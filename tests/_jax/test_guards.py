@@ -11,7 +11,7 @@ import jax.interpreters.batching
 import jax.interpreters.mlir
 import pytest
 
-from jaxlora._jax import batched_call, by_platform, called, jaxpr, linear_call, trace_cache
+from jaxlora._jax import batched_call, by_platform, called, jaxpr, linear_call, processes, trace_cache
 
 
 def again(module):
@@ -70,3 +70,8 @@ def test_a_module_that_is_gone_is_no_error(module, lost, fallback, monkeypatch):
 def test_layers_are_traced_one_by_one_where_nothing_tells_what_is_traced(monkeypatch):
   monkeypatch.setitem(sys.modules, "jax._src.core", types.SimpleNamespace())
   assert again(trace_cache).is_concrete(object())
+
+
+def test_where_jax_has_moved_its_service_nobody_waits(monkeypatch):
+  monkeypatch.setattr(processes, "distributed", None)
+  assert processes.all_meet("somewhere", 1.0)

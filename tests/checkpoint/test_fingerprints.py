@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jaxlora import checkpoint
-from jaxlora._weight import fingerprint
+from jaxlora._base import digests
 
 
 @pytest.fixture(autouse=True)
 def by_the_devices(monkeypatch):
   """However small a leaf is, the devices that hold it compute its digest."""
-  monkeypatch.setattr(fingerprint, "_SMALL", 0)
+  monkeypatch.setattr(digests, "_SMALL", 0)
 
 
 def test_the_fingerprint_is_its_formula():

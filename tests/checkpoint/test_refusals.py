@@ -111,6 +111,6 @@ def test_a_newer_format_is_refused(tmp_path):
   base, tree = matrix_tree()
   checkpoint.save(tmp_path / "a", tree)
   file = tmp_path / "a" / "0" / "record" / "metadata"
-  file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 2}))
-  with pytest.raises(CheckpointError, match=r"version 2; this jaxlora reads up to 1: install a newer"):
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 3}))
+  with pytest.raises(CheckpointError, match=r"version 3; this jaxlora reads up to 2: install a newer"):
     checkpoint.restore(tmp_path / "a", base)

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -116,7 +117,37 @@ def command_lines(*commands: list[str]) -> None:
     say("code", code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-JOBS = {job.__name__: job for job in (save_on, train_on, command_lines)}
+def hosts(job: str, count: int, devices: int, *args) -> None:
+  """Runs a job of `tests/checkpoint/hosts.py` as several processes of one run; each says what it says with its number.
+
+  Once one of them is gone otherwise than by itself, all are killed, as a scheduler does it.
+  """
+  from tests.checkpoint import hosts
+
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  left: dict[int, int] = {}
+  for process in range(count):
+    if not (pid := os.fork()):
+      code = 1
+      try:
+        hosts.start(process, count, devices, port)
+        hosts.JOBS[job](lambda *line, process=process: say(process, *line), *args)
+        code = 0
+      except BaseException:
+        traceback.print_exc()
+      os._exit(code)
+    left[pid] = process
+  while left:
+    pid, status = os.wait()
+    say(left.pop(pid), "gone", status)
+    if status:
+      for other in left:
+        os.kill(other, signal.SIGKILL)
+
+
+JOBS = {job.__name__: job for job in (save_on, train_on, command_lines, hosts)}
 
 
 def serve() -> None:

@@ -209,7 +209,7 @@ def bank_without_scales(patch):
 
 def fingerprint_of_shapes(patch):
   """The values of a base are not looked at."""
-  patch.setattr(fingerprint, "_dispatched", lambda leaf: "")
+  patch.setattr(fingerprint, "dispatched_digest", lambda leaf: "")
 
 
 def alpha_for_the_scale(patch):
