@@ -117,9 +117,8 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     return None if isinstance(atom, Literal) else place.get(atom)
 
   for eqn in inner.eqns:
-    if eqn.primitive.name in _TRANSPARENT and any(operand(atom) is not None for atom in eqn.invars):
-      found = structure(eqn)
-      assert isinstance(found, (Jit, Call, Remat))
+    found = structure(eqn) if eqn.primitive.name in _TRANSPARENT else None
+    if isinstance(found, (Jit, Call, Remat)) and any(operand(atom) is not None for atom in eqn.invars):
       for var, k in zip(eqn.outvars, forwarded(found.jaxpr), strict=True):
         if k is not None and (source := operand(eqn.invars[k])) is not None:
           place[var] = source
@@ -139,6 +138,22 @@ def _jit(params: dict[str, Any]) -> Jit:
 
 def _remat(params: dict[str, Any]) -> Remat:
   return Remat(params["jaxpr"], params["policy"], params["prevent_cse"], bool(params.get("differentiated")))
+
+
+def _high(params: dict[str, Any]) -> Structure | None:
+  """What newer JAX holds in an object (`jax_remat3`, `jax_custom_vjp3`); `None` for any other kind of object."""
+  held = params["_prim"]
+  kind = type(held).__name__
+  if kind == "RematTraced":
+    prevent = held.prevent_cse if isinstance(held.prevent_cse, bool) else any(held.prevent_cse)  # one for each operand
+    return Remat(held.jaxpr, held.policy, prevent, backward=False)
+  if kind not in ("CustomVJPTraced", "CustomJVPTraced"):
+    return None
+  jaxpr = held.traced.jaxpr
+  inner, _ = open_jaxpr(jaxpr)
+  if len(inner.invars) != len(held.in_avals_flat):  # operands of its derivative alone
+    raise ValueError(f"found {len(held.in_avals_flat)} operands, expected {len(inner.invars)}")
+  return CustomRule(jaxpr)
 
 
 def _scan(params: dict[str, Any]) -> Scan:
@@ -166,12 +181,14 @@ _JITS = ("jit", "pjit")
 _REMATS = ("remat", "remat2", "checkpoint")
 _CALLS = ("closed_call", "core_call")
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
-_TRANSPARENT = (*_JITS, *_CALLS, *_REMATS)
-_READERS: dict[str, Callable[[dict[str, Any]], Structure]] = {
+_HIGH = "call_hi_primitive"
+_TRANSPARENT = (*_JITS, *_CALLS, *_REMATS, _HIGH)
+_READERS: dict[str, Callable[[dict[str, Any]], Structure | None]] = {
   **dict.fromkeys(_JITS, _jit),
   **dict.fromkeys(_CALLS, lambda params: Call(params["call_jaxpr"])),
   **dict.fromkeys(_REMATS, _remat),
   **dict.fromkeys(_CUSTOM_RULES, lambda params: CustomRule(params["call_jaxpr"])),
+  _HIGH: _high,
   "cond": lambda params: Branches(params["branches"], params.get("branches_platforms")),
   "scan": _scan,
   "while": _while,
