@@ -1,6 +1,6 @@
 """Files: content that appears whole or not at all, and where a safetensors file holds its tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
@@ -82,6 +82,36 @@ def nbytes_of(code: str, shape: Sequence[int]) -> int:
   """The bytes of a tensor whose dtype NumPy has."""
   dtype = dtype_of(code)
   return math.prod(shape) * (1 if dtype is None else dtype.itemsize)
+
+
+Spec = tuple[str, tuple[int, ...]]  # a tensor's dtype, as safetensors writes it, and its shape
+
+
+def new_header(
+  specs: Mapping[str, Spec], metadata: Mapping[str, str], sizes: Mapping[str, int] | None = None
+) -> tuple[bytes, dict[str, int]]:
+  """The header of a safetensors file, and where in the file each tensor begins: wide dtypes first, so all are aligned.
+
+  Args:
+    specs: the tensors, by name.
+    metadata: goes into the header.
+    sizes: their bytes; needed where some are of a dtype that NumPy does not have.
+  """
+  entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+  begin, offsets = 0, {}
+  for name in sorted(specs, key=lambda name: -nbytes_of(specs[name][0], ())):
+    code, shape = specs[name]
+    end = begin + (nbytes_of(code, shape) if sizes is None else sizes[name])
+    entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+    offsets[name], begin = begin, end
+  text = json.dumps(entries, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + at for name, at in offsets.items()}
+
+
+def raw_bytes(value: np.ndarray) -> memoryview:
+  """The bytes of an array, in the order of its elements."""
+  return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from jaxlora._base.files import StoredTensor, code_of, nbytes_of
+from jaxlora._base.files import Spec, StoredTensor, code_of, nbytes_of, new_header, raw_bytes
 from jaxlora._files.tensors import TensorFileError, TensorFiles
 
 _PIECE = 1 << 22  # bytes copied at a time
 
-Spec = tuple[str, tuple[int, ...]]  # a tensor's dtype, as safetensors writes it, and its shape
 Progress = Callable[[int], object]
 
 
@@ -74,7 +73,7 @@ def _write_edit(edit: Edit, places: Mapping[str, tuple[BinaryIO, int]], progress
   for name, value in values_of(edit).items():
     stream, begin = places[name]
     stream.seek(begin)
-    stream.write(bytes_of(value))
+    stream.write(raw_bytes(value))
     progress(value.nbytes)
 
 
@@ -86,10 +85,6 @@ def values_of(edit: Edit) -> dict[str, np.ndarray]:
     if (code_of(value.dtype), value.shape) != (code, shape):
       raise TensorFileError(f"{name}: became {value.dtype}{value.shape}, expected {code}{shape}.")
   return {name: values[name] for name in edit.outputs}
-
-
-def bytes_of(value: np.ndarray) -> memoryview:
-  return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
 def _layouts(source: TensorFiles, edits: Sequence[Edit]) -> list[_Layout]:
@@ -112,7 +107,7 @@ def _layouts(source: TensorFiles, edits: Sequence[Edit]) -> list[_Layout]:
       header = _old_header(file)
       begins = {name: source.tensors[name].begin for name in old}  # type: ignore[attr-defined]
     else:
-      header, begins = _new_header(specs, sizes, _metadata(file))
+      header, begins = new_header(specs, _metadata(file), sizes)
     layouts.append(_Layout(file.name, header, sizes, begins, specs == old))
   return layouts
 
@@ -121,7 +116,7 @@ def _one_layout(source: TensorFiles, changed: Mapping[str, Spec], removed: Colle
   """The one safetensors file of a model in another format."""
   specs = {name: (t.code, t.shape) for name, t in source.tensors.items() if name not in removed} | dict(changed)
   sizes = {name: nbytes_of(*spec) for name, spec in specs.items()}
-  header, begins = _new_header(specs, sizes, {"format": "flax"})
+  header, begins = new_header(specs, {"format": "flax"}, sizes)
   return _Layout("model.safetensors", header, sizes, begins, False)
 
 
@@ -136,28 +131,12 @@ def _metadata(file: Path) -> dict[str, str]:
   return found if isinstance(found, dict) else {}
 
 
-def _new_header(
-  specs: Mapping[str, Spec], sizes: Mapping[str, int], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
-  """A header for these tensors, and where each begins: wide dtypes first, so that all are aligned."""
-  entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-  begin, offsets = 0, {}
-  for name in sorted(specs, key=lambda name: -nbytes_of(specs[name][0], ())):
-    code, shape = specs[name]
-    end = begin + sizes[name]
-    entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
-    offsets[name], begin = begin, end
-  text = json.dumps(entries, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + at for name, at in offsets.items()}
-
-
 def _copy(source: TensorFiles, name: str, new: BinaryIO, begin: int, progress: Progress) -> None:
   """Copies a tensor's bytes."""
   tensor = source.tensors[name]
   new.seek(begin)
   if not isinstance(tensor, StoredTensor):
-    new.write(bytes_of(tensor.read()))
+    new.write(raw_bytes(tensor.read()))
     progress(tensor.nbytes)
     return
   with open(tensor.file, "rb") as old:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlora._base.files import StoredTensor
+from jaxlora._base.files import StoredTensor, raw_bytes
 from jaxlora._cli.orbax_base import write_tree
-from jaxlora._cli.rewrite import Edit, Progress, bytes_of, copy_bytes, values_of
+from jaxlora._cli.rewrite import Edit, Progress, copy_bytes, values_of
 from jaxlora._files.tensors import TensorFileError, TensorFiles
 
 
@@ -27,7 +27,7 @@ def write_msgpack(source: TensorFiles, new: Path, edits: Sequence[Edit], progres
     copy_bytes(old, stream, source.files[0].stat().st_size, progress)
     for edit in edits:
       for name, value in values_of(edit).items():
-        tensor, data, at = source.tensors[name], bytes_of(value), 0
+        tensor, data, at = source.tensors[name], raw_bytes(value), 0
         for piece in [tensor] if isinstance(tensor, StoredTensor) else tensor.pieces:  # type: ignore[attr-defined]
           stream.seek(piece.begin)
           stream.write(data[at : at + piece.nbytes])

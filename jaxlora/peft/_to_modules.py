@@ -273,13 +273,13 @@ def _trained_whole(
   whole = {
     f"{name}.{parameter}": tensor
     for name, parameter in sorted(replaced)
-    if (tensor := torch_tensor(*parameters[name][parameter], name, parameter, model, known, problems)) is not None
+    if (tensor := _torch_tensor(*parameters[name][parameter], name, parameter, model, known, problems)) is not None
   }
   bias = "all" if bias_alone - saved - set(adapted) else "lora_only" if bias_alone - saved else "none"
   return whole, bias
 
 
-def torch_tensor(
+def _torch_tensor(
   path: str,
   index: tuple[int, ...],
   name: str,
@@ -297,7 +297,15 @@ def torch_tensor(
       " the base's values; or, where it is the head of the task_type, leave that out"
     )
     return None
-  value = np.moveaxis(_torch_array(value), model.stacks[path], range(len(index)))[index]
+  value = np.moveaxis(np.asarray(value), model.stacks[path], range(len(index)))[index]
+  return layer_to_torch(path, name, parameter, value, known, problems)
+
+
+def layer_to_torch(
+  path: str, name: str, parameter: str, value: np.ndarray, known: KnownRoles, problems: list[str]
+) -> np.ndarray | None:
+  """The value of one torch parameter of the module `name`: of one layer of the leaf at `path`."""
+  value = _torch_array(value)
   if parameter == "bias":
     return value.reshape(-1)
   try:

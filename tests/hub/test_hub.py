@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 
 from flax import nnx
 import flax.linen as nn
@@ -112,6 +113,48 @@ def test_back_in_several_files_with_what_lies_beside(folder):
   assert not (folder / "new").exists()
 
 
+def peak(call):
+  """The most bytes of NumPy's and Python's that a second call has at a time."""
+  call("warm")
+  tracemalloc.start()
+  try:
+    call("measured")
+    return tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path):
+  """Saved by layers, plain, cast, of codes and cut into parts; and a leaf of parts is read by layers."""
+  layers, layer = 24, 64 * 512 * 4
+  kernel = jnp.asarray(random(layers, 64, 512))
+  names = {"layers/wi": Split(("model.layers.{}.up", "model.layers.{}.gate"), sizes=(1, 1))}
+  for case, leaf, dtype in (
+    ("plain", kernel, None),
+    ("cast", kernel, "bfloat16"),
+    ("codes", jaxlora.quantize({"wi": {"kernel": kernel}}, "int8", axes={".*": "sio"})["wi"]["kernel"], None),
+  ):
+    params = {"layers": {"wi": {"kernel": leaf}}}
+    save = lambda name, params=params, dtype=dtype, case=case: hub.save(
+      tmp_path / f"{case} {name}", params, names=names, axes={".*": "sio"}, dtype=dtype, shard_bytes=layers * layer // 3
+    )
+    assert peak(save) < 6 * layer, case
+  read = lambda _: hub.load(
+    tmp_path / "plain warm", {"layers": {"wi": {"kernel": shape(*kernel.shape)}}}, names=names, axes={".*": "sio"}
+  )
+  assert peak(read) < (layers + 6) * layer
+  np.testing.assert_array_equal(read(0)["layers"]["wi"]["kernel"], kernel)
+
+
+def test_two_leaves_of_one_name_are_an_error(tmp_path):
+  params = {"a": {"kernel": jnp.ones((3, 2))}, "b": {"kernel": jnp.zeros((3, 2))}}
+  with pytest.raises(hub.HubError, match=r"one\.weight: several leaves have this name, b/kernel among them"):
+    hub.save(tmp_path / "out", params, names={"[ab]": "one"})
+  with pytest.raises(hub.HubError, match=r"a/kernel: is a shape without values"):
+    hub.save(tmp_path / "out", {"a": {"kernel": shape(3, 2)}})
+  assert not list(tmp_path.iterdir())
+
+
 def test_dtypes_and_shardings(folder):
   mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
   split = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), SCANNED)
@@ -135,6 +178,8 @@ def test_modules_of_nnx_with_keys_of_their_own(folder):
   module = hub.load(folder, Model(nnx.Rngs(0)), ignore=r"model\.layers\..*")
   assert isinstance(module, Model)
   np.testing.assert_array_equal(module.norm.scale[...], torch_model()["model.norm.weight"])
+  hub.save(folder / "out", module)
+  assert {*load_file(folder / "out" / "model.safetensors")} == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
 def test_convolutions_tokens_and_parts(tmp_path):
@@ -214,6 +259,30 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(hub.HubError, match=message):
     hub.load(tmp_path, SCANNED)
+
+
+def test_files_that_end_too_early(tmp_path):
+  """A shard cut in its tensors, one that is not there, and a GGUF file cut in its tensors."""
+  save_file(torch_model(), tmp_path / "model.safetensors")
+  params = hub.load(tmp_path, SCANNED)
+  shards = [name for name in hub.save(tmp_path / "cut", params, shard_bytes=300) if name.endswith(".safetensors")]
+  last = tmp_path / "cut" / shards[-1]
+  last.write_bytes(last.read_bytes()[:-8])
+  with pytest.raises(hub.HubError, match=rf"{shards[-1]}: cannot be read as safetensors.*not fully covered"):
+    hub.load(tmp_path / "cut", SCANNED)
+  last.unlink()
+  with pytest.raises(hub.HubError, match=re.escape(shards[-1])):
+    hub.load(tmp_path / "cut", SCANNED)
+  gguf = pytest.importorskip("gguf")
+  writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+  writer.add_tensor("output_norm.weight", random(WIDTH))
+  for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    write()
+  data = (tmp_path / "m.gguf").read_bytes()
+  hub.load(tmp_path / "m.gguf", {"norm": SCANNED["norm"]})
+  (tmp_path / "m.gguf").write_bytes(data[:-16])
+  with pytest.raises(hub.HubError, match=r"m\.gguf: cannot be read as GGUF: .*Download it anew"):
+    hub.load(tmp_path / "m.gguf", {"norm": SCANNED["norm"]})
 
 
 def test_quantised_weights_become_floats_and_unknown_codes_are_refused(tmp_path):
