@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from lm import baselines, packing, tables
 from lm.methods import CODES, METHODS, Method
+from lm.rows import training_order
 from lm.runs import Run, Setup, do, prepare, resumable
 from lm.training import Schedule
 import numpy as np
@@ -82,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   try:
     args.out.mkdir(parents=True, exist_ok=True)
     args.setup = prepare(args.model, args.data, args.items, jnp.bfloat16 if args.bf16 else jnp.float32)
+    training_order(args.setup.examples["train"], args.batch, 1, 0)
     if args.pack is not None:
       packing.check(args.setup.examples["train"], args.pack)
   except (OSError, ValueError) as error:

@@ -129,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   names = args.only.split(",")
   if unknown := set(names) - set(GROUPS):
     parser.error(f"--only: found {sorted(unknown)}, expected of {', '.join(GROUPS)}")
+  for name in ("seeds", "items"):
+    if getattr(args, name) < 1:
+      parser.error(f"--{name}: found {getattr(args, name)}, expected a whole number of at least 1")
   if not args.show:
     args.out.mkdir(parents=True, exist_ok=True)
     try:

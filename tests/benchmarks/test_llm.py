@@ -289,6 +289,12 @@ def test_the_tied_head_alone_trains(llm, setup, tmp_path, name, rank, trained_ro
 @pytest.mark.parametrize(
   ("change", "message"),
   [
+    ({"token_embd": np.ones((300, 16), np.float32)}, "the tokenizer has 259 tokens and the embedding 300 rows"),
+    ({"fields": {"llama.rope.scaling.type": "linear"}}, "found positions scaled by 'linear', expected none"),
+    ({"fields": {"llama.context_length": None}}, "its metadata lack llama.context_length; convert the model again"),
+    ({"fields": {"tokenizer.chat_template": None}}, "the tokenizer lacks chat_template, expected those of a chat"),
+    ({"fields": {"tokenizer.ggml.eos_token_id": 259}}, "ends with token 259 and pads with 1, expected them below 259"),
+    ({"fields": {"tokenizer.ggml.merges": ["no no"]}}, "the tokenizer's merges are not of its tokens"),
     ({"architecture": "gpt2"}, "found the architecture 'gpt2', expected 'llama'"),
     ({"output_norm": None}, "norm/scale: no tensor of the model is called so"),
     (
@@ -310,6 +316,7 @@ def test_a_file_that_does_not_fit_is_refused(llm, files, tmp_path, capsys, chang
     (["--rank=0"], "--rank: found 0, expected a whole number of at least 1"),
     (["--rate=nan"], "--rate: found nan, expected a finite number above 0"),
     (["--batch=4", "--accumulate=3"], "--accumulate: found 3, expected a divisor of --batch, 4"),
+    (["--batch=99"], "found 18 training pairs, expected at least the 99 of a batch: --batch, or more data"),
     (["--pack=0"], "--pack: found 0, expected a whole number of at least 1"),
     (["--pack=9"], "expected at most the 9 of a packed row: --pack"),
     (["--data=nowhere"], "train.jsonl: not found; expected the data's three files"),
@@ -331,6 +338,55 @@ def test_a_cut_file_and_a_prompt_above_the_context_are_refused(llm, files, setup
   fields = llm.gguf_file.read(files[0])
   with pytest.raises(ValueError, match="the tokenizer has 259 tokens and the embedding 300 rows"):
     llm.tokens.chat_of(fields, 300)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("{", r"val.jsonl, line 1: cannot be read \(JSONDecodeError"),
+    ('{"id": "a", "sentences": {"abstract": ["b"]}, "summary": {"challenge": "c"}}', "KeyError.'approach'"),
+    (
+      '{"id": "a", "sentences": {"abstract": []}, "summary": {"challenge": "c", "approach": "d", "outcome": "e"}}',
+      "line 1: a text is empty or none; expected",
+    ),
+    ("", "val.jsonl: holds no paper"),
+  ],
+)
+def test_data_of_another_form_is_refused(llm, tmp_path, line, message):
+  (tmp_path / "val.jsonl").write_text(line)
+  with pytest.raises(ValueError, match=message):
+    llm.papers.load("val", tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["a" * 1100], r"the longest prompt has 11\d\d tokens, expected at most 960: the model's context is 1024"),
+    (["a", "--limit=1024"], "--limit: found 1024, expected at least 1 and less than the model's context, 1024"),
+  ],
+)
+def test_a_prompt_that_leaves_no_room_is_refused(llm, files, capsys, words, message):
+  with pytest.raises(SystemExit):
+    llm.generate.main([f"--model={files[0]}", *words])
+  assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_run_on_other_data_is_another_run(llm, setup, tmp_path):
+  """It goes on in no checkpoint of the first one, and leaves that as it is; by hand it is refused, as tested above."""
+  other = {**setup.pairs, "train": setup.pairs["train"][3:]}
+  changed = llm.runs.setup_of(setup.model, setup.chat, other)
+  run = llm.runs.Run(llm.methods.Method("lora", 2), schedule(llm))
+  assert setup.digest == llm.runs.setup_of(setup.model, setup.chat, setup.pairs).digest != changed.digest
+  assert llm.runs.file_of(setup, run, tmp_path) != llm.runs.file_of(changed, run, tmp_path)
+
+
+def test_a_command_whose_run_cannot_go_on_says_why(llm, capsys):
+  def main():
+    raise llm.training.RunError("holds a run of other data")
+
+  with pytest.raises(SystemExit) as stop:
+    llm.runs.resumable(main)
+  assert (stop.value.code, capsys.readouterr().err) == (2, "error: holds a run of other data\n")
 
 
 @pytest.mark.nightly

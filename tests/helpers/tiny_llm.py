@@ -1,10 +1,11 @@
 """A tiny model of the language model's example in a GGUF file, tiny data, and the example's modules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,8 +40,14 @@ def byte_tokens() -> list[str]:
   return sorted(ByteLevel.alphabet())
 
 
-def write_gguf(path: Path, architecture: str = "llama", seed: int = 0, **changed: np.ndarray | None) -> Path:
-  """A tiny model as llama.cpp's converters write one; a tensor of `changed` replaces one, or leaves it out."""
+def write_gguf(
+  path: Path, architecture: str = "llama", seed: int = 0, fields: Mapping[str, Any] | None = None, **changed: Any
+) -> Path:
+  """A tiny model as llama.cpp's converters write one.
+
+  A tensor of `changed` replaces one, or leaves it out (`None`); a text of `fields` is added to the metadata, `None`
+  leaves a field out.
+  """
   import gguf
 
   writer = gguf.GGUFWriter(path, architecture)
@@ -73,6 +80,15 @@ def write_gguf(path: Path, architecture: str = "llama", seed: int = 0, **changed
     values = changed.get(name, values)
     if values is not None:
       writer.add_tensor(f"{name}.weight", values)
+  for name, value in (fields or {}).items():
+    if value is None:
+      del writer.kv_data[0][name]
+    elif isinstance(value, list):
+      del writer.kv_data[0][name]
+      writer.add_array(name, value)
+    else:
+      writer.kv_data[0].pop(name, None)
+      (writer.add_uint32 if isinstance(value, int) else writer.add_string)(name, value)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

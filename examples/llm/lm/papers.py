@@ -16,6 +16,10 @@ QUESTIONS = {
   "approach": "In one sentence, what do the authors propose or do?",
   "outcome": "In one sentence, what do the authors achieve or find?",
 }
+FORM = (
+  '{"id": "...", "sentences": {"abstract": ["...", ...]},'
+  ' "summary": {"challenge": "...", "approach": "...", "outcome": "..."}}'
+)
 
 
 class Pair(NamedTuple):
@@ -55,17 +59,25 @@ def load(split: str, folder: Path | None = None) -> list[Pair]:
     folder: the data's; `None` for the package's.
 
   Raises:
-    ValueError: if there is no such file.
+    ValueError: if there is no such file, or naming the line that is of another form.
   """
   file = (folder or packaged()) / f"{split}.jsonl"
   if not file.exists():
     raise ValueError(f"{file}: not found; expected the data's three files, train.jsonl, val.jsonl and test.jsonl")
-  lines = file.read_text().splitlines()
-  return [
-    Pair(paper["id"], aspect, tuple(paper["sentences"]["abstract"]), paper["summary"][aspect])
-    for paper in map(json.loads, lines)
-    for aspect in QUESTIONS
-  ]
+  found = []
+  for number, line in enumerate(file.read_text().splitlines(), 1):
+    try:
+      paper = json.loads(line)
+      name, sentences, summary = paper["id"], tuple(paper["sentences"]["abstract"]), paper["summary"]
+      found += [Pair(name, aspect, sentences, summary[aspect]) for aspect in QUESTIONS]
+      whole = sentences and all(isinstance(text, str) and text for text in (*sentences, *summary.values()))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise ValueError(f"{file}, line {number}: cannot be read ({error!r}); expected {FORM}") from error
+    if not whole:
+      raise ValueError(f"{file}, line {number}: a text is empty or none; expected {FORM}")
+  if not found:
+    raise ValueError(f"{file}: holds no paper; expected one a line: {FORM}")
+  return found
 
 
 def spread(pairs: list[Pair], count: int) -> list[Pair]:

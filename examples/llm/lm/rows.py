@@ -79,7 +79,14 @@ def training_order(examples: Sequence[Example], size: int, steps: int, seed: int
 
   Every epoch is shuffled; within runs of a few batches, pairs of like length share a batch. It follows from the
   arguments alone, so that a run goes on where it stood.
+
+  Raises:
+    ValueError: if there are fewer pairs than a batch has.
   """
+  if len(examples) < size:
+    raise ValueError(
+      f"found {len(examples)} training pairs, expected at least the {size} of a batch: --batch, or more data"
+    )
   generator = np.random.default_rng(seed)
   lengths = np.array([len(example.prompt) for example in examples])
   order: list[np.ndarray] = []

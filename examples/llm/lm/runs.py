@@ -22,7 +22,7 @@ from .methods import Method
 from .model import Llama
 from .papers import Pair
 from .rows import Example
-from .training import Schedule
+from .training import RunError, Schedule
 
 PROTOCOL = 1  # of what a run does; one more where a change makes older results another thing
 CHECKPOINT_EVERY = 25  # steps
@@ -72,9 +72,12 @@ class Run:
 
 
 def resumable(main: Callable[[], Any]) -> None:
-  """Runs a command; one that is interrupted says that it can go on."""
+  """Runs a command; one that is interrupted says that it can go on, one whose run cannot says why."""
   try:
     main()
+  except RunError as error:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
   except KeyboardInterrupt:
     print("Interrupted: the same command goes on where it stood.", file=sys.stderr)
     raise SystemExit(130) from None
@@ -123,8 +126,7 @@ def do(setup: Setup, run: Run, out: Path, quiet: bool = False) -> dict[str, Any]
       `NAME.adapter/` is LoRA's adapter, a checkpoint of jaxlora's.
     quiet: no progress bars.
   """
-  digest = harness.digest([run.settings, setup.digest])
-  file = out / f"{run.name}-{digest[:8]}.json"
+  digest, file = harness.digest([run.settings, setup.digest]), file_of(setup, run, out)
   if file.exists():
     return json.loads(file.read_text())
   result: dict[str, Any] = {"settings": run.settings, "digest": digest, "label": run.method.label}
@@ -148,6 +150,11 @@ def do(setup: Setup, run: Run, out: Path, quiet: bool = False) -> dict[str, Any]
   harness.write(file, result)
   shutil.rmtree(file.with_suffix(""), ignore_errors=True)
   return result
+
+
+def file_of(setup: Setup, run: Run, out: Path) -> Path:
+  """Where a run's result is: another file, and other checkpoints beside it, for other settings, weights or data."""
+  return out / f"{run.name}-{harness.digest([run.settings, setup.digest])[:8]}.json"
 
 
 def evaluate(setup: Setup, model: Llama, split: str, name: str = "", quiet: bool = False) -> dict[str, Any]:

@@ -58,14 +58,25 @@ def chat_of(fields: Mapping[str, Any], vocabulary: int) -> Chat:
   kind = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
   if kind != ("gpt2", "smollm"):
     raise ValueError(f"found a tokenizer of the kind {kind}, expected ('gpt2', 'smollm'): its rules are not known here")
+  needed = ("ggml.token_type", "ggml.merges", "ggml.eos_token_id", "ggml.padding_token_id", "chat_template")
+  if missing := [name for name in needed if f"tokenizer.{name}" not in fields]:
+    raise ValueError(
+      f"the tokenizer lacks {', '.join(missing)}, expected those of a chat model: take its instructed one"
+    )
   names, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
   if len(names) != vocabulary:
     raise ValueError(
       f"the tokenizer has {len(names):,} tokens and the embedding {vocabulary:,} rows, expected as many: they are of"
       " different models"
     )
+  end, pad = fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.padding_token_id"]
+  if max(end, pad) >= vocabulary:
+    raise ValueError(f"the tokenizer ends with token {end} and pads with {pad}, expected them below {vocabulary:,}")
   merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-  tokenizer = Tokenizer(models.BPE(vocab={name: k for k, name in enumerate(names)}, merges=merges))
+  try:
+    tokenizer = Tokenizer(models.BPE(vocab={name: k for k, name in enumerate(names)}, merges=merges))
+  except Exception as error:
+    raise ValueError(f"the tokenizer's merges are not of its tokens ({error}): convert the model again") from error
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
   )
@@ -77,5 +88,4 @@ def chat_of(fields: Mapping[str, Any], vocabulary: int) -> Chat:
       if type == CONTROL
     ]
   )
-  end, pad = fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.padding_token_id"]
   return Chat(tokenizer, fields["tokenizer.chat_template"], end, pad)

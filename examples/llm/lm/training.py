@@ -22,6 +22,10 @@ from .rows import Example, Rows, batch, training_order
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())  # the rate is an argument of the step
 
 
+class RunError(ValueError):
+  """A run that cannot go on as it was asked to; what it has kept is as it was."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
   """How long and how fast.
@@ -103,7 +107,7 @@ def train(
     The trained tree, and what was seen: the loss and the seconds of each step, its tokens (without padding).
 
   Raises:
-    ValueError: if the checkpoints are of another run.
+    RunError: if the checkpoints are of another run, which they stay, or if the loss is not finite.
   """
   frozen, trainable = jaxlora.split(tree)
   opt_state, seen = TX.init(trainable), {"digest": digest, "loss": [], "seconds": [], "tokens": []}
@@ -111,7 +115,7 @@ def train(
     if manager.latest_step() is not None:
       state = manager.restore(base, opt_state)
       if state.data["digest"] != digest:
-        raise ValueError(
+        raise RunError(
           f"{folder}: holds a run of other data or settings ({state.data['digest']}, expected {digest}): name another"
           " folder, or delete this one to begin anew"
         )
@@ -129,7 +133,7 @@ def train(
       seen["tokens"].append(int(rows.valid.sum()))
       tick(step + 1, seen["loss"][-1], seen["tokens"][-1] / seen["seconds"][-1])
       if not np.isfinite(value):
-        raise ValueError(f"step {step + 1}: the loss is {float(value)}, expected a finite one: take a lower rate")
+        raise RunError(f"step {step + 1}: the loss is {float(value)}, expected a finite one: take a lower rate")
       if (step + 1) % every == 0 and step + 1 < schedule.steps:
         manager.save(step + 1, jaxlora.join(frozen, trainable), opt_state, data=seen)
   return jaxlora.join(frozen, trainable), seen
