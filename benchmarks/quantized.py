@@ -262,12 +262,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   parser.add_argument("--chip", choices=list(CHIPS), help="compile for this chip, and run nothing")
   args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
   settings = Settings.parse(parser, args)
+  kinds = [CHIPS[args.chip].short if args.chip else "", "scanned" * args.scan, "remat" * args.remat]
+  if any(kinds):
+    harness.rename(parser, args, "_".join(filter(None, ["quantized", *kinds])))
   count = len(candidates(chosen(args)))
   if args.chip is None:
     with harness.progress(steps.turns(count, args.rounds), "turn", args.quiet) as bar:
       found = compare(settings, args, harness.ticker(bar))
   else:
-    harness.rename(parser, args, f"quantized_{CHIPS[args.chip].short}")
     stay_on_the_host()
     try:
       target = Target(CHIPS[args.chip], device_of(CHIPS[args.chip]))

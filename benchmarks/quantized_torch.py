@@ -52,9 +52,36 @@ def prepared(args: argparse.Namespace, batch: Any, model: Any) -> Callable[[], f
   return step
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Results.
+
+HEAD = ("torch", "step / floats", "time")
+
+
+def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+  """The rows of the table."""
+  times = results["seconds"].items()
+  return [(name, harness.ratio_cell(results["over_floats"][name]), harness.milliseconds(time)) for name, time in times]
+
+
+def tables(results: dict[str, Any]) -> str:
+  """The table of benchmarks/README.md."""
+  sizes, torch = results["settings"], results["torch"]
+  shape = f"d={sizes['d']}, {sizes['layers']} layers, {sizes['batch']} x {sizes['seq']} tokens, rank {sizes['rank']}"
+  packages = ", ".join(f"{name} {torch[name]}" for name in ("torch", "peft", "bitsandbytes"))
+  hardware = f"{results['hardware']['cores']} CPU cores ({results['hardware']['cpu']}), {torch['threads']} threads"
+  return "\n\n".join([f"{shape}. {hardware}, {packages}.", harness.markdown(HEAD, cells(results))])
+
+
+def plot(results: dict[str, Any], path: Any) -> None:
+  """Times over the float base's."""
+  rows = {name: results["over_floats"][name] for name in FORMATS}
+  harness.plot_bars([harness.Panel("torch", "step time / float base's", rows, None)], path)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison; returns what quantized_torch.json holds."""
-  parser = harness.make_parser(__file__, __doc__, "--d 256", records=False)
+  parser = harness.make_parser(__file__, __doc__, "--d 256")
   harness.add_layers(parser)
   harness.add_sizes(parser)
   parser.add_argument("--threads", type=harness.positive(int), default=2, help="torch's threads")
@@ -72,18 +99,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   with harness.progress((args.rounds + 1) * len(runs) * calls, "call", args.quiet) as bar:
     seconds = harness.interleave(runs, args.rounds, calls, bar.update)
   results = {
-    "settings": harness.settings(args),
-    "versions": harness.versions(*harness.PEERS, "bitsandbytes"),
-    "hardware": {**harness.cpu(), "threads": args.threads},
+    **harness.provenance(args),
+    "torch": harness.versions(*harness.PEERS, "bitsandbytes") | {"threads": args.threads},
     "seconds": {name: harness.summarize(values) for name, values in seconds.items()},
     "over_floats": harness.ratios(seconds, FLOATS),
   }
-  harness.write(args.out / "quantized_torch.json", results)
-  rows = [
-    (name, harness.ratio_cell(results["over_floats"][name]), harness.milliseconds(results["seconds"][name]))
-    for name in seconds
-  ]
-  print(harness.table(("torch", "step / floats", "time"), rows))
+  harness.publish(args, "quantized_torch", results, plot)
+  print(harness.table(HEAD, cells(results)))
   return results
 
 

@@ -62,6 +62,14 @@ TABLES = {
   "compiled_suite": _benchmark("compiled_suite"),
   "seven_billion": _benchmark("seven_billion"),
   "meshes": _benchmark("meshes"),
+  "quantized": _benchmark("quantized"),
+  **{
+    name: _benchmark("quantized", folder=name)
+    for name in ("quantized_scanned_remat", "quantized_v5e_scanned", "quantized_v5e_scanned_remat")
+  },
+  "quantized_torch": _benchmark("quantized_torch"),
+  "decoding": _benchmark("decoding"),
+  "decoding_v5e": _benchmark("decoding", folder="decoding_v5e"),
   **{
     name: _benchmark("compiled", folder=name)
     for chip in ("v5e", "v5p", "v6e", "h100")
