@@ -15,7 +15,7 @@ from jaxlora._base.paths import flatten
 from jaxlora._base.programs import one_program
 from jaxlora._base.rounding import RoundingWarning, notable
 from jaxlora._base.text import listed
-from jaxlora._weight.checks import check_parts, check_values, check_weight
+from jaxlora._weight.checks import check_parts, check_together, check_values, check_weight
 from jaxlora._weight.partitioned import with_plain_boxes
 from jaxlora._weight.tree import adapted_leaves, map_adapted
 from jaxlora._weight.weight import FullWeight, is_adapted, is_leaf_node, parts
@@ -52,6 +52,7 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
   adapted = [(path, node) for path, node in nodes if is_adapted(node)]
   for path, node in adapted:
     check_weight(node, f"merge: {path}")
+    check_together(node, f"merge: {path}")
     check_values(node, f"merge: {path}")
   merged = [_merged(node, dtype) if is_adapted(node) else Merged(node) for _, node in nodes]
   paths = [path for path, _ in nodes]

@@ -23,7 +23,7 @@ from jaxlora._transform.interpreter import interpret
 from jaxlora._transform.meetings import Unsure, check_roles
 from jaxlora._transform.record import ON_MATERIALIZE, Record
 from jaxlora._transform.transform import Transform
-from jaxlora._weight.checks import check_values, check_weight
+from jaxlora._weight.checks import check_together, check_values, check_weight
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 
 
@@ -197,6 +197,7 @@ def traced_value(node: Any, path: str, dropout_key: Any) -> Any:
   if not is_adapted(node):  # traced weights among them, of functions that make their own
     return node
   check_weight(node, path)
+  check_together(node, path)
   check_values(node, path)
   check_quantized(node.base, path)
   if is_coded(node.base):

@@ -1,10 +1,13 @@
 """Whether the parts of an adapted leaf are there and fit together."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxlora._base.checks import is_abstract
+from jaxlora._base.text import listed
 from jaxlora._weight.weight import Adapted, FullWeight, parts
 
 
@@ -25,6 +28,29 @@ def check_values(node: Adapted, path: str) -> None:
       f"{path}: found no values but only a shape and a dtype in {', '.join(abstract)}, expected arrays. Ask for shapes"
       " by jax.eval_shape, or adapt the weights once they are loaded: the same key draws the same factors."
     )
+
+
+def check_together(node: Adapted, path: str) -> None:
+  """Raises where the parts of `node` lie on different devices, as far as they were put anywhere."""
+  arrays = {
+    name: part
+    for name, part in parts(node).items()
+    if isinstance(part, jax.Array) and not isinstance(part, jax.core.Tracer) and part.committed
+  }
+  if "base" not in arrays:
+    return
+  there = arrays["base"].sharding.device_set
+  for name, part in arrays.items():
+    if part.sharding.device_set != there:
+      raise ValueError(
+        f"{path}: {name} lies on {_devices(part.sharding.device_set)}, its base on {_devices(there)}, expected the same"
+        " devices. Put all parts on one mesh: jax.device_put(tree, jaxlora.sharding.specs(tree, mesh)); or on one"
+        " device: jax.device_put(tree, jax.devices()[0])."
+      )
+
+
+def _devices(found: Iterable[Any]) -> str:
+  return f"devices {listed(sorted(str(device.id) for device in found))}"
 
 
 def check_weight(node: Adapted, path: str) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, NamedSharding
 
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
+from jaxlora.sharding._specs import NAME_DEVICES, check_fits
 
 
 def materialize(abstract: Any, make: Callable[[jax.Array], Any], key: jax.Array) -> Any:
@@ -25,7 +27,8 @@ def materialize(abstract: Any, make: Callable[[jax.Array], Any], key: jax.Array)
     `make(key)`.
 
   Raises:
-    ValueError: if `make` gives a tree of another structure, or leaves of other shapes or dtypes; names them all.
+    ValueError: if a sharding does not divide its leaf, or is of a mesh without devices; if `make` gives a tree of
+      another structure, or leaves of other shapes or dtypes; names them.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -38,6 +41,8 @@ def materialize(abstract: Any, make: Callable[[jax.Array], Any], key: jax.Array)
     >>> tuple(tree["kernel"].base.sharding.spec), tuple(tree["kernel"].a.sharding.spec)
     (('data',), (None, 'data'))
   """
+  for path, leaf in flatten(abstract)[0]:
+    _check_sharding(f"materialize: {path}", leaf)
   made = jax.eval_shape(make, key)
   wanted, found = (dict(flatten(tree)[0]) for tree in (abstract, made))
   if problems := list(_differences(wanted, found)):
@@ -51,6 +56,16 @@ def materialize(abstract: Any, make: Callable[[jax.Array], Any], key: jax.Array)
   shardings = [getattr(leaf, "sharding", None) for leaf in wanted.values()]
   leaves = jax.jit(lambda key: jax.tree.leaves(make(key)), out_shardings=shardings)(key)
   return jax.tree.unflatten(there, leaves)
+
+
+def _check_sharding(path: str, leaf: Any) -> None:
+  """Raises unless the leaf can lie as its sharding says."""
+  sharding = getattr(leaf, "sharding", None)
+  if not isinstance(sharding, NamedSharding):
+    return
+  if isinstance(sharding.mesh, AbstractMesh):
+    raise ValueError(f"{path}: {sharding.spec} is of a mesh without devices, {sharding.mesh}. {NAME_DEVICES}")
+  check_fits(path, leaf.shape, sharding.spec, sharding.mesh)
 
 
 def _differences(wanted: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:

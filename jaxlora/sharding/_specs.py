@@ -19,6 +19,8 @@ from jaxlora._weight.partitioned import specs_of_parts
 from jaxlora._weight.tree import is_half_leaf
 from jaxlora._weight.weight import LoraWeight, is_adapted
 
+NAME_DEVICES = 'Name them: jax.make_mesh((4, 2), ("data", "model")) of eight devices, say.'
+
 Rules = Mapping[str, Any] | Sequence[tuple[str, Any]]
 
 
@@ -50,7 +52,8 @@ def specs(
 
   Raises:
     ValueError: naming the leaf, what was found and what to do: a pattern without a match, a spec with more entries than
-      the leaf has axes, an axis that the mesh does not have, one that is named twice or does not divide.
+      the leaf has axes, an axis that the mesh does not have, one that is named twice or does not divide; a mesh
+      without devices.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -60,6 +63,8 @@ def specs(
     >>> tuple(found["kernel"].a), tuple(found["kernel"].b)
     ((None, 'data'), (None, 'model'))
   """
+  if mesh is not None and not mesh.size:
+    raise ValueError(f"specs: found a mesh without devices, {mesh}. {NAME_DEVICES}")
   leaves, treedef = flatten(tree, is_leaf=is_half_leaf)
   paths = [path for path, _ in leaves]
   for pattern in patterns or {}:
@@ -84,7 +89,7 @@ def _of_leaf(path: str, node: Any, spec: Any, mesh: Mesh | None, replicated: boo
   if spec is not None:
     spec = PartitionSpec(*spec)
     if (shape := _shape_of(node)) is not None:
-      _check(path, shape, spec, mesh)
+      check_fits(f"specs: {path}", shape, spec, mesh)
   if not isinstance(node, LoraWeight):
     parts = node.parts() if is_adapted(node) else {"": node}
     new = {name: _of_array(part, spec) for name, part in parts.items() if part is not None}
@@ -147,29 +152,30 @@ def _flax_rules() -> Rules:
 # Checks.
 
 
-def _check(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh | None) -> None:
+def check_fits(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Any) -> None:
   """Raises unless a spec fits a leaf and the mesh."""
   if len(spec) > len(shape):
     raise ValueError(
-      f"specs: {path}: {spec} has {len(spec)} entries, and shape {tuple(shape)} {len(shape)} axes. Name an axis of the"
+      f"{path}: {spec} has {len(spec)} entries, and shape {tuple(shape)} {len(shape)} axes. Name an axis of the"
       " mesh, or None, for each axis of the weight; those behind the last entry are whole."
     )
   used = [axis for entry in spec for axis in _axes(entry)]
   if twice := {axis for axis in used if used.count(axis) > 1}:
-    raise ValueError(f"specs: {path}: {spec} names {sorted(twice)} twice, expected every axis of the mesh once.")
+    raise ValueError(f"{path}: {spec} names {sorted(twice)} twice, expected every axis of the mesh once.")
   if mesh is None:
     return
   if unknown := [axis for axis in used if axis not in mesh.axis_names]:
     raise ValueError(
-      f"specs: {path}: {spec} names {unknown}, expected axes of the mesh: {list(mesh.axis_names)}. Say what a logical"
+      f"{path}: {spec} names {unknown}, expected axes of the mesh: {list(mesh.axis_names)}. Say what a logical"
       " name stands for with rules={name: axis}."
     )
   for d, entry in enumerate(spec):
     parts = math.prod(mesh.shape[axis] for axis in _axes(entry))
     if shape[d] % parts:
       raise ValueError(
-        f"specs: {path}: axis {d} of shape {tuple(shape)} does not divide into {parts} parts ({entry!r} of the mesh"
-        f" {dict(mesh.shape)}). Leave that axis whole: None in its place in patterns={{...}}."
+        f"{path}: axis {d} of shape {tuple(shape)} does not divide into {parts} parts ({entry!r} of the mesh"
+        f" {dict(mesh.shape)}). Leave that axis whole: None in its place in the spec (specs(tree, mesh,"
+        " patterns={...}))."
       )
 
 

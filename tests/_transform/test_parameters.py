@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxlora
+from jaxlora._jax.control_flow import Remat, structure
 from tests import helpers
 from tests.helpers import one_weight
 
@@ -28,9 +29,9 @@ def test_precision_holds_for_the_low_rank_products():
 def test_the_policy_of_a_remat_holds():
   policy = jax.checkpoint_policies.dots_saveable
   fn = jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"]), policy=policy, prevent_cse=False)
-  (remat,) = [eqn for eqn in traced_equations(fn) if "prevent_cse" in eqn.params]
-  assert remat.params["policy"] is policy
-  assert remat.params["prevent_cse"] is False
+  (remat,) = [found for eqn in traced_equations(fn) if isinstance(found := structure(eqn), Remat)]
+  assert remat.policy is policy
+  assert remat.prevent_cse is False
 
 
 def test_unroll_and_reverse_of_a_scan_hold():

@@ -207,3 +207,36 @@ def test_specs_that_do_not_fit_are_refused(patterns, said):
   with pytest.raises(ValueError, match=said):
     sharding.specs(tree, helpers.mesh_of(data=2, model=2), patterns=patterns)
   sharding.specs(tree, helpers.mesh_of(data=2, model=2), patterns={"stack": P(None, "data"), "up": P("data", None)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trees that cannot lie so.
+
+
+def test_parts_on_different_devices_are_refused():
+  """Factors on another mesh than their base, which JAX's own error names by shapes alone."""
+  meshes = [jax.sharding.Mesh(np.array(jax.devices()[k : k + 4]).reshape(2, 2), ("data", "model")) for k in (0, 4)]
+  here, there = (jaxlora.adapt(params_on(mesh), config(targets="up", axes=None), KEY) for mesh in meshes)
+  tree = jaxlora.join(jaxlora.split(here)[0], jaxlora.split(there)[1])
+  fn = lambda p, x: x @ p["up"]
+  said = r"up: a lies on devices 4, 5, 6, 7, its base on devices 0, 1, 2, 3, expected the same devices"
+  for call in (lambda: jaxlora.wrap(fn)(tree, jnp.ones((4, 8))), lambda: jaxlora.merge(tree)):
+    with pytest.raises(ValueError, match=said):
+      call()
+  for remedy in (sharding.specs(tree, meshes[0]), jax.devices()[0]):
+    put = jax.device_put(tree, remedy)
+    np.testing.assert_allclose(jaxlora.wrap(fn)(put, jnp.ones((4, 8))), jnp.ones((4, 8)) @ PARAMS["up"], rtol=1e-5)
+
+
+def test_meshes_without_devices_are_refused():
+  tree, mesh = jaxlora.adapt(PARAMS, config(), KEY), helpers.mesh_of(data=2, model=2)
+  with pytest.raises(ValueError, match=r"specs: found a mesh without devices.*jax.make_mesh\(\(4, 2\)"):
+    sharding.specs(tree, jax.sharding.Mesh(np.empty((0,), object), ("data",)))
+  kernel = lambda mesh, size: jax.ShapeDtypeStruct((size, 8), np.float32, sharding=NamedSharding(mesh, P("data")))
+  make = lambda key: {"up": jax.random.normal(key, (8, 8))}
+  with pytest.raises(ValueError, match=r"materialize: up: .* is of a mesh without devices.*jax.make_mesh"):
+    sharding.materialize({"up": kernel(mesh.abstract_mesh, 8)}, make, KEY)
+  with pytest.raises(ValueError, match=r"materialize: up: axis 0 of shape \(9, 8\) does not divide into 2 parts"):
+    sharding.materialize({"up": kernel(mesh, 9)}, make, KEY)
+  remedy = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  assert sharding.materialize({"up": kernel(remedy, 8)}, make, KEY)["up"].sharding.num_devices == 8
