@@ -10,6 +10,7 @@ from jaxlora._base.keys import typed_key
 from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
 from jaxlora._weight.matrices import thin
+from jaxlora._weight.placement import beside_its_base
 from jaxlora._weight.weight import LoraWeight, is_leaf_node
 from jaxlora.init._eva import eva
 from jaxlora.init._lora_ga import lora_ga
@@ -110,7 +111,9 @@ def init_from_data(
     _check_fresh(path, weight)
   new = (eva if method == "eva" else lora_ga)(tree, weights, options)
   nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
-  return jax.tree_util.tree_unflatten(treedef, [new.get(path, node) for path, node in nodes])
+  return jax.tree_util.tree_unflatten(
+    treedef, [beside_its_base(new[path]) if path in new else node for path, node in nodes]
+  )
 
 
 def _check_fresh(path: str, weight: LoraWeight) -> None:
@@ -121,7 +124,7 @@ def _check_fresh(path: str, weight: LoraWeight) -> None:
     )
   if not is_known(*jax.tree.leaves(weight)):
     raise ValueError(f"init_from_data: {path} is traced; call init_from_data outside jit.")
-  norms = [frobenius(thin(x, weight.roles).ravel()) for x in weight.factors()]
+  norms = [frobenius(thin(x, weight.roles), 3) for x in weight.factors()]
   if float(frobenius(delta_svd(weight).s.ravel())) > _ZERO * float(norms[0] * norms[1]):
     raise ValueError(
       f"init_from_data: {path} has an update already; a new start would throw away what it learned. Start from a fresh"
