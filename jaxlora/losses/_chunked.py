@@ -1,9 +1,8 @@
 """Cross entropy of a head's logits, a part of the tokens at a time.
 
-Reading order: the loss -> its sums over all parts -> what is checked.
+Reading order: the loss -> its sums over all parts, and their derivative -> what is checked.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.checks import positive
 from jaxlora._base.dtypes import wider_dtype
+from jaxlora._jax.shortcut import shortcut
 from jaxlora._transform.wrap import wrap
 
 
@@ -36,10 +36,10 @@ def chunked_cross_entropy(
 
       loss = sum_t w_t (log sum_v exp(z_tv) - z_t,label(t)) / sum_t w_t,        z = h W,  or  h W + s (h A) B
 
-  The logits of `chunk` tokens are computed at a time, in float32 at least, and once more for the gradient: a third
-  product of the head's size instead of two, or of three where the head trains whole; in exchange temporary memory is
-  that of `chunk` tokens' logits. An adapted head stays factored: neither its update nor the gradient of its base is
-  formed.
+  The logits of `chunk` tokens are computed at a time, in float32 at least; temporary memory is theirs. The gradient of
+  a head that is no adapted one is made while they are there, with no product more than the plain loss has; it has a
+  derivative of its own for that, which forward mode (`jax.jvp`) does not know. An adapted head stays factored, its
+  logits are computed once more for the gradient, and neither its update nor the gradient of its base is formed.
 
   Args:
     hidden: (..., width), floats; what the head reads.
@@ -87,30 +87,89 @@ def _sums(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Ar
   """The sums over all tokens; `head` is an array here, and factored by the transform where it is adapted."""
   _check(hidden, head, labels, weights)
   wide = wider_dtype(wider_dtype(hidden.dtype, head.dtype), jnp.dtype(jnp.float32))
-  count = math.prod(labels.shape)
-  chunk = max(1, min(chunk, count))
-  missing = -count % chunk
+  flat = hidden.reshape(-1, hidden.shape[-1]), head.T, labels.reshape(-1), weights.reshape(-1).astype(wide)
+  return Metrics(*_in_chunks(*flat, max(1, min(chunk, labels.size))))
 
-  def parts(array: jax.Array, *own: int) -> jax.Array:
-    flat = jnp.pad(array.reshape(count, *own), ((0, missing), *[(0, 0)] * len(own)))
-    return flat.reshape(-1, chunk, *own)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sums of flat tokens, and their derivative. Heads are (vocabulary, width) here: a tied one is its embedding.
+
+
+def _differentiable(
+  hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[jax.Array, ...]:
+  """The sums as JAX differentiates them: each part's logits are computed once more in the backward pass."""
 
   @jax.checkpoint
-  def part(hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> Metrics:
-    logits = jnp.einsum("tw,wv->tv", hidden, head, preferred_element_type=wide)
-    peaks = lax.stop_gradient(logits.max(1))
-    inside = (labels >= 0) & (labels < logits.shape[1])
-    own = jnp.take_along_axis(logits, jnp.where(inside, labels, 0)[:, None], 1)[:, 0]
-    losses = jnp.log(jnp.exp(logits - peaks[:, None]).sum(1)) + peaks - own
-    losses = jnp.where(weights == 0, 0, jnp.where(inside, losses, jnp.nan))
-    return Metrics((weights * losses).sum(), weights.sum(), jnp.where(own == peaks, weights, 0).sum())
+  def part(hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+    return _part(hidden, head, labels, weights)[0]
 
-  def add(sums: Metrics, arrays: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Metrics, None]:
-    return Metrics(*map(jnp.add, sums, part(*arrays))), None
+  def add(sums: tuple[jax.Array, ...], arrays: Any) -> tuple[tuple[jax.Array, ...], None]:
+    return tuple(map(jnp.add, sums, part(*arrays))), None
 
-  weights = lax.stop_gradient(weights.astype(wide))
-  zero = Metrics(*[jnp.zeros((), wide)] * 3)
-  return lax.scan(add, zero, (parts(hidden, hidden.shape[-1]), parts(labels), parts(weights)))[0]
+  zero: tuple[jax.Array, ...] = (jnp.zeros((), weights.dtype),) * 3
+  return lax.scan(add, zero, _parts((hidden, labels, lax.stop_gradient(weights)), chunk))[0]
+
+
+def _forwards(hidden: Any, head: Any, labels: Any, weights: Any, chunk: int) -> tuple[tuple[jax.Array, ...], Any]:
+  """The sums, and the gradients of the first: a part's are made while its logits are there."""
+  trained = hidden.perturbed, head.perturbed
+  hidden, head, labels, weights = hidden.value, head.value, labels.value, weights.value
+
+  def add(carry: Any, arrays: Any) -> tuple[Any, Any]:
+    sums, of_head = carry
+    hidden, labels, weights = arrays
+    new, logits = _part(hidden, head, labels, weights)
+    own = jnp.arange(logits.shape[1])[None] == labels[:, None]
+    slopes = (jax.nn.softmax(logits) - own.astype(logits.dtype)) * weights[:, None]
+    slopes = jnp.where(weights[:, None] == 0, 0, slopes)
+    of_hidden = jnp.einsum("tv,vw->tw", slopes, head.astype(logits.dtype)) if trained[0] else None
+    if trained[1]:
+      of_head = of_head + jnp.einsum("tv,tw->vw", slopes, hidden.astype(logits.dtype))
+    return (tuple(map(jnp.add, sums, new)), of_head), of_hidden
+
+  zero = (jnp.zeros((), weights.dtype),) * 3
+  of_head = jnp.zeros(head.shape, weights.dtype) if trained[1] else None
+  (sums, of_head), of_hidden = lax.scan(add, (zero, of_head), _parts((hidden, labels, weights), chunk))
+  if of_hidden is not None:
+    of_hidden = of_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]].astype(hidden.dtype)
+  return sums, (of_hidden, None if of_head is None else of_head.astype(head.dtype))
+
+
+def _backwards(chunk: int, gradients: Any, cotangents: Any) -> tuple[Any, ...]:
+  del chunk
+  total = cotangents[0]
+  if isinstance(total, jax.custom_derivatives.SymbolicZero):
+    return None, None, None, None
+  scaled = (None if x is None else (x * total).astype(x.dtype) for x in gradients)
+  return *scaled, None, None
+
+
+def _part(
+  hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+  """A part's sums, and its logits."""
+  logits = jnp.einsum("tw,vw->tv", hidden, head, preferred_element_type=weights.dtype)
+  peaks = lax.stop_gradient(logits.max(1))
+  inside = (labels >= 0) & (labels < logits.shape[1])
+  own = jnp.take_along_axis(logits, jnp.where(inside, labels, 0)[:, None], 1)[:, 0]
+  losses = jnp.log(jnp.exp(logits - peaks[:, None]).sum(1)) + peaks - own
+  losses = jnp.where(weights == 0, 0, jnp.where(inside, losses, jnp.nan))
+  return ((weights * losses).sum(), weights.sum(), jnp.where(own == peaks, weights, 0).sum()), logits
+
+
+def _parts(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
+  """(tokens, ...) as (parts, chunk, ...); the last part is filled with tokens that count for nothing."""
+  missing = -arrays[0].shape[0] % chunk
+  filled = (jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1))) for array in arrays)
+  return tuple(array.reshape(-1, chunk, *array.shape[1:]) for array in filled)
+
+
+_in_chunks = shortcut(_differentiable, _forwards, _backwards, static=4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is checked.
 
 
 def _check(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array) -> None:

@@ -47,6 +47,21 @@ def test_values_and_gradients_are_those_of_the_whole_logits(chunk):
   close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(*args) for f in (chunked(chunk), plain)))
 
 
+@pytest.mark.parametrize("trained", [(0,), (0, 1)])
+def test_a_head_without_an_adapter_costs_no_product_more(trained):
+  """Of the hidden state's gradient alone two, the logits and its own; of the head's as well three."""
+  args = draw(2, *TOKENS, WIDTH), draw(3, WIDTH, VOCABULARY), LABELS, WEIGHTS
+  text = str(jax.make_jaxpr(jax.grad(chunked(4), trained))(*args))
+  assert text.count("dot_general[") == 1 + len(trained)
+
+
+@pytest.mark.nightly
+def test_a_second_derivative_is_that_of_the_whole_logits():
+  args = draw(2, *TOKENS, WIDTH), draw(3, WIDTH, VOCABULARY)
+  twice = lambda f: jax.grad(lambda h: (jax.grad(lambda h: f(h, args[1], LABELS, WEIGHTS))(h) ** 2).sum())
+  close(*(jax.jit(twice(f))(args[0]) for f in (chunked(4), plain)))
+
+
 def loss_of(loss, turned):
   return lambda tree, hidden: loss(hidden, tree["head"].T if turned else tree["head"], LABELS, WEIGHTS)
 
