@@ -49,7 +49,7 @@ def tensors_of(
   for members in layers.values():
     whole: dict[str, np.ndarray] = {}
     for path, indices in members.items():
-      parameter = targets[path].parameter
+      parameter = targets[path].parameter or ("weight" if targets[path].parts else None)
       for index, module in indices:
         value = layer(path, index)
         if parameter is None:

@@ -17,6 +17,8 @@ torch = pytest.importorskip("torch", reason="the models are torch's")
 import transformers  # noqa: E402
 
 from jaxlora import hub  # noqa: E402
+from tests.hub.decoder import logits  # noqa: E402
+from tests.hub.families import FAMILIES, layers_of, like_of  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("default")]
 BODY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,3 +64,37 @@ def test_the_same_outputs_both_ways(family, tmp_path):
   again, about = kind.from_pretrained(tmp_path / "again", output_loading_info=True)
   assert (about["missing_keys"], about["unexpected_keys"]) == ([], [])
   np.testing.assert_array_equal(again.eval()(torch.tensor(x)).logits.detach().numpy(), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_without_a_flax_model(family, tmp_path):
+  """In the trees that Tunix and the Gemma package have, through a decoder of a few lines."""
+  about = FAMILIES[family]
+  name, fields = about.config
+  config = getattr(transformers, name)(
+    **fields, attn_implementation="eager", tie_word_embeddings=about.library == "gemma"
+  )
+  kind = getattr(transformers, f"{family}ForCausalLM")
+  torch.manual_seed(0)
+  theirs = kind(config).eval()
+  with torch.no_grad():
+    for parameter in theirs.parameters():
+      parameter.add_(0.05 * torch.randn_like(parameter))
+  theirs.save_pretrained(tmp_path / "torch")
+  ids = np.random.default_rng(0).integers(3, 40, (2, 9))
+  expected = theirs(torch.tensor(ids)).logits.detach().numpy()
+
+  like = like_of(family)
+  preset = hub.preset(about.library, like)
+  params = hub.load(tmp_path / "torch", like, **preset)
+  embedding, layers, final, head = layers_of(family, params)
+  found = jax.jit(lambda *args: logits(*args[:3], jnp.asarray(ids), about.kind, args[3]))(
+    embedding, layers, final, head
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+  hub.save(tmp_path / "again", params, beside=tmp_path / "torch", **preset)
+  again, said = kind.from_pretrained(tmp_path / "again", output_loading_info=True)
+  assert (said["missing_keys"], said["unexpected_keys"]) == ([], [])
+  for (name, one), (_, other) in zip(theirs.named_parameters(), again.named_parameters(), strict=True):
+    np.testing.assert_array_equal(one.detach().numpy(), other.detach().numpy(), err_msg=name)
