@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 from flax import nnx
 import jax
@@ -387,6 +389,15 @@ def test_a_command_whose_run_cannot_go_on_says_why(llm, capsys):
   with pytest.raises(SystemExit) as stop:
     llm.runs.resumable(main)
   assert (stop.value.code, capsys.readouterr().err) == (2, "error: holds a run of other data\n")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("script", sorted(file.name for file in tiny_llm.FOLDER.glob("*.py")))
+def test_a_script_says_how_it_is_called(script):
+  """Started as a user does, whose import path has none of the folders that tests put there."""
+  words = [sys.executable, str(tiny_llm.FOLDER / script), "--help"]
+  ran = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tiny_llm.FOLDER.parents[1])
+  assert f"python examples/llm/{script}" in ran.stdout
 
 
 @pytest.mark.nightly
