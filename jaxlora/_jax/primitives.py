@@ -4,7 +4,8 @@ A new primitive of a family is added here, and nowhere else. Control flow has a 
 """
 
 # Identities on one value: what they say of it holds of its parts.
-IDENTITIES = ("copy", "copy_p", "name", "stop_gradient", "pvary")
+VARYING = ("pvary",)
+IDENTITIES = ("copy", "copy_p", "name", "stop_gradient", *VARYING)
 # Where a value lies on its devices; where it lies on a mesh, by its type.
 PLACEMENTS = ("sharding_constraint", "layout_constraint", "relayout")
 RESHARDS = ("mesh_cast", "reshard")

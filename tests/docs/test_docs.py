@@ -2,14 +2,18 @@
 
 import doctest
 import importlib
+from pathlib import Path
 import pkgutil
 import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 import jaxlora
+from tests import helpers
 from tests.helpers.paths import README
 
 MODULES = ["jaxlora", *(module.name for module in pkgutil.walk_packages(jaxlora.__path__, "jaxlora."))]
@@ -31,6 +35,24 @@ def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path):
   assert "layers_4/kernel" in printed
   assert "factored" in printed
   assert float(scope["value"]) < 0.1
+
+
+@pytest.mark.usefixtures("lenient")
+def test_the_page_on_many_devices_runs():
+  """On the eight devices that tests have."""
+  page = Path(jaxlora.__path__[0]) / "sharding" / "MANY_DEVICES.md"
+  scope = {}
+  for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+    exec(compile(block, str(page), "exec"), scope)
+  assert scope["tree"]["up"].a.sharding.spec == scope["P"](None, "data")
+  assert scope["losses"][-1] < scope["losses"][0]
+  assert scope["step"]._cache_size() == 1
+  want = scope["model"](jaxlora.merge(jaxlora.join(scope["frozen"], scope["trainable"])), scope["x"])
+  helpers.assert_close(np.asarray(scope["y"]), np.asarray(want), 1e-5)
+  assert scope["resumed"].step == 5
+  for new, old in zip(jax.tree.leaves(scope["resumed"].opt_state), jax.tree.leaves(scope["state"]), strict=True):
+    np.testing.assert_array_equal(new, old)
+    assert new.sharding.mesh == scope["other"]
 
 
 @pytest.mark.parametrize("module", MODULES)

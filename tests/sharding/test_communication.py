@@ -46,7 +46,7 @@ def by_default(names, *chosen):
   return [pytest.param(name, marks=() if name in chosen else pytest.mark.nightly) for name in names]
 
 
-@pytest.mark.parametrize("variant", by_default(jaxlora.variants, "dora"))
+@pytest.mark.parametrize("variant", by_default(jaxlora.variants))
 def test_merging_sends_no_base(variant):
   """Every device merges its own shard: sums for norms are of the rank's size."""
   params = params_on(helpers.mesh_of(data=8))

@@ -22,8 +22,8 @@ LAYERS = 2
 FORMS = ("unrolled", "scanned", "scanned, remat")
 
 
-# Half a second each, or more: by default those whose gains and products of products once failed here.
-BY_DEFAULT = (("dora_exact", "scanned, remat"), ("lokr", "scanned"))
+# A second each: by default the one whose gradient passes every sum that has to say how it lies.
+BY_DEFAULT = (("dora_exact", "scanned, remat"),)
 CASES = [
   pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.nightly)
   for case in itertools.product(jaxlora.variants, FORMS)
@@ -159,3 +159,64 @@ def test_arithmetic(name):
   helpers.assert_close(whole(there), whole(alone), 1e-5)
   for weight in [] if name == "cosine" else there.values():
     assert weight.a.sharding.is_equivalent_to(beside_base(weight.base.sharding, weight.roles, "i"), weight.a.ndim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other ways to spread a step.
+
+
+def step_of(fn, tree, x):
+  frozen, trainable = jaxlora.split(tree)
+  loss = lambda half, x: jnp.mean(jnp.square(fn(jaxlora.join(frozen, half), x)))
+  return jax.value_and_grad(loss), trainable, x
+
+
+def one_layer(**fields):
+  """A product of one weight, its tree, and eight rows."""
+  tree = moved(helpers.one_weight((8, 16), **fields))
+  return lambda p, x: jnp.tanh(x @ p["w"]), tree, helpers.normal(5, (8, 8), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_training_under_shard_map(kind):
+  """Data parallel by hand: gradients of shards, averaged, are those of the batch."""
+  fn, tree, x = one_layer(variant="dora")
+  mesh = helpers.mesh_of(kind, data=4)
+  step, trainable, x = step_of(jaxlora.wrap(fn, on_materialize="error"), tree, x)
+
+  def local(half, x):
+    half = jax.tree.map(lambda leaf: lax.pcast(leaf, "data", to="varying"), half)  # each device's own gradient
+    return jax.tree.map(lambda leaf: lax.pmean(leaf, "data"), step(half, x))
+
+  with jax.set_mesh(mesh):
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    whole = jax.tree.map(lambda leaf: helpers.place(mesh, leaf), trainable)
+    got = jax.jit(mapped)(whole, helpers.place(mesh, x, "data"))
+  want = jax.jit(step_of(helpers.oracle(fn), tree, x)[0])(trainable, x)
+  helpers.assert_close(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, want), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_pmap():
+  fn, tree, x = one_layer()
+  step, trainable, x = step_of(jaxlora.wrap(fn, on_materialize="error"), tree, x)
+  average = lambda half, x: jax.tree.map(lambda leaf: lax.pmean(leaf, "data"), step(half, x))
+  got = jax.pmap(average, "data", in_axes=(None, 0), devices=jax.devices()[:4])(trainable, x.reshape(4, 2, 8))
+  want = jax.jit(step_of(helpers.oracle(fn), tree, x)[0])(trainable, x)
+  helpers.assert_close(jax.tree.map(lambda leaf: np.asarray(leaf)[3], got), jax.tree.map(np.asarray, want), 1e-5)
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("spec", [P("model"), P(None, "model"), P()])
+def test_a_weight_is_sent_elsewhere_in_factored_form(spec):
+  """`reshard` and `device_put` to other axes of an Explicit mesh."""
+  mesh = helpers.mesh_of(AxisType.Explicit, data=2, model=4)
+  with jax.set_mesh(mesh):
+    params = {"w": helpers.place(mesh, helpers.normal(1, (8, 16), jnp.float32), "data")}
+    frozen, trainable = jaxlora.split(moved(jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY)))
+    x = helpers.place(mesh, helpers.normal(5, (4, 8), jnp.float32))
+    product = lambda x, w: jnp.einsum("bi,io->bo", x, w, out_sharding=P())
+    fn = lambda p, x: product(x, jax.sharding.reshard(p["w"], spec)) + product(x, jax.device_put(p["w"], spec))
+    both = lambda *args: [step(f, *args) for f in (jaxlora.wrap(fn, on_materialize="error"), helpers.oracle(fn))]
+    got, want = jax.jit(both)(trainable, frozen, x)
+  helpers.assert_close(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, want), 1e-5)

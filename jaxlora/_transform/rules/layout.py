@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxlora._base.labelled import Labelled
 from jaxlora._base.reshape import reshape_groups
-from jaxlora._jax.primitives import BARRIERS, IDENTITIES, REVERSALS
+from jaxlora._jax.jaxpr import varying_axes
+from jaxlora._jax.primitives import BARRIERS, IDENTITIES, REVERSALS, VARYING
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, rank_of
 from jaxlora._transform.rule import Op, only_weight, rule
 from jaxlora._weight.roles import RANK, factor_axes
@@ -160,9 +161,21 @@ def _rev(op: Op, args: Sequence[Any]) -> list[Any]:
 
 @rule(*IDENTITIES)
 def _each(op: Op, args: Sequence[Any]) -> list[Any]:
-  """Identities on one value: what they say of the weight holds of its parts."""
+  """Identities on one value: what they say of the weight holds of its parts.
+
+  Under `shard_map` factors may differ from shard to shard where their base does not: nothing has to say so again.
+  """
   w = only_weight(args)
-  return [w.mapped(lambda factor, own: op.bind(factor)[0], base=op.bind(w.base)[0])]
+  axes = op.params.get("axes") if op.primitive.name in VARYING else None
+
+  def on_part(part: Any, own: str = "") -> Any:
+    del own
+    if axes is None:
+      return op.bind(part)[0]
+    left = tuple(axis for axis in axes if axis not in varying_axes(jax.tree.leaves(part)[0]))
+    return op.bind(part, axes=left)[0] if left else part
+
+  return [w.mapped(on_part, base=on_part(w.base))]
 
 
 @rule(*BARRIERS)
