@@ -22,11 +22,16 @@ ALONE = [(build, "alone") for build in helpers.BUILDERS if build not in SIX]
 MATERIALISES = {("conv_grouped", "grad")}
 
 
+# The default run takes two of the five policies for each pair: every builder and every wrapper meets all of them.
+IN_TURN = {pair: profiles.in_turn(k, list(POLICIES), 2) for k, pair in enumerate(CROSS)}
+
+
 @pytest.mark.parametrize(("build", "wrap"), [*CROSS, *ALONE])
 def test_factored_equals_merged_under_every_policy(build, wrap, x64):
   case = helpers.BUILDERS[build](jnp.float64)
+  names = IN_TURN.get((build, wrap), list(POLICIES))
   # A program that maps over two devices of its own cannot have its arguments on eight.
-  fitting = [policy for policy in POLICIES.values() if wrap != "shard_map" or policy.devices == 1]
+  fitting = [POLICIES[name] for name in names if wrap != "shard_map" or POLICIES[name].devices == 1]
   helpers.check(
     helpers.WRAPPERS[wrap](case.fn),
     case.adapted(),
@@ -36,6 +41,14 @@ def test_factored_equals_merged_under_every_policy(build, wrap, x64):
     on_materialize="ignore" if (build, wrap) in MATERIALISES else "error",
     policies=fitting,
   )
+
+
+def test_every_builder_and_every_wrapper_meets_every_policy():
+  for place in (0, 1):
+    met = {}
+    for pair, names in IN_TURN.items():
+      met.setdefault(pair[place], set()).update(names)
+    assert all(names == set(POLICIES) for names in met.values()), met
 
 
 def test_six_builders_are_of_every_family():

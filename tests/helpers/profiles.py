@@ -55,6 +55,11 @@ def halved(cases: Iterable[Any]) -> list[Any]:
   return [_param(k % 2 == 0, case) for k, case in enumerate(cases)]
 
 
+def in_turn(k: int, ways: Sequence[str], count: int) -> list[str]:
+  """Of the ways to run case number `k`: all at night; by default so many, the next case begins where these end."""
+  return list(ways) if is_nightly() else [ways[(count * k + j) % len(ways)] for j in range(count)]
+
+
 def every_other(builds: Iterable[str] = BUILDERS, *before: Any) -> list[Any]:
   """Builders, after other arguments; the default run takes every second of each family."""
   kept = {build for family in FAMILIES.values() for build in family[::2]}
