@@ -34,7 +34,7 @@ def full_line(node: Any) -> str:
 
 def is_array(part: Any) -> bool:
   """Whether a part has a shape and a dtype, as arrays, tracers and types have."""
-  return hasattr(part, "shape") and hasattr(part, "dtype")
+  return hasattr(part, "shape") and hasattr(part, "dtype") and not isinstance(part, type)
 
 
 def _product(sizes: Sequence[Any]) -> str:

@@ -68,6 +68,7 @@ def test_what_is_at_its_default_is_not_said():
   assert repr(nodes["bias"]) == "FullWeight(16, f32)"
   assert repr(nodes["temperature"]) == "FullWeight(scalar, f32)"
   assert "\n" not in repr(nodes)
+  assert repr(jax.tree.map(lambda leaf: np.ndarray, nodes)["w"]).startswith("LoraWeight(?x? io, rank 4")
 
 
 def test_what_is_not_is():
