@@ -1,4 +1,4 @@
-"""What a training step communicates on a mesh: LoRA beside the frozen floor and full fine-tuning.
+"""What a training step communicates on a mesh: LoRA beside the frozen floor, full fine-tuning and Google's qwix.
 
 Every step is compiled for eight devices from shapes and shardings alone, and nothing is run: the bytes are those of the
 collectives in the program as XLA's CPU compiler has optimised it. A collective counts the bytes of its result on one
@@ -14,7 +14,9 @@ from pathlib import Path
 import re
 from typing import Any, NamedTuple
 
+import contestants
 from flax import linen as nn
+from flax import traverse_util
 import harness
 import hlo
 import jax
@@ -157,7 +159,25 @@ def full(base: Base, layout: Layout, mesh: Any, params: Any) -> Step:
   return Step(lambda params, _, x: apply({"params": params}, x), params, None)
 
 
+def qwix_lora(base: Base, layout: Layout, mesh: Any, params: Any) -> Step:
+  """Google's qwix, whose factors lie nowhere of themselves: whole on every device."""
+  import qwix
+
+  sizes = base.settings
+  modules = models.TARGETS.removesuffix("/kernel")
+  provider = qwix.LoraProvider(module_path=modules, rank=sizes.rank, alpha=sizes.alpha)
+  model = qwix.apply_lora_to_model(base.model, provider)
+  made = jax.eval_shape(model.init, jax.random.key(2), jnp.zeros((1, sizes.seq), jnp.int32))["params"]
+  whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+  flat = traverse_util.flatten_dict(made)
+  factors = {path: whole(leaf) for path, leaf in flat.items() if path[-1].endswith(("_lora_a", "_lora_b"))}
+  apply = apply_on(layout, mesh, model)
+  return Step(lambda half, params, x: apply({"params": contestants.with_factors(params, half)}, x), factors, params)
+
+
 STEPS = {"frozen floor": floor, "jaxlora": lora, "full fine-tuning": full}
+if harness.installed("qwix"):
+  STEPS["qwix"] = qwix_lora
 
 
 def compiled(step: Step, layout: Layout, mesh: Any, settings: Settings) -> Any:
