@@ -66,6 +66,7 @@ def test_huggingface_bert(transformers):
   assert len(check_model(fn, model.params, rest, attention, 8)) == 8
 
 
+@pytest.mark.nightly
 def test_huggingface_gpt2(transformers):
   config = transformers.GPT2Config(
     vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
@@ -96,6 +97,7 @@ def test_jax_resnet():
   assert all("Conv_0/kernel" in path for path in paths)
 
 
+@pytest.mark.nightly
 def test_ott_unet():
   unet = pytest.importorskip("ott.neural.networks.velocity_field.unet", reason="the extra `test` installs ott-jax")
   model = unet.UNet(

@@ -44,9 +44,10 @@ def elsewhere(bench, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("name", "command"),
   [
-    (
+    pytest.param(
       "finetune_conv",
       ["examples/finetune.py", "--quick", "--model=conv", "--steps=2", "--pretrain-steps=2", "--rounds=1"],
+      marks=pytest.mark.nightly,  # studies write as benchmarks do, by the same functions
     ),
     ("forward", ["benchmarks/forward.py", "--quick", *TINY]),
   ],
