@@ -50,6 +50,7 @@ TABLES = {
   "finetune_brief": _study("finetune", "finetuning:brief"),
   "sentence_encoder": _study("sentence_encoder", "sentences.results:tables"),
   "summarize": _study("summarize", "summaries.tables:tables"),
+  "llm_quantised": Table("examples/llm/sweep.py", "sweep.json", "lm.recorded:quantised"),
   "train_step": _benchmark("train_step"),
   "train_step_brief": _benchmark("train_step", "brief"),
   "train_step_suite": _benchmark("train_step", "suite_table", "train_step_suite"),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import jax.numpy as jnp
 from lm import baselines, packing, tables
 from lm.methods import CODES, METHODS, Method
@@ -115,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
   args = parse(argv)
   setup: Setup = args.setup
   results = [do(setup, run_of(name, args), args.out, args.quiet) for name in args.method or METHODS]
-  print(tables.by_label([*baselines.results(setup.pairs["train"], setup.pairs[args.split], args.split), *results]))
+  known = baselines.results(setup.pairs["train"], setup.pairs[args.split], args.split)
+  print(harness.table(*tables.by_label([*known, *results])))
   print(samples(setup, results, args.split))
   return results
 

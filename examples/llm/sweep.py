@@ -22,11 +22,13 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from lm import comparisons, evidence, plots, tables
+import harness
+from lm import comparisons, evidence, plots, recorded, tables
 from lm.methods import HEAD, Method
 from lm.runs import Run, do, fill, prepare, resumable
 from lm.training import Schedule
 
+RECORDED = Path(__file__).with_name("results") / "sweep.json"
 SEEDS = (0, 1, 2)
 LORA, FULL, HEAD_ALONE = Method("lora"), Method("full"), Method("head")
 RATES = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4), "head": (3e-5, 1e-4, 3e-4)}
@@ -118,6 +120,11 @@ def make_parser() -> argparse.ArgumentParser:
     " plain text), from the adapters that they have kept",
   )  # fmt: skip
   parser.add_argument("--show", action="store_true", help="print the tables of what is done, and run nothing")
+  parser.add_argument(
+    "--record",
+    action="store_true",
+    help=f"write the figures into {RECORDED.name}, too, from which the README's tables are made",
+  )
   parser.add_argument("--quiet", action="store_true", help="no progress bars")
   return parser
 
@@ -149,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}, run {number} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
         do(setup, run, args.out, args.quiet)
   print(report(args.out))
+  if args.record:
+    harness.write(RECORDED, recorded.compact([*evidence.load(args.out, "test")["baselines"], *results(args.out)]))
 
 
 def report(out: Path) -> str:
@@ -158,10 +167,10 @@ def report(out: Path) -> str:
   if not found:
     return f"{out}: no run is done"
   groups = comparisons.by_seed(found, "test")
-  parts = [tables.by_label(found), comparisons.aspects(groups), comparisons.forgetting(groups)]
-  parts += [
-    comparisons.differences(groups, label) for label in (comparisons.REFERENCE, comparisons.BASE) if label in groups
-  ]
+  parts = [harness.table(*tables.by_label(found)), comparisons.aspects(groups), comparisons.forgetting(groups)]
+  references = [label for label in (comparisons.REFERENCE, comparisons.BASE) if label in groups]
+  compared = [comparisons.differences(groups, label) for label in references]
+  parts += [harness.table(head, rows) for head, rows in compared if rows]
   parts += [comparisons.samples(groups, kept["pairs"], *labels) for labels in comparisons.SAMPLED]
   if groups:
     plots.plot(groups, out / evidence.FOLDER / "test.png")

@@ -67,16 +67,35 @@ def test_runs_are_compared_with_those_of_the_same_seeds(llm):
     result("full fine-tuning", 1, 2, "full"), result("full fine-tuning", 7, 50, "full"),
   )  # fmt: skip
   assert sorted(found["LoRA r=8"]) == [0, 1, 2]
-  table = llm.comparisons.differences(found)
-  lines = {line.split("  ")[0]: line for line in table.splitlines()}
-  assert "  1      +2.0 (+2.0 to +2.0)" in lines["full fine-tuning"]
-  assert "  3      -5.1 (-5.2 to -5.0)" in lines["base, instructed"]
-  assert "LoRA r=8, " not in lines
+  _, table = llm.comparisons.differences(found)
+  rows = {row[0]: row[1:] for row in table}
+  assert rows["full fine-tuning"][:2] == ["1", "+2.0 (+2.0 to +2.0)"]
+  assert rows["base, instructed"][:2] == ["3", "-5.1 (-5.2 to -5.0)"]
+  assert "LoRA r=8" not in rows
 
 
 def test_other_pairs_are_not_compared(llm):
   short = result("full fine-tuning", 0, 2, "full") | {"aspects": ASPECTS[:30]}
-  assert llm.comparisons.differences(groups(llm, result("LoRA r=8", 0, 0), short)) == ""
+  assert llm.comparisons.differences(groups(llm, result("LoRA r=8", 0, 0), short))[1] == []
+
+
+def test_tables_are_made_of_what_is_recorded(llm):
+  """What is written down has the figures of all pairs, not their text; its tables are those of the runs."""
+  runs = [
+    result(label, seed, gain, **{"written": ["text"]})
+    for label, gain in (("LoRA r=8", 0), ("other", 2))
+    for seed in (0, 1)
+  ]
+  told = {
+    "hardware": {"cpu": "any", "cores": 2, "backend": "cpu"},
+    "versions": {"jax": "1", "flax": "2", "python": "3"},
+  }
+  kept = llm.recorded.compact([run | told for run in runs])
+  assert "text" not in str(kept)
+  assert kept["runs"][0]["each"] == runs[0]["each"]
+  text = llm.recorded.quantised(kept)
+  assert "| other | 2 | +2.0 (+2.0 to +2.0) |" in text
+  assert text.count("| LoRA r=8 |") == 1
 
 
 def test_forgetting_is_told_of_the_same_text_alone(llm):

@@ -9,7 +9,7 @@ import numpy as np
 from . import bootstrap
 from .bootstrap import Interval
 from .papers import QUESTIONS
-from .tables import COLUMNS, cell
+from .tables import COLUMNS, Table, cell
 
 BASE, REFERENCE, FULL = "base, instructed", "LoRA r=8", "full fine-tuning"  # the first two: what others are less
 SAMPLED = ((FULL, REFERENCE), (REFERENCE, BASE))
@@ -42,7 +42,7 @@ def paired(groups: Groups, a: str, b: str) -> tuple[list[dict[str, Any]], list[d
   return [one[seed] for seed in common], [other[seed] for seed in common]
 
 
-def differences(groups: Groups, reference: str = REFERENCE) -> str:
+def differences(groups: Groups, reference: str = REFERENCE) -> Table:
   """A row for each label: its measures less the reference's, with 95 % intervals."""
   rows = []
   for label in groups:
@@ -50,7 +50,7 @@ def differences(groups: Groups, reference: str = REFERENCE) -> str:
     if runs and others and runs[0]["aspects"] == others[0]["aspects"]:
       cells = [_difference_cell(runs, others, name, 3 if name == "loss" else 1) for name in COLUMNS]
       rows.append([label, str(max(len(runs), len(others))), *cells])
-  return harness.table((f"less {reference}", "seeds", *COLUMNS.values()), rows) if rows else ""
+  return (f"less {reference}", "seeds", *COLUMNS.values()), rows
 
 
 def _difference_cell(runs: list[dict[str, Any]], others: list[dict[str, Any]], name: str, digits: int) -> str:

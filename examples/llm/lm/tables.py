@@ -9,7 +9,10 @@ import numpy as np
 COLUMNS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "loss": "loss"}
 
 
-def by_label(results: Sequence[dict[str, Any]]) -> str:
+Table = tuple[Sequence[str], list[list[str]]]  # the head, then the rows
+
+
+def by_label(results: Sequence[dict[str, Any]]) -> Table:
   """A row for each method and split, over its seeds: the mean, and half of the 95 % t-interval."""
   groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
   for result in results:
@@ -21,7 +24,7 @@ def by_label(results: Sequence[dict[str, Any]]) -> str:
     cells = [cell([run[name] for run in runs], 3 if name == "loss" else 1) for name in COLUMNS]
     trained = f"{runs[0]['trained']:,}" if "trained" in runs[0] else "-"
     rows.append([label, split, rate, str(len(runs)), *cells, trained, seconds(runs)])
-  return harness.table(("method", "split", "rate", "seeds", *COLUMNS.values(), "trained", "s / step"), rows)
+  return ("method", "split", "rate", "seeds", *COLUMNS.values(), "trained", "s / step"), rows
 
 
 def cell(values: Sequence[Any], digits: int) -> str:
