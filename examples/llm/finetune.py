@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
 import jax.numpy as jnp
 from lm import baselines, packing, tables
 from lm.methods import CODES, METHODS, Method
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
   setup: Setup = args.setup
   results = [do(setup, run_of(name, args), args.out, args.quiet) for name in args.method or METHODS]
   known = baselines.results(setup.pairs["train"], setup.pairs[args.split], args.split)
-  print(harness.table(*tables.by_label([*known, *results])))
+  print(tables.text(tables.by_label([*known, *results])))
   print(samples(setup, results, args.split))
   return results
 

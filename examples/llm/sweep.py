@@ -22,7 +22,6 @@ from pathlib import Path
 import sys
 from typing import Any
 
-import harness
 from lm import comparisons, evidence, plots, recorded, tables
 from lm.methods import HEAD, Method
 from lm.runs import Run, do, fill, prepare, resumable
@@ -157,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         do(setup, run, args.out, args.quiet)
   print(report(args.out))
   if args.record:
-    harness.write(RECORDED, recorded.compact([*evidence.load(args.out, "test")["baselines"], *results(args.out)]))
+    recorded.write(RECORDED, [*evidence.load(args.out, "test")["baselines"], *results(args.out)])
 
 
 def report(out: Path) -> str:
@@ -167,10 +166,10 @@ def report(out: Path) -> str:
   if not found:
     return f"{out}: no run is done"
   groups = comparisons.by_seed(found, "test")
-  parts = [harness.table(*tables.by_label(found)), comparisons.aspects(groups), comparisons.forgetting(groups)]
+  parts = [tables.text(tables.by_label(found)), comparisons.aspects(groups), comparisons.forgetting(groups)]
   references = [label for label in (comparisons.REFERENCE, comparisons.BASE) if label in groups]
   compared = [comparisons.differences(groups, label) for label in references]
-  parts += [harness.table(head, rows) for head, rows in compared if rows]
+  parts += [tables.text(table) for table in compared if table[1]]
   parts += [comparisons.samples(groups, kept["pairs"], *labels) for labels in comparisons.SAMPLED]
   if groups:
     plots.plot(groups, out / evidence.FOLDER / "test.png")

@@ -1,10 +1,10 @@
 """The figures of finished runs in one small file, and the tables of the README that are made of it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import harness
-import numpy as np
 
 from . import comparisons, tables
 
@@ -17,9 +17,14 @@ def compact(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
   for result in found:
     run = {name: result[name] for name in _KEPT if name in result}
     if "training" in result:
-      run["training"] = {"seconds": [float(np.median(result["training"]["seconds"]))]}
+      run["training"] = {"seconds": [round(second, 2) for second in result["training"]["seconds"]]}
     runs.append(run)
   return {"runs": runs}
+
+
+def write(path: Path, found: Sequence[dict[str, Any]]) -> None:
+  """Writes what tables need of finished runs and of baselines."""
+  harness.write(path, compact(found))
 
 
 def quantised(results: dict[str, Any]) -> str:

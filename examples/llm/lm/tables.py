@@ -27,6 +27,11 @@ def by_label(results: Sequence[dict[str, Any]]) -> Table:
   return ("method", "split", "rate", "seeds", *COLUMNS.values(), "trained", "s / step"), rows
 
 
+def text(table: Table) -> str:
+  """A table for a terminal."""
+  return harness.table(*table)
+
+
 def cell(values: Sequence[Any], digits: int) -> str:
   """A mean, with half of its interval where there are several seeds."""
   if None in values:
