@@ -4,7 +4,6 @@ import doctest
 import importlib
 from pathlib import Path
 import pkgutil
-import re
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import pytest
 
 import jaxlora
 from tests import helpers
+from tests.helpers.blocks import python_blocks
 from tests.helpers.paths import README
 
 MODULES = ["jaxlora", *(module.name for module in pkgutil.walk_packages(jaxlora.__path__, "jaxlora."))]
@@ -24,7 +24,7 @@ MODULES = ["jaxlora", *(module.name for module in pkgutil.walk_packages(jaxlora.
 def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path):
   if not README.exists():
     pytest.skip("the README is not beside the tests")
-  blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+  blocks = python_blocks(README)
   assert len(blocks) >= 3
   assert sum(bool(line.strip()) for line in blocks[0].splitlines()) == 25  # the main job in small
   scope = {}
@@ -42,7 +42,7 @@ def test_the_page_on_many_devices_runs():
   """On the eight devices that tests have."""
   page = Path(jaxlora.__path__[0]) / "sharding" / "MANY_DEVICES.md"
   scope = {}
-  for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+  for block in python_blocks(page):
     exec(compile(block, str(page), "exec"), scope)
   assert scope["tree"]["up"].a.sharding.spec == scope["P"](None, "data")
   assert scope["losses"][-1] < scope["losses"][0]

@@ -1,0 +1,41 @@
+"""What the site takes from elsewhere in the repository, so that nothing is written twice."""
+
+from pathlib import Path
+import re
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = re.compile(r"<!-- table of (\S+): (\w+) -->")
+SECTION = re.compile(r"<!-- section of (\S+): (.+?) -->")
+
+
+def table(found: re.Match) -> str:
+  """What stands between a table's markers."""
+  file, name = found.groups()
+  return between(file, rf"<!-- table: {name} -->\n(.*?)<!-- end -->")
+
+
+def section(found: re.Match) -> str:
+  """What stands under a heading of the second level."""
+  file, heading = found.groups()
+  return between(file, rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)")
+
+
+def between(file: str, pattern: str) -> str:
+  found = re.search(pattern, (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
+  if found is None:
+    raise LookupError(f"{file} has nothing that matches {pattern!r}; write the page's marker as the file has it.")
+  return found[1].strip()
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+  """Puts tables and sections in the places of their markers."""
+  return SECTION.sub(section, TABLE.sub(table, markdown))
+
+
+def on_files(files, config):
+  """Adds the recorded plot."""
+  from mkdocs.structure.files import File
+
+  plot = ROOT / "benchmarks/results/memory/memory.png"
+  files.append(File.generated(config, "img/memory.png", abs_src_path=str(plot)))
+  return files

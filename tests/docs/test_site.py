@@ -1,0 +1,50 @@
+"""The site's pages: their Python runs, and every public package is on a page of the reference."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+
+import jaxlora
+from tests.helpers.blocks import python_blocks
+from tests.helpers.paths import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = ("start", "nnx", "quantised", "devices", "serving", "peft", "variant", "explain")
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the site is not beside the tests")
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", PAGES)
+def test_a_pages_python_runs(page):
+  file = DOCS / f"{page}.md"
+  scope, blocks = {}, python_blocks(file)
+  assert blocks
+  for block in blocks:
+    exec(compile(block, str(file), "exec"), scope)
+
+
+def test_no_page_has_python_that_does_not_run():
+  assert {file.stem for file in DOCS.glob("*.md") if python_blocks(file)} == set(PAGES)
+
+
+def test_every_public_package_has_a_page_and_describes_its_names():
+  public = {"jaxlora"} | {
+    f"jaxlora.{found.name}" for found in pkgutil.iter_modules(jaxlora.__path__) if not found.name.startswith("_")
+  }
+  shown = {name for file in DOCS.glob("api/*.md") for name in re.findall(r"^::: (\S+)$", file.read_text(), re.M)}
+  assert shown == public
+  for package in public:  # the reference shows what `__all__` names and a docstring describes
+    module = importlib.import_module(package)
+    assert module.__all__
+    members = {name: getattr(module, name) for name in module.__all__}
+    bare = [n for n, m in members.items() if (inspect.isclass(m) or inspect.isfunction(m)) and not m.__doc__]
+    assert not bare, package
+
+
+def test_every_page_is_in_the_navigation():
+  named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+  assert named == {file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*.md")}
