@@ -58,10 +58,11 @@ class Moving:
 def read_in_place(each: Sequence[Product], weights: Sequence[Weight]) -> bool:
   """Whether the weights are layers of a stack that their products can read: matrices as they lie, in a loop.
 
-  Not codes, which are formed in any case: joined, they are formed once.
+  Of codes those alone that are a number times a scale. Others take the vector units more time than the products take
+  the matrix units: joined, they are formed once.
   """
-  floats = all(isinstance(w, jax.Array) for w, _, _ in weights)
-  return floats and all(product.result.looping and product.ndim == 2 for product in each)
+  readable = all(isinstance(w, jax.Array) or w.forms_in_passing for w, _, _ in weights)
+  return readable and all(product.result.looping and product.ndim == 2 for product in each)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,12 @@ class QuantizedArray(Node):
     """How many elements along each axis share a scale."""
     return tuple(n // k for n, k in zip(self.shape, self.scales.shape, strict=True))
 
+  @property
+  def scales_whole_axes(self) -> bool:
+    """Whether its values are its codes times scales that are alike along whole axes: next to nothing to compute."""
+    plain = FORMATS[self.format].book is None and self.offset is None and not isinstance(self.scales, QuantizedArray)
+    return plain and all(k in (1, n) for k, n in zip(self.scales.shape, self.shape, strict=True))
+
   def transpose(self, *axes: int) -> "QuantizedArray":
     """The same array with its axes in another order, reversed if none is given: every part with its axes so."""
     order = axes or tuple(reversed(range(self.ndim)))

@@ -125,6 +125,11 @@ class Coded:
     return isinstance(self.node, QuantizedArray) and all(step.is_elementwise for step in self.steps)
 
   @property
+  def forms_in_passing(self) -> bool:
+    """Whether a product may form it within its own pass, for it is next to nothing to compute."""
+    return isinstance(self.node, QuantizedArray) and self.node.scales_whole_axes and not self.steps
+
+  @property
   def rests(self) -> bool:
     """Whether its codes rest in the host's memory."""
     return space_of(self.node) != Space.Device

@@ -43,3 +43,20 @@ def test_a_loop_over_layers_equals_the_merged_one(scanned, most, monkeypatch):
   joined = f"tensor<{WIDTH + RANK}x{3 * WIDTH}xf64>"  # a weight and its B
   assert (joined in compiled.lower(half, x).as_text()) == (most < RANK)
   helpers.assert_close(compiled(half, x), jax.jit(jax.value_and_grad(merged, (0, 1)))(half, x), 1e-12)
+
+
+@pytest.mark.parametrize(
+  ("options", "joins"), [({"block_size": None, "double": False}, False), ({"block_size": 4}, True)]
+)
+def test_codes_are_read_in_place_where_they_are_a_number_times_a_scale(scanned, options, joins):
+  fn, tree, x = scanned
+  _, half = jaxlora.split(tree)
+  probe = lambda p: fn(p, x)
+  codes = jaxlora.quantize(jaxlora.strip(tree), "int8", targets=".*", probe=probe, **options)
+  frozen, _ = jaxlora.split(helpers.adapted(codes, rank=RANK, targets=".*", probe=probe))
+  wrapped = jaxlora.wrap(fn, platform="tpu", on_materialize="error")
+  ours = lambda half, x: jnp.sum(jnp.sin(wrapped(jaxlora.join(frozen, half), x)))
+  merged = lambda half, x: jnp.sum(jnp.sin(fn(jaxlora.merge(jaxlora.join(frozen, half)), x)))
+  compiled = jax.jit(jax.value_and_grad(ours, (0, 1)))
+  assert (f"tensor<{WIDTH + RANK}x{3 * WIDTH}xf64>" in compiled.lower(half, x).as_text()) == joins
+  helpers.assert_close(compiled(half, x), jax.jit(jax.value_and_grad(merged, (0, 1)))(half, x), 1e-12)
