@@ -268,7 +268,7 @@ def test_files_that_end_too_early(tmp_path):
   shards = [name for name in hub.save(tmp_path / "cut", params, shard_bytes=300) if name.endswith(".safetensors")]
   last = tmp_path / "cut" / shards[-1]
   last.write_bytes(last.read_bytes()[:-8])
-  with pytest.raises(hub.HubError, match=rf"{shards[-1]}: cannot be read as safetensors.*not fully covered"):
+  with pytest.raises(hub.HubError, match=rf"{shards[-1]}: cannot be read as safetensors"):
     hub.load(tmp_path / "cut", SCANNED)
   last.unlink()
   with pytest.raises(hub.HubError, match=re.escape(shards[-1])):
