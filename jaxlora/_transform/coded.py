@@ -102,9 +102,8 @@ class Coded:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    if self.steps:
-      return self.steps[-1].shape
-    return tuple(self.node.shape) if self.turn is None else tuple(self.node.shape[d] for d in self.turn)
+    turned = self.node.shape if self.turn is None else (self.node.shape[d] for d in self.turn)
+    return self.steps[-1].shape if self.steps else tuple(turned)
 
   @property
   def dtype(self) -> Any:
@@ -126,8 +125,8 @@ class Coded:
 
   @property
   def forms_in_passing(self) -> bool:
-    """Whether a product may form it within its own pass, for it is next to nothing to compute."""
-    return isinstance(self.node, QuantizedArray) and self.node.scales_whole_axes and not self.steps
+    """Whether a product may form it within its own pass: next to nothing is to be computed."""
+    return not self.steps and isinstance(self.node, QuantizedArray) and self.node.scales_whole_axes
 
   @property
   def rests(self) -> bool:

@@ -51,8 +51,8 @@ def put_on(array: Any, sharding: Any) -> Any:
     return array
   if isinstance(array, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-  spans = isinstance(sharding, jax.sharding.Sharding) and not sharding.is_fully_addressable  # else it is a device
-  if spans and _is_array(array) and array.is_fully_addressable:
+  whole = _is_array(array) and array.is_fully_addressable
+  if whole and isinstance(sharding, jax.sharding.Sharding) and not sharding.is_fully_addressable:
     return _shards_of(array, sharding)
   return jax.device_put(array, sharding)
 
