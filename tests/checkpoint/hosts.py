@@ -20,7 +20,7 @@ from jaxlora._base.processes import spans_processes
 from jaxlora.checkpoint import _processes
 
 SPECS = {"up": P("data", "model"), "down": P("model", "data"), "bias": P()}
-CONFIG = jaxlora.LoraConfig(rank=2, targets="up|down", train="bias", variant="dora")
+CONFIG = jaxlora.LoraConfig(rank=32, targets="up|down", train="bias", variant="dora")
 TX = optax.adam(1e-2)
 
 

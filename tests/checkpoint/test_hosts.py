@@ -49,10 +49,10 @@ def test_saved_by_shards_and_restored_on_other_meshes(tmp_path, forks):
   path = tmp_path / "run"
   saved = finished(forks, "train", 2, 2, path, 2, 2, 3)
   (wanted,) = {said["digest"] for said in saved.values()}
-  assert saved[0]["shard"] == [2, 32]  # A's inputs lie on the two rows of the mesh
+  assert saved[0]["shard"] == [32, 32]  # A's inputs lie on the two rows of the mesh
   sizes = data_written_by(path / "3")
   assert len(sizes) == 2
-  assert max(sizes.values()) < 2 * min(sizes.values())  # a half each, and what all have is written by the first
+  assert max(sizes.values()) < 1.5 * min(sizes.values())  # a half each, and an index of theirs
   assert '"fingerprint"' in (path / "3" / "record" / "metadata").read_text()
   for count, devices, data, model in ((4, 1, 4, 1), (1, 4, 1, 4)):
     for said in finished(forks, "restore", count, devices, path, data, model).values():
