@@ -111,15 +111,13 @@ TITLE = f"{NOT_RUN}: cycles, then temporary bytes, over the frozen floor's; d=10
 
 def describe(results: dict[str, Any]) -> str:
   """The table, for a terminal."""
-  head, *rows = cells(results)
-  return "\n".join([TITLE, harness.table(head, rows)])
+  return harness.described(TITLE, cells(results))
 
 
 def tables(results: dict[str, Any]) -> str:
   """The table of benchmarks/README.md."""
-  head, *rows = cells(results)
   versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "flax", "qwix", "libtpu"))
-  return "\n\n".join([f"{TITLE[0].upper()}{TITLE[1:]}. {versions}.", harness.markdown(head, rows)])
+  return harness.documented(f"{TITLE[0].upper()}{TITLE[1:]}. {versions}.", cells(results))
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

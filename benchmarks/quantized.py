@@ -225,16 +225,13 @@ def remark(results: dict[str, Any]) -> str:
 
 def describe(results: dict[str, Any]) -> str:
   """The table, for a terminal."""
-  head, *rows = cells(results)
-  return "\n".join([results["title"], harness.table(head, rows), remark(results)])
+  return harness.described(results["title"], cells(results), remark(results))
 
 
 def tables(results: dict[str, Any]) -> str:
   """The table of benchmarks/README.md."""
-  head, *rows = cells(results)
-  return "\n\n".join(
-    [f"{results['title']}. {harness.conditions(results, 'qwix')}.", harness.markdown(head, rows), remark(results)]
-  )
+  conditions = f"{results['title']}. {harness.conditions(results, 'qwix')}."
+  return harness.documented(conditions, cells(results), remark(results))
 
 
 def plot(results: dict[str, Any], path: Any) -> None:

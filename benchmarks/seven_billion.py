@@ -115,15 +115,13 @@ def title(results: dict[str, Any]) -> str:
 
 def describe(results: dict[str, Any]) -> str:
   """The table, for a terminal."""
-  head, *rows = cells(results)
-  return "\n".join([title(results), harness.table(head, rows), *results["left_out"]])
+  return harness.described(title(results), cells(results), *results["left_out"])
 
 
 def tables(results: dict[str, Any]) -> str:
   """The table of benchmarks/README.md."""
-  head, *rows = cells(results)
   versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "flax", "qwix", "libtpu"))
-  return "\n\n".join([f"{title(results)}. {versions}. G: 2^30 bytes.", harness.markdown(head, rows)])
+  return harness.documented(f"{title(results)}. {versions}. G: 2^30 bytes.", cells(results))
 
 
 def plot(results: dict[str, Any], path: Any) -> None:

@@ -21,7 +21,17 @@ from .options import (
 from .plots import Panel, plot_bars
 from .provenance import PEERS, cpu, digest, hardware, installed, provenance, settings, source_digest, versions
 from .results import Runs, progress, publish, say_interrupted, ticker, write
-from .tables import conditions, exact_cell, markdown, milliseconds, percent_cell, ratio_cell, table
+from .tables import (
+  conditions,
+  described,
+  documented,
+  exact_cell,
+  markdown,
+  milliseconds,
+  percent_cell,
+  ratio_cell,
+  table,
+)
 from .timing import CONTROL, calls_per_turn, interleave, inverse, ratios, summarize, with_control
 
 __all__ = [
@@ -37,7 +47,9 @@ __all__ = [
   "check_writable",
   "conditions",
   "cpu",
+  "described",
   "digest",
+  "documented",
   "exact_cell",
   "folder",
   "hardware",

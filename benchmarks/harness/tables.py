@@ -19,6 +19,18 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
+def described(title: str, cells: Sequence[Sequence[str]], *below: str) -> str:
+  """A title, a table whose head is the first row, and lines, for a terminal."""
+  head, *rows = cells
+  return "\n".join([title, table(head, rows), *below])
+
+
+def documented(above: str, cells: Sequence[Sequence[str]], *below: str) -> str:
+  """The same as paragraphs of Markdown."""
+  head, *rows = cells
+  return "\n\n".join([above, markdown(head, rows), *below])
+
+
 def conditions(results: Mapping[str, Any], *packages: str) -> str:
   """Hardware and versions of a result in one line, with those of `packages`."""
   machine, versions = results["hardware"], results["versions"]

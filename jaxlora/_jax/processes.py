@@ -13,8 +13,8 @@ _PAUSE = 0.05  # seconds
 def all_meet(place: str, seconds: float) -> bool:
   """Whether every process of the run came to a place of this name within some time. A lone process need not wait.
 
-  A process that once gave up here has been here more often than the others: the service tells it so at its next visit,
-  and lets it try again.
+  A process that once gave up here has been here more often than the others. The service tells it so at its next visit
+  at once, and it asks again; when time is up it gives up for good.
   """
   client = getattr(getattr(distributed, "global_state", None), "client", None)
   if client is None:
