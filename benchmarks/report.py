@@ -14,7 +14,9 @@ import sys
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "benchmarks/README.md", "examples/README.md"))
+DOCUMENTS = tuple(
+  ROOT / name for name in ("README.md", "docs/numbers.md", "benchmarks/README.md", "examples/README.md")
+)
 _TABLE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -25,15 +27,24 @@ class Table(NamedTuple):
     script: the script that records the result, relative to the checkout.
     json: the recorded file, in the folder `results` beside the script.
     function: `module:function`, which makes the table from the result; the module is imported from the script's folder.
+    beside: files of other results that the table shows as well, beside the first.
   """
 
   script: str
   json: str
   function: str
+  beside: tuple[str, ...] = ()
 
   def recorded(self, results: Path | None = None) -> Path:
     """The path of the recorded file, in its own folder or in `results`."""
-    return (results or (ROOT / self.script).with_name("results")) / self.json
+    return self._within(results) / self.json
+
+  def all_recorded(self, results: Path | None = None) -> list[Path]:
+    """The paths of all files that the table is made of."""
+    return [self._within(results) / name for name in (self.json, *self.beside)]
+
+  def _within(self, results: Path | None) -> Path:
+    return results or (ROOT / self.script).with_name("results")
 
 
 def _benchmark(name: str, function: str = "tables", folder: str | None = None) -> Table:
@@ -52,6 +63,12 @@ TABLES = {
   "summarize": _study("summarize", "summaries.tables:tables"),
   "llm_quantised": Table("examples/llm/sweep.py", "sweep.json", "lm.recorded:quantised"),
   "train_step": _benchmark("train_step"),
+  "door": Table(
+    "benchmarks/train_step.py",
+    "train_step/train_step.json",
+    "train_step:door",
+    beside=("compiled_v5e/compiled.json", "compiled_h100/compiled.json"),
+  ),
   "train_step_brief": _benchmark("train_step", "brief"),
   "train_step_suite": _benchmark("train_step", "suite_table", "train_step_suite"),
   "train_step_suite_brief": _benchmark("train_step", "brief_suite", "train_step_suite"),
@@ -100,15 +117,17 @@ def make(name: str, results: Path | None = None) -> str:
   if name not in TABLES:
     raise ReportError(f"there is no table {name!r}; there are: {', '.join(TABLES)}")
   table = TABLES[name]
-  path, script = table.recorded(results), ROOT / table.script
+  paths, script = table.all_recorded(results), ROOT / table.script
   if not script.exists():
     raise ReportError(f"table {name!r} has no script {table.script}")
-  if not path.exists():
-    raise ReportError(f"table {name!r} has no results at {path}: run {table.script} --record")
+  if missing := [path for path in paths if not path.exists()]:
+    raise ReportError(f"table {name!r} has no results at {missing[0]}: run {table.script} --record")
   if str(script.parent) not in sys.path:
     sys.path.insert(0, str(script.parent))
   module, function = table.function.split(":")
-  return getattr(importlib.import_module(module), function)(json.loads(path.read_text())).strip("\n")
+  return getattr(importlib.import_module(module), function)(*(json.loads(path.read_text()) for path in paths)).strip(
+    "\n"
+  )
 
 
 def rebuild(text: str, results: Path | None = None) -> tuple[str, list[str]]:

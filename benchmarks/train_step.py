@@ -159,7 +159,7 @@ def setting_name(settings: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def brief(results: dict[str, Any]) -> str:
-  """The table of README.md."""
+  """The table of docs/numbers.md."""
   rows = [
     (
       name,
@@ -171,8 +171,31 @@ def brief(results: dict[str, Any]) -> str:
   return harness.markdown(("", "step / floor", "step / full fine-tuning", "temp memory"), rows)
 
 
+_CHIPS = {"v5e": "TPU v5e", "h100": "H100"}
+
+
+def door(measured: dict[str, Any], *compiled: dict[str, Any]) -> str:
+  """The table of README.md: a step measured here, and steps compiled for chips, each over its frozen floor."""
+  steps = measured["comparisons"][0]["rows"]
+  shown = ("full fine-tuning", "textbook merge", "qwix", "nnx.LoRA", "jaxlora")
+  here = f"{measured['hardware']['cores']} CPU cores"
+  temp = lambda row: row["bytes"]["temp"] / steps[FLOOR]["bytes"]["temp"]
+  rows = [
+    (f"{here}, **measured**: time", *(f"{steps[name]['over_floor']['median']:.2f}" for name in shown)),
+    (f"{here}, compiled: temporary memory", *(f"{temp(steps[name]):.2f}" for name in shown)),
+  ]
+  for chip in compiled:
+    name = chip["chip"]["name"].partition(":")[0]
+    figures = {"cycles": "cycles, the compiler's estimate", "temp": "temporary memory"}
+    for field, title in figures.items():
+      if field in chip["rows"][FLOOR]:
+        ratios = (f"{chip['rows'][method]['over_floor'][field]:.2f}" for method in shown)
+        rows.append((f"{_CHIPS[name]}, **compiled, not run**: {title}", *ratios))
+  return harness.markdown(("a training step / the frozen floor", *shown), rows)
+
+
 def brief_suite(results: dict[str, Any]) -> str:
-  """The sentence of README.md on the other settings."""
+  """The sentence of docs/numbers.md on the other settings."""
   first, *others = results["comparisons"]
   found = [
     f"{setting_name(one['settings'], first['settings'])} {one['rows']['jaxlora']['over_floor']['median']:.2f}"

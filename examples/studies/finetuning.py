@@ -88,7 +88,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def brief(results: dict[str, Any]) -> str:
-  """The table of README.md: rank 8 alone, and fewer columns."""
+  """The table of docs/numbers.md: rank 8 alone, and fewer columns."""
   head, *loras, full = results["methods"]
   shown = [head, *(row for row in loras if row["rank"] == 8), full]
 

@@ -12,7 +12,10 @@ from tests.helpers.blocks import python_blocks
 from tests.helpers.paths import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = ("start", "nnx", "quantised", "devices", "serving", "peft", "variant", "explain")
+PAGES = (
+  "start", "training", "nnx", "targeting", "variants", "quantised", "devices", "head", "saving", "serving",
+  "arithmetic", "peft", "variant", "explain",
+)  # fmt: skip
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the site is not beside the tests")
 
 
@@ -27,8 +30,21 @@ def test_a_pages_python_runs(page):
     exec(compile(block, str(file), "exec"), scope)
 
 
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.filterwarnings("default")
+def test_the_main_job_in_small_adapts_digits(capsys):
+  """Pretrained on digits 0-4 and adapted to 5-9, in 25 lines."""
+  file = DOCS / "digits.md"
+  scope, blocks = {}, python_blocks(file)
+  assert sum(bool(line.strip()) for line in blocks[0].splitlines()) == 25
+  for block in blocks:
+    exec(compile(block, str(file), "exec"), scope)
+  assert "layers_4/kernel" in capsys.readouterr().out
+  assert float(scope["value"]) < 0.1
+
+
 def test_no_page_has_python_that_does_not_run():
-  assert {file.stem for file in DOCS.glob("*.md") if python_blocks(file)} == set(PAGES)
+  assert {file.stem for file in DOCS.glob("*.md") if python_blocks(file)} == {*PAGES, "digits"}
 
 
 def test_every_public_package_has_a_page_and_describes_its_names():
