@@ -9,6 +9,7 @@ import pytest
 import jaxlora
 from jaxlora import checkpoint
 from tests import helpers
+from tests.helpers import profiles
 
 P, Space = jax.sharding.PartitionSpec, jax.memory.Space
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -51,8 +52,12 @@ def formed_on_the_host(p, x):
   return x @ jax.device_put(jnp.tanh(p["w"]), Space.Device)[0]
 
 
-@pytest.mark.parametrize("fields", [{}, {"variant": "dora"}, {"init": "pissa"}, {"variant": "lokr"}], ids=str)
-@pytest.mark.parametrize("fn", [each_layer, each_layer_again, all_at_once, there_and_back, formed_on_the_host])
+named = lambda value: getattr(value, "__name__", str(value))
+FROM_THE_HOST = (each_layer, each_layer_again, all_at_once, there_and_back, formed_on_the_host)
+FIELDS = ({}, {"variant": "dora"}, {"init": "pissa"}, {"variant": "lokr"})
+
+
+@pytest.mark.parametrize(("fn", "fields"), profiles.alternating(FROM_THE_HOST, FIELDS, each=2), ids=named)
 def test_bases_in_the_hosts_memory(fn, fields):
   config = jaxlora.LoraConfig(rank=2, targets="w", axes={"w": "sio"}, **fields)
   resting = jaxlora.adapt(jax.device_put(PARAMS, host()), config, jax.random.key(0))
@@ -66,12 +71,13 @@ def test_bases_in_the_hosts_memory(fn, fields):
 
   allowed = "ignore" if fn is formed_on_the_host else "error"
   wrapped = jaxlora.wrap(fn, on_materialize=allowed)
-  want = jax.jit(fn)(jax.device_put(jaxlora.merge(tree), host()), X)
   plain = lambda p, x: all_at_once(p, x) if fn is all_at_once else fn(jax.device_put(p, host(), src=on_device()), x)
+  want = jax.jit(fn)(jax.device_put(jaxlora.merge(tree), host()), X)
   of_merged = jax.jit(jaxlora.grad(lambda t: jnp.sum(plain(jaxlora.merge(t), X) ** 2)))(tree)
+  both = jax.jit(lambda t: (wrapped(t, X), jaxlora.grad(lambda t: jnp.sum(wrapped(t, X) ** 2))(t)))
   for given in (resting, jax.device_put(resting, host())):
-    helpers.assert_close(jax.jit(wrapped)(given, X), want, 1e-5)
-    grads = jax.jit(jaxlora.grad(lambda t: jnp.sum(wrapped(t, X) ** 2)))(given)
+    value, grads = both(given)
+    helpers.assert_close(value, want, 1e-5)
     got, expected = (jax.tree.leaves(jax.device_put(tree, on_device())) for tree in (grads, of_merged))
     helpers.assert_close(got, expected, 1e-4)
 
@@ -170,8 +176,7 @@ SHARDS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("body", SHARDS)
+@pytest.mark.parametrize(("body", "variant"), profiles.alternating(SHARDS, ["lora", "dora"]))
 def test_shards_come_together_by_factors(body, variant):
   roles, spec, x_spec, out_spec = SHARDS[body]
   params = {"w": PARAMS["w"][:2] if roles == "sio" else PARAMS["w"][0]}

@@ -45,9 +45,10 @@ def thinned(wrappers: Sequence[str], legal: Callable[[str, str], bool]) -> set[t
   return kept
 
 
-def alternating(cases: Iterable[Any], ways: Sequence[Any]) -> list[Any]:
-  """Every pair of a case and a way to run it; by default the ways take turns, one for each case."""
-  return [_param(k % len(ways) == j, case, way) for k, case in enumerate(cases) for j, way in enumerate(ways)]
+def alternating(cases: Iterable[Any], ways: Sequence[Any], each: int = 1) -> list[Any]:
+  """Every pair of a case and a way to run it; by default the ways take turns, one for each case, or so many."""
+  turns = lambda k, j: (j - each * k) % len(ways) < each
+  return [_param(turns(k, j), case, way) for k, case in enumerate(cases) for j, way in enumerate(ways)]
 
 
 def halved(cases: Iterable[Any]) -> list[Any]:
