@@ -2,6 +2,7 @@
 
 from pathlib import Path
 import re
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"<!-- table of (\S+): (\w+) -->")
@@ -30,6 +31,14 @@ def between(file: str, pattern: str) -> str:
 def on_page_markdown(markdown: str, **_) -> str:
   """Puts tables and sections in the places of their markers."""
   return SECTION.sub(section, TABLE.sub(table, markdown))
+
+
+def on_config(config):
+  """Links the repository, where the project's metadata names one."""
+  address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+  if "/OWNER/" not in address:
+    config.repo_url = address
+  return config
 
 
 def on_files(files, config):
