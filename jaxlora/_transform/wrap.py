@@ -23,7 +23,7 @@ from jaxlora._transform.interpreter import interpret
 from jaxlora._transform.meetings import Unsure, check_roles
 from jaxlora._transform.record import ON_MATERIALIZE, Record
 from jaxlora._transform.transform import Transform
-from jaxlora._weight.checks import check_together, check_values, check_weight
+from jaxlora._weight.checks import check_parts, check_together, check_values, check_weight
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 
 
@@ -35,6 +35,7 @@ def wrap(
   recompute: bool = True,
   tuning: str = "auto",
   platform: str | None = None,
+  adapters: bool = True,
 ) -> Callable[..., Any]:
   """Makes any function take trees that hold adapted weights.
 
@@ -64,6 +65,8 @@ def wrap(
     platform: what the program will be compiled for: `"cpu"`, `"gpu"` or `"tpu"`. `None` finds it, call by call: from
       the mesh or the devices of the arguments, from `jax.default_device`, from the default backend. Say it where a
       program is lowered for a platform that this host does not have. Whatever is said, the program runs everywhere.
+    adapters: with `False` the base alone is called, as by `wrap(fn)(strip(tree))`, to the bit and at its cost: the
+      reference of preference training. The frozen half of a tree serves as well, as nothing of the other is used.
 
   Returns:
     A function with `fn`'s signature and results. Two of the same function and settings are equal, without a
@@ -73,7 +76,7 @@ def wrap(
     ValueError: on another `on_materialize`, `tuning` or `platform`; when called, on factors that do not fit their base,
       naming the leaf, and on roles that were taken without certain evidence where the function contradicts them;
       `MaterializeError` where materialising is forbidden.
-    TypeError: if `fn` cannot be called, or `dropout_key` is no random key.
+    TypeError: if `fn` cannot be called, `dropout_key` is no random key, or `adapters` no bool.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -88,6 +91,13 @@ def wrap(
     >>> model = jaxlora.adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxlora.LoraConfig(rank=2), jax.random.key(0))
     >>> jaxlora.wrap(model)(jnp.ones((2, 4))).shape
     (2, 3)
+
+    How far an adapter has moved a model from its base, of which there is one copy:
+
+    >>> apply = lambda p, x: x @ p["kernel"]
+    >>> moved = lambda tree, x: jaxlora.wrap(apply)(tree, x) - jaxlora.wrap(apply, adapters=False)(tree, x)
+    >>> float(moved(tree, jnp.ones((2, 4))).max())
+    0.0
   """
   if not callable(fn):
     raise TypeError(f"wrap: fn is {short(fn)}, expected a function of trees, such as model.apply, or a module to call.")
@@ -96,9 +106,11 @@ def wrap(
       f"wrap: on_materialize is {on_materialize!r}, expected one of {', '.join(map(repr, ON_MATERIALIZE))}."
     )
   check_tuning(tuning, platform, "wrap")
+  if not isinstance(adapters, bool):
+    raise TypeError(f"wrap: adapters is {short(adapters)}, expected True, or False for the base alone.")
   if dropout_key is not None:
     dropout_key = typed_key(dropout_key, "wrap: dropout_key")
-  return described(fn)(Wrapped(fn, dropout_key, on_materialize, recompute, tuning, platform))
+  return described(fn)(Wrapped(fn, dropout_key, on_materialize, recompute, tuning, platform, adapters))
 
 
 # Equal only where they are the same function, bound to the same object; modules and dataclasses may compare arrays.
@@ -119,16 +131,19 @@ class Wrapped:
     recompute: bool,
     tuning: str,
     platform: str | None,
+    adapters: bool,
   ):
     self._function, self._held = opened(fn)
-    self._dropout_key, self._on_materialize = dropout_key, on_materialize
+    self._dropout_key, self._on_materialize, self._adapters = dropout_key, on_materialize, adapters
     self._choose = (tuning, platform, recompute)
     self._seen: set[tuple[str, str, str]] = set()
     plain = dropout_key is None and not self._held and isinstance(fn, (*_COMPARED, Wrapped))
-    self._settings = (fn, on_materialize, *self._choose) if plain else (id(self),)
+    self._settings = (fn, on_materialize, adapters, *self._choose) if plain else (id(self),)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     args = (*self._held, *args)
+    if not self._adapters:
+      args, kwargs = bases_of(args, kwargs)
     policy = choose_policy(*self._choose, jax.tree.leaves((args, kwargs)))
     return call(self._function, Record(self._on_materialize, self._seen, policy), self._dropout_key, args, kwargs)
 
@@ -187,6 +202,17 @@ def _returned(record: Record, value: Any) -> Any:
   if not isinstance(value, TracedWeight):
     return value
   return record.materialize(value, "return", "the function's result", "the function returns it")
+
+
+def bases_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+  """A call's arguments with the base of every adapted leaf in its place, frozen."""
+  pairs, treedef = argument_leaves(args, kwargs)
+  for path, node in pairs:
+    if is_adapted(node):
+      check_parts(node, path, ("base",))
+      check_values(node.with_parts({name: None for name in node.parts() if name != "base"}), path)
+  bases = [lax.stop_gradient(node.base) if is_adapted(node) else node for _, node in pairs]
+  return jax.tree_util.tree_unflatten(treedef, bases)
 
 
 def traced_value(node: Any, path: str, dropout_key: Any) -> Any:
