@@ -283,6 +283,7 @@ def make_parser() -> argparse.ArgumentParser:
   add_sizes(parser)
   counts = harness.several(harness.positive(int))
   parser.add_argument("--layers", type=counts, default="2,4,8,12", help="numbers of blocks, separated by commas")
+  parser.add_argument("--llama", action="store_true", help="blocks of Llama's shape: seven kernels, and no biases")
   return parser
 
 
@@ -291,6 +292,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   parser = make_parser()
   args = harness.parse(parser, argv, d=64, layers="1,2", rounds=2)
   settings = Settings.parse(parser, args, layers=args.layers[-1])
+  if args.llama:
+    harness.rename(parser, args, "compile_time_llama")
   count = len(contestants.present(contestants.contestants(), settings)[0])
   swept = len(SWEPT) * (len(args.layers) - 1 + (0 if settings.scan else len({args.layers[0], args.layers[-1]})))
   with harness.progress((count + swept + 1 + 4) * (args.rounds + 1), "turn", args.quiet) as bar:

@@ -196,6 +196,8 @@ def nnx_lora(base: Base) -> Program:
 
 def no_twin(settings: Settings) -> str | None:
   """Why the NNX twin does not support these settings, or None."""
+  if settings.llama:
+    return "its twin is of the other model"
   return "its twin of the model is neither scanned nor remat" if settings.scan or settings.remat else None
 
 

@@ -100,9 +100,10 @@ class LanguageModel(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init(model: LanguageModel, seed: int = 0) -> Params:
+def init(model: nn.Module, seed: int = 0) -> Params:
   """Fresh parameters, in place of pretrained ones: no cost here depends on their values."""
-  return model.clone(decode=False).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+  model = model.clone(decode=False) if getattr(model, "decode", False) else model
+  return model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def empty_cache(model: LanguageModel, batch: int) -> Any:

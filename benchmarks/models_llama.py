@@ -58,11 +58,13 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-  """A causal decoder with a head of its own; its blocks are scanned over stacked parameters, and recomputed.
+  """A causal decoder with a head of its own.
 
   Attributes:
     width, heads, hidden: of the blocks; the MLP's two products of the input are `hidden` wide.
     matrices: whether attention's kernels are matrices, and have no axis of heads.
+    scan: whether one block is scanned over stacked parameters.
+    remat: whether each block is recomputed in the backward pass.
   """
 
   vocabulary: int = 32000
@@ -72,14 +74,25 @@ class Llama(nn.Module):
   hidden: int = 11008
   matrices: bool = True
   dtype: Any = jnp.bfloat16
+  scan: bool = True
+  remat: bool = True
 
   @nn.compact
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Logits (batch, time, vocabulary) of tokens (batch, time)."""
+  def __call__(self, tokens: jax.Array, eps: jax.Array | None = None) -> jax.Array:
+    """Logits (batch, time, vocabulary) of tokens (batch, time); `eps` is added to the embedded tokens."""
     types = {"dtype": self.dtype, "param_dtype": self.dtype}
     x = nn.Embed(self.vocabulary, self.width, name="embed", **types)(tokens)
-    blocks = nn.scan(
-      nn.remat(Block, prevent_cse=False), variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
-    )
-    x, _ = blocks(self.heads, self.hidden, self.matrices, self.dtype, name="blocks")(x, None)
+    if eps is not None:
+      x = x + eps
+    x = self._blocks(x)
     return nn.Dense(self.vocabulary, use_bias=False, name="head", **types)(nn.RMSNorm(name="norm", **types)(x))
+
+  def _blocks(self, x: jax.Array) -> jax.Array:
+    sizes = (self.heads, self.hidden, self.matrices, self.dtype)
+    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+    if not self.scan:
+      for k in range(self.layers):
+        x, _ = block(*sizes, name=f"block_{k}")(x)
+      return x
+    stacked = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+    return stacked(*sizes, name="blocks")(x, None)[0]

@@ -77,6 +77,7 @@ TABLES = {
   "variants": _benchmark("variants"),
   "serving": _benchmark("serving"),
   "compile_time": _benchmark("compile_time"),
+  "compile_time_llama": _benchmark("compile_time", folder="compile_time_llama"),
   "compiled_suite": _benchmark("compiled_suite"),
   "seven_billion": _benchmark("seven_billion"),
   "meshes": _benchmark("meshes"),

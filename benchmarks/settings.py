@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import models
 from models import LanguageModel, Params
+from models_llama import Llama
 import optax
 
 
@@ -25,6 +26,7 @@ class Settings(NamedTuple):
   remat: bool = False
   bf16: bool = False
   mixed: bool = False
+  llama: bool = False
 
   @classmethod
   def parse(cls, parser: argparse.ArgumentParser, args: argparse.Namespace, **changes: Any) -> "Settings":
@@ -39,9 +41,12 @@ class Settings(NamedTuple):
       parser.error(f"--rank {self.rank} is larger than the smallest side of a kernel, {self.width}")
     return self
 
-  def model(self) -> LanguageModel:
+  def model(self) -> LanguageModel | Llama:
     """The model of these sizes."""
     dtype = jnp.bfloat16 if self.bf16 or self.mixed else jnp.float32
+    if self.llama:
+      heads, hidden = self.width // models.HEAD_WIDTH, 8 * self.width // 3
+      return Llama(self.vocabulary, self.width, self.layers, heads, hidden, True, dtype, self.scan, self.remat)
     held = jnp.float32 if self.mixed else None
     sizes = (self.vocabulary, self.width, self.layers, self.seq)
     return LanguageModel(*sizes, dtype, self.scan, self.remat, param_dtype=held)
@@ -49,7 +54,7 @@ class Settings(NamedTuple):
   def title(self, batch: int | str | None = None) -> str:
     """Its description in tables; `batch` stands for the number of sequences."""
     named = {"scanned": self.scan, "remat": self.remat, "bf16": self.bf16, "bf16 on float32 parameters": self.mixed}
-    marks = [mark for mark, on in named.items() if on]
+    marks = ["Llama's shape"] * self.llama + [mark for mark, on in named.items() if on]
     sizes = f"d={self.width}, {self.layers} layers, {batch or self.batch} x {self.seq} tokens, rank {self.rank}"
     return ", ".join([sizes, *marks])
 
@@ -72,7 +77,7 @@ class Base(NamedTuple):
   """The model, its parameters and one batch: all contestants start from them."""
 
   settings: Settings
-  model: LanguageModel
+  model: LanguageModel | Llama
   params: Params
   batch: Batch
 
