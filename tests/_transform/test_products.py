@@ -14,8 +14,8 @@ WIDTH = 12
 
 
 def params_of(*shapes, seed=0):
-  keys = jax.random.split(jax.random.key(seed), len(shapes))
-  return {f"w{k}": jax.random.normal(key, shape) for k, (key, shape) in enumerate(zip(keys, shapes, strict=True))}
+  width = np.float64 if jax.config.jax_enable_x64 else np.float32
+  return {f"w{k}": helpers.array(10 * seed + k, shape, width) for k, shape in enumerate(shapes)}
 
 
 def norm(x):
@@ -49,23 +49,16 @@ def adapted_readers(x, make=norm):
   return helpers.adapted(params, rank=2, targets=".*", overrides=overrides, probe=probe), fn
 
 
-# The form for TPUs, which makes norms wider, meets all of them; the others take turns.
+# The form for TPUs, which makes norms wider, meets all of them, and the first meets all forms; the others take turns.
 OTHERS = [name for name in ONE_DEVICE if name != "tpu"]
-PAIRS = [*((make, "tpu") for make in NORMS), *profiles.alternating(NORMS, OTHERS)]
+IN_TURN = {make: ["tpu", *profiles.in_turn(k, OTHERS, 1 if k else len(OTHERS))] for k, make in enumerate(NORMS)}
 
 
-@pytest.mark.parametrize(("make", "policy"), PAIRS)
-def test_norms_that_several_weights_read(make, policy, x64):
-  x = jax.random.normal(jax.random.key(3), (2, 4, WIDTH))
+@pytest.mark.parametrize("make", NORMS)
+def test_norms_that_several_weights_read(make, x64, policies=()):
+  x = helpers.array(3, (2, 4, WIDTH), np.float64)
   tree, fn = adapted_readers(x, NORMS[make])
-  helpers.check(fn, tree, (x,), 1e-11, policies=[POLICIES[policy]])
-
-
-@pytest.mark.parametrize("policy", ONE_DEVICE)
-def test_one_input_of_several_weights(policy, x64):
-  x = jax.random.normal(jax.random.key(3), (2, 4, WIDTH))
-  tree, fn = adapted_readers(x)
-  helpers.check(fn, tree, (x,), 1e-11, policies=[POLICIES[policy]])
+  helpers.check(fn, tree, (x,), 1e-11, policies=[POLICIES[name] for name in policies or IN_TURN[make]])
 
 
 def alike(p, x):
@@ -84,11 +77,11 @@ def adapted_alike(x, **options):
 MANY_TOKENS = (4, WIDTH, WIDTH)  # so many that GPUs take the weights side by side
 
 
-@pytest.mark.parametrize("policy", ONE_DEVICE)
 @pytest.mark.parametrize("variant", ["lora", "lora_fa", "dora"])
-def test_weights_that_can_lie_side_by_side(policy, variant, x64):
-  x = jax.random.normal(jax.random.key(3), MANY_TOKENS)
-  helpers.check(alike, adapted_alike(x, variant=variant), (x,), 1e-10, policies=[POLICIES[policy]])
+def test_weights_that_can_lie_side_by_side(variant, x64):
+  x = helpers.array(3, MANY_TOKENS, np.float64)
+  every = [POLICIES[name] for name in ONE_DEVICE]
+  helpers.check(alike, adapted_alike(x, variant=variant), (x,), 1e-10, policies=every)
 
 
 def layers(p, x):
@@ -105,7 +98,7 @@ def layers(p, x):
 @pytest.mark.parametrize("shape", [(2, 4, WIDTH), MANY_TOKENS], ids=["weights as large as results", "smaller weights"])
 @pytest.mark.parametrize("policy", ["tpu"])
 def test_stacked_weights_in_a_loop(policy, shape, x64):
-  x = jax.random.normal(jax.random.key(3), shape)
+  x = helpers.array(3, shape, np.float64)
   params = params_of((2, WIDTH, 3, 2), (2, 3, 2, WIDTH), (2, WIDTH, WIDTH))
   tree = helpers.adapted(params, rank=2, targets=".*", probe=lambda p: layers(p, x))
   helpers.check(layers, tree, (x,), 1e-10, policies=[POLICIES[policy]])
@@ -118,8 +111,9 @@ def test_the_form_for_gpus_has_one_product_of_all_weights():
   wrapped = jaxlora.wrap(alike, on_materialize="error")
   step = jax.grad(wrapped, argnums=(0, 1))
   together = (f"tensor<{WIDTH}x18xf32>", "tensor<6x18xf32>", "tensor<4x12x18xf32>")
-  lower = lambda platform, *args: jax.jit(step).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-  text = {platform: lower(platform, tree, x) for platform in ("cuda", "rocm", "cpu", "tpu")}
+  lower = lambda traced, platform: traced.lower(lowering_platforms=(platform,)).as_text()
+  traced = jax.jit(step).trace(tree, x)
+  text = {platform: lower(traced, platform) for platform in ("cuda", "rocm", "cpu", "tpu")}
   assert all(shape in text[platform] for shape in together for platform in ("cuda", "rocm"))
   assert not any(shape in text["cpu"] for shape in together)
   assert not any(shape in text["tpu"] for shape in together[:2])
@@ -128,27 +122,31 @@ def test_the_form_for_gpus_has_one_product_of_all_weights():
   assert text["cuda"].count("18xf32>) -> tensor<4x12x12xf32>") == 1  # dx
   mesh = helpers.mesh_of(data=2)
   spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
-  assert not any(shape in lower("cuda", helpers.place(mesh, tree), spread) for shape in together)
+  on_two = lower(jax.jit(step).trace(helpers.place(mesh, tree), spread), "cuda")
+  assert not any(shape in on_two for shape in together)
 
 
-@pytest.mark.parametrize("policy", ONE_DEVICE)
 @pytest.mark.parametrize("case", ["few tokens", "many tokens"])
-def test_second_derivatives(policy, case, x64):
+def test_second_derivatives(case, x64, policies=ONE_DEVICE):
   """Along the input and the factors, mixed ones among them."""
-  x = jax.random.normal(jax.random.key(3), MANY_TOKENS if case == "many tokens" else (2, 4, WIDTH))
+  x = helpers.array(3, MANY_TOKENS if case == "many tokens" else (2, 4, WIDTH), np.float64)
   tree, fn = (adapted_alike(x), alike) if case == "many tokens" else adapted_readers(x)
   frozen, trainable = jaxlora.split(tree)
   leaves, treedef = jax.tree.flatten((trainable, x))
-  steps = [jax.random.normal(jax.random.key(k), leaf.shape) for k, leaf in enumerate(leaves)]
+  steps = [helpers.normal(k, leaf.shape, np.float64) for k, leaf in enumerate(leaves)]
+  wraps = [jaxlora.wrap(fn, on_materialize="error", **POLICIES[name].options) for name in policies]
 
-  def curvature(of):
-    at = lambda leaves: of(*jax.tree.unflatten(treedef, leaves))
-    return jax.jit(lambda leaves: jax.jvp(jax.grad(at), (leaves,), (steps,))[1])(leaves)
+  def curvature(of, leaves):
+    def at(leaves):
+      half, x = jax.tree.unflatten(treedef, leaves)
+      return of(jaxlora.join(frozen, half), x)
 
-  wrapped = jaxlora.wrap(fn, on_materialize="error", **POLICIES[policy].options)
-  got = curvature(lambda half, x: wrapped(jaxlora.join(frozen, half), x))
-  wanted = curvature(lambda half, x: fn(jaxlora.merge(jaxlora.join(frozen, half)), x))
-  helpers.assert_close(got, wanted, 1e-10)
+    return jax.jvp(jax.grad(at), (leaves,), (steps,))[1]
+
+  every = [*wraps, helpers.oracle(fn)]
+  *found, wanted = jax.jit(lambda leaves: [curvature(of, leaves) for of in every])(leaves)
+  for got in found:
+    helpers.assert_close(got, wanted, 1e-10)
 
 
 @pytest.mark.parametrize("policy", ONE_DEVICE)
@@ -157,13 +155,15 @@ def test_many_adapters_of_one_base_share_it_under_vmap(policy):
   x = jnp.ones((4, WIDTH))
   tree = helpers.adapted(params_of((WIDTH, 64)), rank=2, targets=".*")
   frozen, trainable = jaxlora.split(tree)
-  many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, 3 * leaf]), trainable)
+  each = [jax.tree.map(lambda leaf, k=k: np.asarray(leaf) * np.float32(k), trainable) for k in (1, 2, 3)]
+  many = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
   wrapped = jaxlora.wrap(lambda p, x: x @ p["w0"], on_materialize="error", **POLICIES[policy].options)
   loss = lambda half: jnp.sum(jnp.sin(wrapped(jaxlora.join(frozen, half), x)))
+  one = jax.jit(jax.value_and_grad(loss))
   step = jax.jit(jax.vmap(jax.value_and_grad(loss)))
   assert f"tensor<3x{WIDTH + 2}x64" not in step.lower(many).as_text()
-  alone = [jax.value_and_grad(loss)(jax.tree.map(lambda leaf, k=k: leaf[k], many)) for k in range(3)]
-  helpers.assert_close(step(many), jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone), 1e-5)
+  alone = jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, each))
+  helpers.assert_close(step(many), alone, 1e-5)
 
 
 def test_the_form_for_tpus_has_one_product_each_way():
@@ -182,6 +182,6 @@ def test_a_batch_of_nothing():
   tree = helpers.adapted(params_of((WIDTH, 7)), rank=2, targets=".*")
   for policy in POLICIES.values():
     wrapped = jaxlora.wrap(lambda p, x: x @ p["w0"], on_materialize="error", **policy.options)
-    value, grads = jax.value_and_grad(lambda t: jnp.sum(wrapped(t, jnp.ones((0, WIDTH)))))(tree)
+    value, grads = jax.jit(jax.value_and_grad(lambda t: jnp.sum(wrapped(t, jnp.ones((0, WIDTH))))))(tree)
     assert value == 0
-    np.testing.assert_array_equal(grads["w0"].a, jnp.zeros_like(grads["w0"].a))
+    np.testing.assert_array_equal(grads["w0"].a, np.zeros_like(grads["w0"].a))

@@ -22,12 +22,11 @@ def test_eager_calls_equal_jitted_ones():
 
 def test_vmap_over_data_and_over_trees():
   trees = [one_weight(seed=seed) for seed in (1, 5)]
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
   wrapped = jaxlora.wrap(lambda p, x: jnp.tanh(x @ p["w"]), on_materialize="error")
-  got = jax.vmap(wrapped, in_axes=(0, None))(stacked, X)
-  helpers.assert_close(got, jnp.stack([wrapped(tree, X) for tree in trees]), 1e-5)
-  got = jax.vmap(wrapped, in_axes=(None, 0))(trees[0], X)
-  helpers.assert_close(got, wrapped(trees[0], X), 1e-5)
+  wanted = [jax.jit(wrapped)(tree, X) for tree in trees]
+  helpers.assert_close(jax.vmap(wrapped, in_axes=(0, None))(stacked, X), np.stack(wanted), 1e-5)
+  helpers.assert_close(jax.vmap(wrapped, in_axes=(None, 0))(trees[0], X), wanted[0], 1e-5)
 
 
 def test_second_derivatives_and_forward_mode(x64):
@@ -44,9 +43,9 @@ def test_second_derivatives_and_forward_mode(x64):
 @pytest.mark.parametrize("fn", [lambda p, x: x @ p["w"], lambda p, x: p["w"][jnp.array([2, 0])]], ids=["dot", "gather"])
 def test_the_base_gets_no_gradient(fn):
   tree = one_weight()
-  grads = jax.grad(lambda t: jnp.sum(jnp.tanh(jaxlora.wrap(fn)(t, X))))(tree)
-  assert not grads["w"].base.any()
-  assert grads["w"].a.any()
+  grads = jax.jit(jax.grad(lambda t: jnp.sum(jnp.tanh(jaxlora.wrap(fn)(t, X)))))(tree)
+  assert not np.any(grads["w"].base)
+  assert np.any(grads["w"].a)
 
 
 def test_wrapping_twice_and_plain_trees():

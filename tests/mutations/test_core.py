@@ -310,6 +310,7 @@ def torchs_factors_of_a_square(patch):
 
 
 ALONE = {"wrap": "alone", "x64": None}
+ON_TPUS = {"make": "norm", "policies": ["tpu"], "x64": None}
 SCANNED = {"fn": lambda p, x: jax.lax.scan(lambda c, _: (c, x @ p["w"]), 0.0, length=2)[1]}
 ON_ONE_DEVICE = {"devices": lambda *trees: trees}
 
@@ -339,9 +340,9 @@ BUGS = [
       {"dtype": "float32"}),
   Bug(update_without_a_derivative, test_oracle.test_factored_equals_merged, {"build": "dense"} | ALONE),
   Bug(second_derivatives_without_the_input, test_products.test_second_derivatives,
-      {"policy": "cpu", "case": "few tokens", "x64": None}),
-  Bug(joined_with_the_wrong_rank, test_products.test_one_input_of_several_weights, {"policy": "tpu", "x64": None}),
-  Bug(room_that_is_not_kept_free, test_products.test_one_input_of_several_weights, {"policy": "tpu", "x64": None}),
+      {"policies": ["cpu"], "case": "few tokens", "x64": None}),
+  Bug(joined_with_the_wrong_rank, test_products.test_norms_that_several_weights_read, ON_TPUS),
+  Bug(room_that_is_not_kept_free, test_products.test_norms_that_several_weights_read, ON_TPUS),
   Bug(one_outer_product_too_few, test_oracle.test_factored_equals_merged, {"build": "used_twice"} | ALONE),
   Bug(recipes_of_other_leaves, test_recompute.test_gradients_are_the_same, {"activation": "quotient", **ON_ONE_DEVICE}),
   Bug(exponentials_with_the_derivative_of_a_line, test_regions.test_gradients_are_the_same,
