@@ -54,11 +54,11 @@ OTHERS = [name for name in ONE_DEVICE if name != "tpu"]
 IN_TURN = {make: ["tpu", *profiles.in_turn(k, OTHERS, 1 if k else len(OTHERS))] for k, make in enumerate(NORMS)}
 
 
-@pytest.mark.parametrize("make", NORMS)
-def test_norms_that_several_weights_read(make, x64, policies=()):
+@pytest.mark.parametrize(("make", "policies"), IN_TURN.items(), ids=IN_TURN)
+def test_norms_that_several_weights_read(make, policies, x64):
   x = helpers.array(3, (2, 4, WIDTH), np.float64)
   tree, fn = adapted_readers(x, NORMS[make])
-  helpers.check(fn, tree, (x,), 1e-11, policies=[POLICIES[name] for name in policies or IN_TURN[make]])
+  helpers.check(fn, tree, (x,), 1e-11, policies=[POLICIES[name] for name in policies])
 
 
 def alike(p, x):
@@ -126,8 +126,9 @@ def test_the_form_for_gpus_has_one_product_of_all_weights():
   assert not any(shape in on_two for shape in together)
 
 
+@pytest.mark.parametrize("policies", [ONE_DEVICE], ids=["every policy"])
 @pytest.mark.parametrize("case", ["few tokens", "many tokens"])
-def test_second_derivatives(case, x64, policies=ONE_DEVICE):
+def test_second_derivatives(case, policies, x64):
   """Along the input and the factors, mixed ones among them."""
   x = helpers.array(3, MANY_TOKENS if case == "many tokens" else (2, 4, WIDTH), np.float64)
   tree, fn = (adapted_alike(x), alike) if case == "many tokens" else adapted_readers(x)
