@@ -1,4 +1,7 @@
-"""Reads this library's docstrings as the reference needs them: `Example:` is a section, and `a, b:` two parameters."""
+"""Reads this library's docstrings as the reference needs them.
+
+`Example:` is a section, `a, b:` are two parameters, and `Source:` is a paragraph.
+"""
 
 import re
 
@@ -10,6 +13,7 @@ SHARED = re.compile(r"^( *)((?:\*{0,2}\w+, )+\*{0,2}\w+):(.*(?:\n\1 +\S.*)*)$", 
 def rewritten(text: str) -> str:
   """A docstring in the words of the Google style's parser."""
   text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
+  text = re.sub(r"^( *)(Source|Sources):", r"\1**\2:**", text, flags=re.MULTILINE)
   start, args, rest = text.partition("\nArgs:\n")
   if not args:
     return text

@@ -18,7 +18,7 @@ def table(found: re.Match) -> str:
 def section(found: re.Match) -> str:
   """What stands under a heading of the second level."""
   file, heading = found.groups()
-  return between(file, rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)")
+  return between(file, rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)").replace("](docs/", "](")
 
 
 def between(file: str, pattern: str) -> str:
@@ -42,9 +42,10 @@ def on_config(config):
 
 
 def on_files(files, config):
-  """Adds the recorded plot."""
+  """Adds the recorded plots."""
   from mkdocs.structure.files import File
 
-  plot = ROOT / "benchmarks/results/memory/memory.png"
-  files.append(File.generated(config, "img/memory.png", abs_src_path=str(plot)))
+  for name in ("memory", "train_step"):
+    plot = ROOT / f"benchmarks/results/{name}/{name}.png"
+    files.append(File.generated(config, f"img/{name}.png", abs_src_path=str(plot)))
   return files

@@ -30,6 +30,7 @@ class _Registered(Mapping[str, Variant]):
 
 
 variants = _Registered()
+"""The variants that `LoraConfig(variant=...)` takes, by name; read-only, `register_variant` adds one."""
 
 _TRIAL = (6, 4), "io", 2  # shape, roles and rank of the weight that a new record is tried on
 
