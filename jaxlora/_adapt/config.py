@@ -33,7 +33,8 @@ class LoraConfig:
     rank: number of terms of each update; at most the smaller of a weight's fan-in and fan-out.
     alpha: numerator of the scale; `None` means `alpha = rank`, a scale of 1.
     targets: the leaves to adapt: a pattern, or a preset. `"all-linear"`: every kernel that is contracted, except
-      embeddings and the last classifier (what the probe multiplies by and cannot read is left out, with a warning).
+      embeddings and the last classifier (routers, and what the probe multiplies by and cannot read, are left out, with
+      a warning).
       `"attention"`: the kernels of attention layers. `[]`: none, only `train` trains (a head alone, or all weights).
     exclude: a pattern of leaves that `targets` matches and that stay frozen all the same.
     overrides: regex -> fields of its own (any of rank, alpha, scaling, init, dropout, dtype, variant).

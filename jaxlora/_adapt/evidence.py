@@ -39,6 +39,7 @@ class Evidence:
     convolved: whether its first product is a convolution.
     feeds: whether a product of it reaches a product of another parameter.
     final: whether some result of the probe was last multiplied by this parameter alone.
+    chooses: whether something is chosen among its outputs, or groups of rows are as large as its outputs say.
     used: names of the primitives that took it otherwise.
     single: its axes of size 1, which a reshape drops and adds.
   """
@@ -50,6 +51,7 @@ class Evidence:
   convolved: bool = False
   feeds: bool = False
   final: bool = False
+  chooses: bool = False
   used: list[str] = dataclasses.field(default_factory=list)
   single: frozenset[int] = NONE
 

@@ -2,7 +2,7 @@
 
 What an equation unknown here does to a value is forgotten, never guessed.
 
-Reading order: elementwise -> layout -> products, where roles come from -> which primitive is what.
+Reading order: elementwise -> layout -> choices -> products, where roles come from -> which primitive is what.
 """
 
 from collections.abc import Callable, Sequence
@@ -107,6 +107,18 @@ class Observer:
     axes = tuple(labels for d, labels in enumerate(value.axes) if d not in gone)
     return [Seen(None, axes, value.last) for _ in eqn.outvars]
 
+  # Choices: of experts, by what a router gives for each.
+
+  def choice(self, eqn: Any, values: list[Seen]) -> list[Seen]:
+    """The largest along an axis, or an order of it: notes whose outputs lie along it."""
+    if eqn.primitive.name != "sort" or len(values) > 1:  # values alone are sorted for their own sake
+      params = eqn.params
+      axes = params.get("axes", (params.get("dimension", params.get("reduction_dimension", params.get("axis", -1))),))
+      for leaf, axis in {label for d in axes for label in values[0].axes[d]} if values[0].axes else ():
+        evidence = self.evidence[leaf]
+        evidence.chooses |= leaf in values[0].last and axis not in (evidence.contracted or (axis,))
+    return (self.reduce if eqn.primitive.name in primitives.REDUCTIONS else self.elementwise)(eqn, values)
+
   # Products: this is where roles come from.
 
   def product(self, weight: Seen, contracted: set[Label], batched: set[Label], data: frozenset[Any]) -> frozenset[Any]:
@@ -143,10 +155,7 @@ class Observer:
     for weight, other, contract, batch, _ in weights:
       contracted = {label for d in contract for label in weight.axes[d]}
       batched = {label for d in batch for label in weight.axes[d]}
-      if weight.picked and weight.leaf is not None:  # experts that were looked up: a stack, not a table
-        evidence = self.evidence[weight.leaf]
-        evidence.looked_up, evidence.stacked = None, evidence.stacked | {axis for _, axis in batched}
-      last |= self.product(weight, contracted, batched, other.last)
+      last |= self._weighed(weight, contracted, batched, other.last)
       self._stack_of_activations(weight, other, batch, lhs_batch if other is lhs else rhs_batch)
     axes = (
       *(lhs.axes[i] | rhs.axes[j] for i, j in zip(lhs_batch, rhs_batch, strict=True)),
@@ -154,6 +163,33 @@ class Observer:
       *(rhs.axes[d] for d in free[1]),
     )
     return [Seen(None, axes, last)]
+
+  def ragged_dot(self, eqn: Any, values: list[Seen]) -> list[Seen]:
+    """A grouped product: the axis of the groups is a stack of experts; what decides on their sizes is a router."""
+    rows, weight, sizes = values
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (x_contract, w_contract), (x_batch, w_batch) = numbers.dot_dimension_numbers
+    batched = (*w_batch, *numbers.rhs_group_dimensions)
+    for leaf in sizes.last:
+      if isinstance(leaf, int):
+        self.evidence[leaf].chooses = True
+    free = [d for d in range(len(weight.axes)) if d not in (*w_contract, *batched)]
+    if not numbers.rhs_group_dimensions or not self._is_weight(weight, batched, free):
+      return self.elementwise(eqn, values)
+    if rows.leaf is not None and not rows.picked:
+      self.evidence[rows.leaf].used.append(eqn.primitive.name)
+    labels = lambda axes: {label for d in axes for label in weight.axes[d]}
+    last = self._weighed(weight, labels(w_contract), labels(batched), rows.last)
+    own = [d for d in range(len(rows.axes)) if d not in (*x_contract, *x_batch)]
+    shared = [rows.axes[i] | weight.axes[j] for i, j in zip(x_batch, w_batch, strict=True)]
+    return [Seen(None, (*shared, *(rows.axes[d] for d in own), *(weight.axes[d] for d in free)), last)]
+
+  def _weighed(self, weight: Seen, contracted: set[Label], batched: set[Label], data: frozenset[Any]) -> frozenset[Any]:
+    """`product`, of a parameter or of experts that were looked up: those are a stack, and no table."""
+    if weight.picked and weight.leaf is not None:
+      evidence = self.evidence[weight.leaf]
+      evidence.looked_up, evidence.stacked = None, evidence.stacked | {axis for _, axis in batched}
+    return self.product(weight, contracted, batched, data)
 
   def _made_of_parameters(self, made: Seen, other: Seen, contract: Sequence[int]) -> None:
     """A kernel computed from parameters (concatenated gates, a normalised weight) says what is contracted of each."""
@@ -236,6 +272,7 @@ METHODS: dict[str, Callable[[Observer, Any, list[Seen]], list[Seen]]] = {
   "broadcast_in_dim": Observer.broadcast,
   "dot_general": Observer.dot_general,
   "conv_general_dilated": Observer.conv,
+  "ragged_dot_general": Observer.ragged_dot,
   "gather": Observer.gather,
   "concatenate": Observer.concatenate,
   **dict.fromkeys(primitives.SLICES, Observer.first),
@@ -243,4 +280,5 @@ METHODS: dict[str, Callable[[Observer, Any, list[Seen]], list[Seen]]] = {
   **dict.fromkeys(primitives.SCALINGS, Observer.scaled),
   **dict.fromkeys(_KEEPS, Observer.same),
   **dict.fromkeys(primitives.REDUCTIONS, Observer.reduce),
+  **dict.fromkeys(primitives.CHOICES, Observer.choice),
 }

@@ -11,6 +11,7 @@ import numpy as np
 from jaxlora._adapt.config import LoraConfig
 from jaxlora._adapt.fields import ALL_LINEAR, ATTENTION
 from jaxlora._adapt.layouts import Layouts
+from jaxlora._adapt.routers import routers
 from jaxlora._base.checks import is_foreign
 from jaxlora._base.paths import components
 from jaxlora._base.patterns import Pattern, name_matches, no_match_error
@@ -68,13 +69,15 @@ def _targets(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts, whole: 
   if not (isinstance(config.targets, str) and config.targets in (ALL_LINEAR, ATTENTION)):
     return _pick(config.targets, "targets", leaves, layouts, kernels_only=True)
   kernels = {path for path, leaf in leaves.items() if _is_kernel(path, leaf, layouts)}
-  preset = _all_linear if config.targets == ALL_LINEAR else _attention
-  picked = preset(kernels, layouts)
-  if preset is _all_linear:
+  if config.targets == ATTENTION:
+    picked = _attention(kernels)
+  else:
+    picked, choosing = _all_linear(kernels, leaves, layouts)
     excluded = (
       set() if config.exclude is None else _pick(config.exclude, "exclude", leaves, layouts, kernels_only=False)
     )
-    _warn_of_unknown_products(picked | whole | excluded, leaves, layouts)
+    _warn_of_routers(choosing - whole - excluded)
+    _warn_of_unknown_products(picked | whole | excluded | choosing, leaves, layouts)
   if not picked:
     raise _preset_finds_nothing(config.targets, leaves, layouts)
   return picked
@@ -94,17 +97,30 @@ def _preset_finds_nothing(preset: str, leaves: LeavesByPath, layouts: Layouts) -
   return ValueError(f"{said} The probe multiplies by none of them. Name the leaves by a regex over whole paths.")
 
 
-def _all_linear(kernels: set[str], layouts: Layouts) -> set[str]:
-  """Every contracted kernel but the last classifier, which the probe finds, or without one its name."""
+def _all_linear(kernels: set[str], leaves: LeavesByPath, layouts: Layouts) -> tuple[set[str], set[str]]:
+  """Every contracted kernel but routers and the last classifier, which the probe finds, or names; and the routers."""
   if layouts.seen is None:
     heads = {path for path in kernels if _HEADS & set(components(path))}
   else:
     heads = {path for path in kernels if layouts.seen[path].is_classifier}
-  return kernels - heads or kernels
+  picked = kernels - heads or kernels
+  choosing = routers(picked, leaves, layouts)
+  return (picked - choosing, choosing) if picked > choosing else (picked, set())
 
 
 # Primitives that contract what they take, and whose roles no evidence tells.
 _CONTRACTS = re.compile(r".*(?:dot|matmul|gemm|conv).*|.*_call")
+
+
+def _warn_of_routers(choosing: set[str]) -> None:
+  """Says which routers the preset leaves out."""
+  if choosing:
+    warnings.warn(
+      f"LoraConfig.targets: {ALL_LINEAR!r} leaves out {listed(sorted(choosing))}: what experts are chosen by (a router)"
+      " adapts only where it is named. Name it in targets to adapt it, or in exclude to leave it out.",
+      UserWarning,
+      stacklevel=6,
+    )
 
 
 def _warn_of_unknown_products(picked: set[str], leaves: LeavesByPath, layouts: Layouts) -> None:
@@ -128,9 +144,7 @@ def _warn_of_unknown_products(picked: set[str], leaves: LeavesByPath, layouts: L
     )
 
 
-def _attention(kernels: set[str], layouts: Layouts) -> set[str]:
-  del layouts
-
+def _attention(kernels: set[str]) -> set[str]:
   parts = {path: components(path) for path in kernels}
   layers = {tuple(names[:k]) for names in parts.values() for k, name in enumerate(names) if _QUERY.fullmatch(name)}
 

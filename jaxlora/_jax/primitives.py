@@ -25,6 +25,8 @@ SLICES = ("slice", "dynamic_slice", "split")
 # Sums, largest and smallest elements along axes.
 SUMS_ALONG_AXES = ("reduce_sum", "reduce_max", "reduce_min")
 REDUCTIONS = (*SUMS_ALONG_AXES, "reduce_prod", "argmax", "argmin")
+# Places along an axis by what is there.
+CHOICES = ("argmax", "argmin", "top_k", "approx_top_k", "sort")
 
 # Elementwise operations by what differentiating them keeps. Linear in their one large operand: nothing.
 LINEAR = {

@@ -239,40 +239,41 @@ def _slices(node: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class CodedProduct:
-  """`fn(x, W)`, linear in x, of a coded W: equal for products that are alike.
+  """`fn(x, W, *rest)`, linear in x, of a coded W: equal for products that are alike.
 
       dy = fn(dx, W),   W formed again of its codes once the cotangent has arrived
 
   Attributes:
-    fn: of two arrays.
+    fn: of the two as arrays, and of what else the product takes: integers, such as sizes of groups.
     policy: how codes become numbers, and how they wait.
     looping: whether this is inside the body of a loop: what is formed there is not to be moved out of it.
   """
 
-  fn: Callable[[Any, Any], Any]
+  fn: Callable[..., Any]
   policy: HowCodes
   looping: bool
 
-  def __call__(self, x: jax.Array, w: Coded) -> jax.Array:
+  def __call__(self, x: jax.Array, w: Coded, *rest: jax.Array) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-      return self.linear(w, x)
+      return self.linear(w, x, *rest)
 
     @jax.custom_jvp
-    def product(x, w):
-      return self.fn(x, formed(w, x, self.policy, self.looping))
+    def product(x, w, rest):
+      return self.fn(x, formed(w, x, self.policy, self.looping), *rest)
 
     def jvp(primals, tangents):
-      (x, w), (dx, dw) = primals, tangents
-      y = product(x, w)
-      terms = [] if isinstance(dx, SymbolicZero) else [late(self.linear, w, dx, how_it_waits(w, self.policy))]
-      terms += along_leaves(lambda w: self.linear(w, x), w, dw)
+      (x, w, rest), (dx, dw, _) = primals, tangents
+      y = product(x, w, rest)
+      along = lambda kept, dx: self.linear(kept[0], dx, *kept[1])
+      terms = [] if isinstance(dx, SymbolicZero) else [late(along, (w, rest), dx, how_it_waits(w, self.policy))]
+      terms += along_leaves(lambda w: self.linear(w, x, *rest), w, dw)
       return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
     product.defjvp(jvp, symbolic_zeros=True)
-    return product(x, w)
+    return product(x, w, rest)
 
-  def linear(self, w: Coded, x: jax.Array) -> jax.Array:
-    return self.fn(x, w.dequantize(self.policy))
+  def linear(self, w: Coded, x: jax.Array, *rest: jax.Array) -> jax.Array:
+    return self.fn(x, w.dequantize(self.policy), *rest)
 
 
 def along_leaves(fn: Callable[[Any], jax.Array], w: Any, dw: Any) -> list[jax.Array]:
@@ -328,23 +329,9 @@ def how_it_waits(w: Any, policy: HowCodes) -> Wait:
   return by_barrier if w.rests else policy.wait_codes
 
 
-def product_with(fn: Callable[[Any, Any], Any], x: jax.Array, w: Coded, policy: HowCodes, looping: bool) -> jax.Array:
-  """`fn(x, W)`, linear in x, of a coded W; traced once for all that are alike where `fn` says which are."""
+def product_with(
+  fn: Callable[..., Any], x: jax.Array, w: Coded, policy: HowCodes, looping: bool, *rest: jax.Array
+) -> jax.Array:
+  """`fn(x, W, *rest)`, linear in x, of a coded W; traced once for all that are alike where `fn` says which are."""
   product = CodedProduct(fn, policy, looping)
-  return traced_once(product, x, w) if policy.shares_traces else product(x, w)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-  """An equation of an input and a weight as a function of the two: equal for equations that are alike."""
-
-  primitive: Any
-  given: tuple[tuple[str, Any], ...]
-  weight_first: bool
-
-  @property
-  def params(self) -> dict[str, Any]:
-    return dict(self.given)
-
-  def __call__(self, x: Any, w: Any) -> Any:
-    return bind(self, (w, x) if self.weight_first else (x, w))[0]
+  return traced_once(product, x, w, *rest) if policy.shares_traces else product(x, w, *rest)

@@ -1,6 +1,7 @@
 """Equations of coded values: rearranged by their parts, put off, computed with the array formed inside, or refused."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ from jaxlora._jax.jaxpr import bind
 from jaxlora._jax.primitives import IDENTITIES, PLACEMENTS, TRANSFERS
 from jaxlora._platform.policy import Policy
 from jaxlora._quant.array import QuantizedArray
-from jaxlora._transform.coded import ELEMENTWISE, Bound, Coded, product_with
+from jaxlora._transform.coded import ELEMENTWISE, Coded, product_with
 from jaxlora._transform.moves import lookup_of, moved, moves_of
 
-BILINEAR = ("dot_general", "conv_general_dilated")
+BILINEAR = ("dot_general", "conv_general_dilated", "ragged_dot_general")  # in their first two operands
 # What is put off where parts do not follow.
 LAYOUT = ("transpose", "squeeze", "reshape", "broadcast_in_dim", "slice", "dynamic_slice", "rev")
 # What is done to codes where they rest; what else moves them fetches them first.
@@ -64,7 +65,23 @@ def changed(eqn: Any, params: dict[str, Any]) -> dict[str, Any]:
 def _product(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded, policy: Policy, looping: bool) -> Any:
   weight_first = args[0] is w
   fn = Bound(eqn.primitive, tuple(sorted(params.items())), weight_first)
-  return product_with(fn, args[1 if weight_first else 0], w, policy, looping)
+  return product_with(fn, args[1 if weight_first else 0], w, policy, looping, *args[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """An equation of an input and a weight as a function of them and the rest: equal for equations that are alike."""
+
+  primitive: Any
+  given: tuple[tuple[str, Any], ...]
+  weight_first: bool
+
+  @property
+  def params(self) -> dict[str, Any]:
+    return dict(self.given)
+
+  def __call__(self, x: Any, w: Any, *rest: Any) -> Any:
+    return bind(self, (*((w, x) if self.weight_first else (x, w)), *rest))[0]
 
 
 def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded, policy: Policy) -> list[Any] | None:

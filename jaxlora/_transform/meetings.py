@@ -31,6 +31,8 @@ def _axes_met(eqn: Any, weight_first: bool) -> Sequence[int]:
   params = eqn.params
   if eqn.primitive.name == "dot_general":
     return params["dimension_numbers"][0][0 if weight_first else 1]
+  if eqn.primitive.name == "ragged_dot_general":
+    return params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][0 if weight_first else 1]
   if eqn.primitive.name == "gather":
     return params["dimension_numbers"].start_index_map
   return params["dimension_numbers"].rhs_spec[1:]  # of a convolution

@@ -8,14 +8,12 @@ for, and returns the results, which may be weights in turn. What it cannot do in
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.recipes import Recipe
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, weights_in
 
-# `h = product(x, a)` for `shrink(product, x, a, recipe)`: the first thin product, bilinear in x and a.
-ShrinkBy = Callable[[Callable[[jax.Array, jax.Array], Any], jax.Array, jax.Array, Recipe | None], Any]
+# `h = product(x, a, *rest)` for `shrink(product, x, a, recipe, *rest)`: the first thin product, bilinear in x and a.
+ShrinkBy = Callable[..., Any]
 
 
 class Op(NamedTuple):
@@ -77,7 +75,7 @@ RULES: dict[type[TracedWeight], dict[str, Rule]] = {}
 AHEAD: dict[type[TracedWeight], Callable[[Ahead], tuple[Any, Any] | None]] = {}
 
 # Rules whose result holds the product of the weight with something; the others only rearrange the weight.
-PRODUCTS = ("dot_general", "conv_general_dilated", "gather")
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
 
 
 def rule(*names: str, kind: type[TracedWeight] = Factored) -> Callable[[Rule], Rule]:

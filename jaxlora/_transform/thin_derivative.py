@@ -20,35 +20,37 @@ from jaxlora._platform.wait import TransposeOf, at_once, late
 from jaxlora._transform.thin import Shrink
 
 
-def shrink_by(product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array, recipe: Recipe | None) -> Any:
-  """`h = product(x, a)`, bilinear, where `x` is rematerialised for the gradient of `a` if there is a recipe for it.
+def shrink_by(product: Callable[..., Any], x: jax.Array, a: jax.Array, recipe: Recipe | None, *rest: jax.Array) -> Any:
+  """`h = product(x, a, *rest)`, bilinear in the two, where `x` is rematerialised for the gradient of `a` if there is a
+  recipe for it. The rest are integers, such as sizes of groups.
 
       dh = product(dx, a) + product(x rematerialised, da)
 
   Only the second term needs x, and so does only its transpose, `da = product^T(x rematerialised, dh)`.
   """
   if recipe is None or not jnp.issubdtype(x.dtype, jnp.floating):
-    return product(x, a)
+    return product(x, a, *rest)
 
   @jax.custom_jvp
-  def h(x, a, leaves):
+  def h(x, a, leaves, rest):
     del leaves  # what x is made of; its derivatives run through x
-    return product(x, a)
+    return product(x, a, *rest)
 
   def jvp(primals, tangents):
-    (x, a, leaves), (dx, da, _) = primals, tangents
+    (x, a, leaves, rest), (dx, da, *_) = primals, tangents
     terms = []
     if not isinstance(dx, SymbolicZero):
-      terms.append(product(dx, a))
+      terms.append(product(dx, a, *rest))
     if not isinstance(da, SymbolicZero):
-      terms.append(late(lambda leaves, da: product(recipe.again(leaves), da), leaves, da, recipe.wait))
-    out = h(x, a, leaves)
+      along = lambda kept, da: product(recipe.again(kept[0]), da, *kept[1])
+      terms.append(late(along, (leaves, rest), da, recipe.wait))
+    out = h(x, a, leaves, rest)
     return out, jax.tree.map(
       lambda *parts: functools.reduce(jnp.add, parts), *terms or [jax.tree.map(jnp.zeros_like, out)]
     )
 
   h.defjvp(jvp, symbolic_zeros=True)
-  return h(x, a, recipe.leaves)
+  return h(x, a, recipe.leaves, rest)
 
 
 def shrink_along_factor(shrink: Shrink, x: jax.Array, a: jax.Array, recipe: Recipe | None, policy: Policy) -> Labelled:

@@ -48,27 +48,27 @@ class Seen:
 # One term.
 
 
-def energy_of(product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array) -> jax.Array:
+def energy_of(product: Callable[..., Any], x: jax.Array, a: jax.Array, *rest: jax.Array) -> jax.Array:
   """Half the squared norm of a thin product, with a gradient that is there before anything asks for it."""
 
-  def thin(x: jax.Array, a: jax.Array) -> jax.Array:
-    (h,) = jax.tree.leaves(product(x, a))
+  def thin(x: jax.Array, a: jax.Array, rest: Sequence[jax.Array]) -> jax.Array:
+    (h,) = jax.tree.leaves(product(x, a, *rest))
     return h
 
   @jax.custom_vjp
-  def energy(x, a):
-    h = thin(x, a).astype(jnp.float32)
+  def energy(x, a, rest):
+    h = thin(x, a, rest).astype(jnp.float32)
     return jnp.sum(h * h) / 2
 
-  def forward(x, a):
-    h, transpose = jax.vjp(lambda a: thin(x, a), a)
-    return energy(x, a), transpose(h)[0]
+  def forward(x, a, rest):
+    h, transpose = jax.vjp(lambda a: thin(x, a, rest), a)
+    return energy(x, a, rest), transpose(h)[0]
 
   def backward(sketch, cotangent):
-    return None, sketch * cotangent.astype(sketch.dtype)
+    return None, sketch * cotangent.astype(sketch.dtype), None
 
   energy.defvjp(forward, backward)
-  return energy(lax.stop_gradient(x), a)
+  return energy(lax.stop_gradient(x), a, rest)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,10 +123,10 @@ class Sketch(Transform):
     rule, known = find_rule(eqn.primitive.name, values)
     w, terms = weights_in(known)[0], []
 
-    def shrink(product: Callable[[jax.Array, jax.Array], Any], x: jax.Array, a: jax.Array, recipe: Any) -> Any:
+    def shrink(product: Callable[..., Any], x: jax.Array, a: jax.Array, recipe: Any, *rest: jax.Array) -> Any:
       del recipe
-      terms.append(energy_of(product, x, a))
-      return product(x, a)
+      terms.append(energy_of(product, x, a, *rest))
+      return product(x, a, *rest)
 
     out = rule(self.op(eqn, w, lambda note: None, shrink), known)
     if terms:

@@ -193,27 +193,22 @@ def test_what_is_made_of_an_uncertain_weight_is_no_surer():
   assert [node["other"].sure for node in made] == [False] * len(made)
 
 
-def experts(p, x):
-  scores = jax.nn.softmax(x @ p["router"])
-  sizes = jnp.bincount(scores.argmax(-1), length=4)
-  return lax.ragged_dot(jax.nn.silu(lax.ragged_dot(x, p["wi"], sizes)), p["wo"], sizes) * p["scale"]
+def grouped_by_columns(p, x):
+  """The columns of a weight in groups: no product of a weight's."""
+  numbers = lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), [1], [])
+  return lax.ragged_dot_general(jnp.tanh(x @ p["w"]), p["wo"], jnp.array([2, 4]), numbers).sum(0) * p["scale"]
 
 
 def test_all_linear_says_which_weights_it_leaves_out_and_why():
-  params = {"router": matrix(8, 4), "wi": matrix(4, 8, 6), "wo": matrix(4, 6, 8), "scale": matrix(1, 8)}
-  probe = lambda p: experts(p, X)
+  params = {"w": matrix(8, 6), "wo": matrix(6, 8), "scale": matrix(1, 8)}
+  probe = lambda p: grouped_by_columns(p, X)
   adapt = lambda **fields: jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, **fields), KEY, probe=probe)
   with pytest.warns(UserWarning, match="all-linear") as warned:
     tree = adapt()
   (warning,) = warned
-  assert "'all-linear' leaves out wi (in `ragged_dot" in str(warning.message)
-  assert "wo (in `ragged_dot" in str(warning.message)
+  assert "'all-linear' leaves out wo (in `ragged_dot" in str(warning.message)
   assert "scale" not in str(warning.message)
   assert warning.filename == __file__
   assert roles(tree) == [("io", True)]
-  assert roles(adapt(targets=["router", "wi", "wo"], axes={"w.": "sio"})) == [
-    ("io", True),
-    ("sio", True),
-    ("sio", True),
-  ]
-  assert roles(adapt(exclude=["wi", "wo"])) == [("io", True)]
+  assert roles(adapt(targets=["w", "wo"], axes={"wo": "io"})) == [("io", True), ("io", True)]
+  assert roles(adapt(exclude=["wo"])) == [("io", True)]

@@ -267,6 +267,18 @@ def experts_picked(dtype):
   return plain(fn, (3, 5, 7), (4, 5), "sio", dtype)
 
 
+@builder("stacks")
+def experts_ragged(dtype):
+  """Rows in groups, one of which is empty; the last row is in none."""
+
+  def fn(p, x):
+    sizes = jnp.array([2, 0, 1])
+    return lax.ragged_dot(jax.nn.silu(lax.ragged_dot(x, p["up"], sizes)), p["down"], sizes)
+
+  params = {"up": array(1, (3, 5, 7), dtype), "down": array(3, (3, 7, 5), dtype)}
+  return Case(fn, params, (array(2, (4, 5), dtype),), {"up": "sio", "down": "sio"})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Convolutions.
 
