@@ -88,6 +88,11 @@ def load(
   if not problems:
     coded, unfit = coded_leaves({path: tensors_of(plan, opened, path) for path in plan.names}, opened, codes)
   problems += unfit
+  problems += [
+    f"{path}: names= has a scale for its values, and codes are the file's own. {in_floats(path)}"
+    for path in sorted(coded & plan.parts.keys())
+    if getattr(plan.parts[path].parts, "scale", None)
+  ]
   if problems:
     raise failed(f"hub.load: {opened.place}", problems)
   lying = dict(zip(leaves, _shardings_of(leaves, shardings), strict=True))

@@ -1,6 +1,7 @@
 """Modules of some rows of another, and of the rows of several: exact, as no product is formed."""
 
 from collections.abc import Sequence
+import dataclasses
 import itertools
 
 import numpy as np
@@ -69,6 +70,21 @@ def join(parts: Sequence[tuple[Module | None, np.ndarray]], count: int, name: st
   alpha = first.alpha if rank == first.rank else scale * UNIT_SCALE[first.scaling](rank)
   a = first.a if len(own) == 1 else np.concatenate([module.a for module in own])
   return Module(name, first.kind, a, b, alpha, first.scaling, magnitude)
+
+
+def times(module: Module, factor: float | None) -> Module:
+  """The module of a weight that is so many times another's."""
+  if factor is None:
+    return module
+  magnitude = None if module.magnitude is None else tensor_times(module.magnitude, abs(factor))
+  return dataclasses.replace(module, b=tensor_times(module.b, factor), magnitude=magnitude)
+
+
+def tensor_times(tensor: np.ndarray, factor: float | None) -> np.ndarray:
+  """A tensor times a number, rounded to its own dtype; integers stand in for tensors, and stay what they are."""
+  if factor is None or tensor.dtype.kind in "iub":
+    return tensor
+  return (tensor.astype(np.result_type(np.float32, tensor.dtype)) * factor).astype(tensor.dtype)
 
 
 def _sharing(module: Module, own: Sequence[Module]) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora.peft._blocks import join, take
+from jaxlora.peft._blocks import join, take, tensor_times, times
 from jaxlora.peft._held import Held, Index, assembled
 from jaxlora.peft._names import Names, Target, given_target
 from jaxlora.peft._part_sizes import part_sizes, shown_sizes
@@ -96,9 +96,10 @@ def _gather(path: str, leaf: Any, target: Target, index: Index, old: Held, new: 
       module = old.module(name) if parameter == "weight" else None
       tensor, own = old.tensor(name, parameter), target.name((*index, k))
       if module is not None:
-        new.put(take(module, np.argsort(order_of(record, k, len(module.b))), own))
+        new.put(times(take(module, np.argsort(order_of(record, k, len(module.b))), own), record.scale))
       if tensor is not None:
-        new.put_tensor(own, parameter, tensor[np.argsort(order_of(record, k, len(tensor)))])
+        rows = np.argsort(order_of(record, k, len(tensor)))
+        new.put_tensor(own, parameter, tensor_times(tensor[rows], record.scale))
     return
   names, name = target.torch_names(index), target.name(index)
   modules = [old.module(part) if parameter == "weight" else None for part in names]
@@ -107,14 +108,15 @@ def _gather(path: str, leaf: Any, target: Target, index: Index, old: Held, new: 
     count = _outputs(path, leaf, target, inputs, known)
     lengths = [None if module is None else len(module.b) for module in modules]
     sizes = part_sizes(record, count, lengths, shown_sizes(record, shape_of_leaf(leaf), target, known.given.get(path)))
-    new.put(join(list(zip(modules, rows_of(record, sizes), strict=True)), count, name))
+    joined = join(list(zip(modules, rows_of(record, sizes), strict=True)), count, name)
+    new.put(times(joined, record.scale))
   tensors = [old.tensor(part, parameter) for part in names]
   found = [tensor for tensor in tensors if tensor is not None]
   if found:
     if len(found) < len(names):
       raise ValueError(f"the file holds a {parameter} for {len(found)} of {', '.join(names)}, and the leaf is all")
     sizes = part_sizes(record, sum(map(len, found)), list(map(len, found)), None)
-    new.put_tensor(name, parameter, assembled(found, rows_of(record, sizes)))
+    new.put_tensor(name, parameter, tensor_times(assembled(found, rows_of(record, sizes)), record.scale))
 
 
 def _scatter(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora.peft._blocks import join, take
+from jaxlora.peft._blocks import join, take, tensor_times, times
 from jaxlora.peft._held import Held, Index, assembled
 from jaxlora.peft._names import Target
 from jaxlora.peft._part_sizes import part_sizes, shown_sizes
@@ -67,7 +67,10 @@ def _split(leaf: Any, target: Target, index: Index, name: str, old: Held, new: H
   """A leaf's modules."""
   record, parameter = target.parts, target.parameter or "weight"
   assert isinstance(record, Split)
+  back = None if record.scale is None else 1 / record.scale
   names, module, tensor = target.torch_names(index), old.module(name), old.tensor(name, parameter)
+  module = None if module is None else times(module, back)
+  tensor = None if tensor is None else tensor_times(tensor, back)
   if target.over_stack:
     if module is not None:
       new.put(take(module, order_of(record, index[-1], len(module.b)), names[0]))

@@ -5,6 +5,7 @@ They say what becomes of what; `_regroup` does it.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ class Split:
     groups: 1 where the modules lie one behind the other; where they are interleaved, the number of groups that each
       hold a share of all: the heads of a kernel (in, heads, 3, width).
     order: a permutation of the rows of every module, or one or `None` for each, such as `pairs_to_halves(head_size)`.
+    scale: where the leaf is a multiple of torch's weight and bias, as queries are that attention does not scale any
+      more: the leaf over torch's. Such values are rounded each way.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -50,9 +53,14 @@ class Split:
   sizes: Sequence[int] | None = None
   groups: int = 1
   order: Orders = None
+  scale: float | None = None
 
   def __post_init__(self) -> None:
     _check_parts("Split", "modules", self.modules, self)
+    if self.scale is not None and not (
+      isinstance(self.scale, float | int) and math.isfinite(self.scale) and self.scale
+    ):
+      raise ValueError(f"Split: scale: found {self.scale!r}, expected a finite number other than 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +206,7 @@ def names_from_json(found: Any) -> Any:
 
   `{"experts": "...experts.down_proj"}`; `{"split": ["...k_proj", "...v_proj"]}`, or
   `{"joined": "...qkv_proj", "parts": ["q", "k", "v"]}`, the last two with `sizes`, `groups` and `order` besides:
-  `{"pairs_to_halves": head_size}`, or a list of those and of null.
+  `{"pairs_to_halves": head_size}`, or a list of those and of null. A split may have a `scale`.
 
   Raises:
     TypeError, ValueError: naming the entry that is neither a name nor one of these.
@@ -215,7 +223,7 @@ def _value_from_json(pattern: str, value: Any) -> Any:
     return Experts(value["experts"])
   kinds = {"split": (Split, "modules"), "joined": (Joined, "module")}
   kind = next((kind for kind in kinds if kind in value), None)
-  fields = {"sizes", "groups", "order"} | ({"parts"} if kind == "joined" else set())
+  fields = {"sizes", "groups", "order", "parts" if kind == "joined" else "scale"}
   if kind is None or set(value) - fields - {kind} or (kind == "joined" and "parts" not in value):
     raise ValueError(
       f"names: {pattern!r}: found {value!r}, expected a torch name, {{'experts': name}}, {{'split': [names], ...}} or"

@@ -21,6 +21,7 @@ class Kind:
     act: of the gate.
     embedding: what embeddings are multiplied by.
     cap, final_cap: of the scores and of the logits, by tanh.
+    neighbours: whether rotary positions turn neighbours, and not what lies half a head apart.
   """
 
   theta: tuple[float, ...]
@@ -32,6 +33,7 @@ class Kind:
   embedding: float = 1.0
   cap: float | None = None
   final_cap: float | None = None
+  neighbours: bool = False
 
 
 def logits(embedding: Any, layers: list[dict[str, Any]], final: Any, ids: Any, kind: Kind, head: Any = None) -> Any:
@@ -57,7 +59,7 @@ def _logits(embedding, layers, final, ids, kind: Kind, head):
     h = norm(x, layer["pre"])
     q, k, v = (jnp.einsum("btd,dnh->btnh", h, layer[name]) + layer.get(f"{name}_bias", 0.0) for name in "qkv")
     q, k = (norm(y, layer[f"{name}_norm"]) if f"{name}_norm" in layer else y for name, y in (("q", q), ("k", k)))
-    q, k = (_turned(y, kind.theta[number]) for y in (q, k))
+    q, k = (_turned(y, kind.theta[number], kind.neighbours) for y in (q, k))
     out = _attention(q, k, v, kind, kind.window[number])
     out = jnp.einsum("btnh,nhd->btd", out, layer["o"])
     x = x + (norm(out, layer["post"]) if "post" in layer else out)
@@ -78,10 +80,11 @@ def _attention(q, k, v, kind: Kind, window: int | None):
   return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
 
 
-def _turned(x, theta: float):
-  """Rotary positions, pairs a half apart."""
+def _turned(x, theta: float, neighbours: bool):
+  """Rotary positions."""
   half = x.shape[-1] // 2
   angles = jnp.arange(x.shape[1])[:, None] * theta ** (-jnp.arange(half) / half)
   cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-  a, b = x[..., :half], x[..., half:]
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+  a, b = (x[..., ::2], x[..., 1::2]) if neighbours else (x[..., :half], x[..., half:])
+  turned = [a * cos - b * sin, b * cos + a * sin]
+  return jnp.stack(turned, -1).reshape(x.shape) if neighbours else jnp.concatenate(turned, -1)

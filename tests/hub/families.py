@@ -38,6 +38,7 @@ class Family:
     norms: has norms of queries and keys.
     biases: of queries, keys and values.
     gate: the axes of Gemma's gate behind the first.
+    scanned: has its layers stacked, along axis 1 as MaxText does.
   """
 
   library: str
@@ -46,6 +47,7 @@ class Family:
   norms: bool = False
   biases: bool = False
   gate: tuple[int, int] = (INNER, WIDTH)
+  scanned: bool = False
 
 
 _ALL = (None,) * LAYERS
@@ -56,7 +58,10 @@ _GEMMA = {
   "embedding": WIDTH**0.5,
   "window": (WINDOW, None),
 }
+_MAXTEXT = Kind((10_000.0,) * 2, _ALL, 1.0, neighbours=True)  # its queries are scaled in their kernel
 FAMILIES = {
+  "Llama": Family("maxtext", ("LlamaConfig", SMALL), _MAXTEXT, scanned=True),
+  "Mistral": Family("maxtext", ("MistralConfig", SMALL | {"sliding_window": None}), _MAXTEXT),
   "Qwen2": Family("tunix", ("Qwen2Config", SMALL), Kind((10_000.0,) * 2, _ALL, SIZE**-0.5), biases=True),
   "Qwen3": Family(
     "tunix", ("Qwen3Config", SMALL | {"head_dim": SIZE}), Kind((10_000.0,) * 2, _ALL, SIZE**-0.5), norms=True
@@ -83,7 +88,7 @@ def _shape(*sizes):
 def like_of(name):
   """The tree of a family: paths and shapes."""
   family = FAMILIES[name]
-  return _like_tunix(family) if family.library == "tunix" else _like_gemma(family)
+  return {"tunix": _like_tunix, "gemma": _like_gemma, "maxtext": _like_maxtext}[family.library](family)
 
 
 def _like_tunix(family):
@@ -132,13 +137,58 @@ def _like_gemma(family):
   } | {f"layer_{k}": layer for k in range(LAYERS)}
 
 
+def _like_maxtext(family):
+  layer = {
+    "self_attention": {
+      "query": {"kernel": _shape(WIDTH, HEADS, SIZE)},
+      "key": {"kernel": _shape(WIDTH, KV_HEADS, SIZE)},
+      "value": {"kernel": _shape(WIDTH, KV_HEADS, SIZE)},
+      "out": {"kernel": _shape(HEADS, SIZE, WIDTH)},
+    },
+    "mlp": {
+      "wi_0": {"kernel": _shape(WIDTH, INNER)},
+      "wi_1": {"kernel": _shape(WIDTH, INNER)},
+      "wo": {"kernel": _shape(INNER, WIDTH)},
+    },
+    "pre_self_attention_layer_norm": {"scale": _shape(WIDTH)},
+    "post_self_attention_layer_norm": {"scale": _shape(WIDTH)},
+  }
+  layers = {f"layers_{k}": layer for k in range(LAYERS)}
+  if family.scanned:
+    layers = {"layers": jax.tree.map(lambda one: _shape(one.shape[0], LAYERS, *one.shape[1:]), layer)}
+  decoder = layers | {
+    "decoder_norm": {"scale": _shape(WIDTH)},
+    "logits_dense": {"kernel": _shape(WIDTH, VOCABULARY)},
+  }
+  return {"params": {"token_embedder": {"embedding": _shape(VOCABULARY, WIDTH)}, "decoder": decoder}}
+
+
 def layers_of(name, params):
   """The arguments of `decoder.logits` in the tree of a family."""
+  if FAMILIES[name].library == "maxtext":
+    params = params["params"]
+    decoder = params["decoder"]
+    if FAMILIES[name].scanned:
+      layers = [jax.tree.map(lambda leaf, k=k: leaf[:, k], decoder["layers"]) for k in range(LAYERS)]
+    else:
+      layers = [decoder[f"layers_{k}"] for k in range(LAYERS)]
+    final, head = decoder["decoder_norm"]["scale"], decoder["logits_dense"]["kernel"]
+    return params["token_embedder"]["embedding"], [*map(_layer_of_maxtext, layers)], final, head
   if FAMILIES[name].library == "tunix":
     layers = [_layer_of_tunix(params["layers"][str(k)]) for k in range(LAYERS)]
     return params["embedder"]["input_embedding"], layers, params["final_norm"]["w"], params["lm_head"]["w"]
   layers = [_layer_of_gemma(params[f"layer_{k}"], FAMILIES[name].gate) for k in range(LAYERS)]
   return params["embedder"]["input_embedding"], layers, params["final_norm"]["scale"], None
+
+
+def _layer_of_maxtext(layer):
+  attention, mlp = layer["self_attention"], layer["mlp"]
+  found = {
+    short: attention[name]["kernel"] for short, name in zip("qkvo", ("query", "key", "value", "out"), strict=True)
+  }
+  found |= {short: mlp[name]["kernel"] for short, name in (("gate", "wi_0"), ("up", "wi_1"), ("down", "wo"))}
+  norms = {"pre": "pre_self_attention_layer_norm", "pre_mlp": "post_self_attention_layer_norm"}
+  return found | {short: layer[name]["scale"] for short, name in norms.items()}
 
 
 def _layer_of_tunix(layer):

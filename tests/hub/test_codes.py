@@ -233,3 +233,17 @@ def test_a_real_model_in_its_bytes():
   assert bytes_of([codes]) == 96_576_768
   assert bytes_of([floats]) == 538_060_032
   jax.tree.map(np.testing.assert_array_equal, jaxlora.dequantize(codes), floats)
+
+
+def test_values_with_a_scale_are_no_codes_of_the_file(tmp_path):
+  write(tmp_path / "m.gguf", {"attn_v": "Q8_0"})
+  path = "layers/self_attn/v_proj/kernel"
+  attention = {"v_proj": {"kernel": shape(2, WIDTH, KV_HEADS * HEAD)}}
+  like = {"layers": {"self_attn": attention, "input_layernorm": {"scale": shape(2, WIDTH)}}} | OUTSIDE
+  names = {path: Split(("model.layers.{}.self_attn.v_proj",), scale=0.5)}
+  load = lambda codes, names=names: hub.load(tmp_path / "m.gguf", like, names=names, axes={path: "sio"}, codes=codes)
+  with pytest.raises(hub.HubError, match=rf"{path}: names= has a scale for its values") as error:
+    load(".*")
+  (remedy,) = re.findall(r"codes=r'(.*)'", str(error.value))
+  found = load(remedy)["layers"]["self_attn"]["v_proj"]["kernel"]
+  np.testing.assert_array_equal(found, 0.5 * load(None, None)["layers"]["self_attn"]["v_proj"]["kernel"])

@@ -68,7 +68,7 @@ def test_the_same_outputs_both_ways(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_without_a_flax_model(family, tmp_path):
-  """In the trees that Tunix and the Gemma package have, through a decoder of a few lines."""
+  """In the trees that Tunix, the Gemma package and MaxText have, through a decoder of a few lines."""
   about = FAMILIES[family]
   name, fields = about.config
   config = getattr(transformers, name)(
@@ -97,4 +97,7 @@ def test_families_without_a_flax_model(family, tmp_path):
   again, said = kind.from_pretrained(tmp_path / "again", output_loading_info=True)
   assert (said["missing_keys"], said["unexpected_keys"]) == ([], [])
   for (name, one), (_, other) in zip(theirs.named_parameters(), again.named_parameters(), strict=True):
-    np.testing.assert_array_equal(one.detach().numpy(), other.detach().numpy(), err_msg=name)
+    rounded = about.library == "maxtext" and "q_proj" in name  # divided and multiplied
+    np.testing.assert_allclose(
+      one.detach().numpy(), other.detach().numpy(), rtol=1e-6 if rounded else 0, atol=0, err_msg=name
+    )

@@ -352,6 +352,8 @@ def test_a_leaf_that_is_no_part_is_an_error(tmp_path):
     (lambda: peft.Split(("a", "b"), sizes=(1,)), ValueError),
     (lambda: peft.Split(("a", "b"), sizes=(1, 0)), ValueError),
     (lambda: peft.Split(("a", "b"), groups=0), ValueError),
+    (lambda: peft.Split(("a",), scale=0), ValueError),
+    (lambda: peft.Split(("a",), scale=float("nan")), ValueError),
     (lambda: peft.Split(("a", "b"), order=[None]), TypeError),
     (lambda: peft.Joined(("a",), ("b",)), TypeError),
     (lambda: peft.Joined("a", ()), TypeError),
@@ -373,11 +375,13 @@ def test_names_of_a_json_file():
   found = names_from_json(
     json.loads("""{
       "a": "b",
+      "q": {"split": ["q"], "scale": 0.5},
       "kv": {"split": ["k", "v"], "sizes": [1, 1], "order": [{"pairs_to_halves": 4}, null]},
       "(q|k)": {"joined": "qk", "parts": ["q", "k"], "groups": 2, "order": {"halves_to_pairs": [4, 2]}}
     }""")
   )
   assert found["a"] == "b"
+  assert found["q"] == peft.Split(["q"], scale=0.5)
   assert (found["kv"].modules, found["kv"].sizes, found["kv"].order[1]) == (["k", "v"], [1, 1], None)
   assert found["kv"].order[0](4).tolist() == [0, 2, 1, 3]
   assert (found["(q|k)"].module, found["(q|k)"].parts, found["(q|k)"].groups) == ("qk", ["q", "k"], 2)
