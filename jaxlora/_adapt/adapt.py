@@ -119,7 +119,7 @@ def _factored(
     return _factored_from(floats, base, roles, plan, sure, key, drawn)
   start = _start(base, roles, plan, key, drawn)
   both = from_weight(plan.init)
-  given = {} if both is None else _given(both, start, plan)
+  given = _given(both, start, plan) if both else _zero_a(start) if plan.zero == "a" else {}
   held = {**variant_named(plan.variant).start(start._replace(given=given or None)), **given}
   held = {name: on_device(part) for name, part in held.items()}  # a base may rest in the host's memory
   weight = _weight(base, held, roles, plan, sure)
@@ -204,6 +204,12 @@ def _given(both: FromWeight, start: Start, plan: LeafPlan) -> dict[str, jax.Arra
     name: laid_out(factor, shape, start.roles, own).astype(start.dtype)
     for name, factor, own in zip("ab", factors, "io", strict=True)
   }
+
+
+def _zero_a(start: Start) -> dict[str, jax.Array]:
+  """A zero, and B drawn as A would be, a map from the rank: `W + A B` is W at first, as where B is zero."""
+  b = start.init(start.key, start.b_shape, start.dtype, start.rank, start.rank)
+  return {"a": start.zeros(start.a_shape), "b": b}
 
 
 def _initializer(plan: LeafPlan) -> Initializer:

@@ -21,7 +21,9 @@ ATTENTION = "attention"
 PRESETS = (ALL_LINEAR, ATTENTION)
 
 # What an entry of `overrides` may set for the leaves that its pattern matches.
-OVERRIDABLE = ("rank", "alpha", "scaling", "init", "dropout", "dtype", "variant")
+OVERRIDABLE = ("rank", "alpha", "scaling", "init", "zero", "dropout", "dtype", "variant")
+
+ZEROS = ("a", "b")
 
 
 class Frozen(Mapping[str, Any]):
@@ -176,6 +178,11 @@ def _init(value: Any, field: str) -> Any:
   return value
 
 
+def _zero(value: Any, field: str) -> str:
+  check_choice(field, value, ZEROS)
+  return value
+
+
 def _variant(value: Any, field: str) -> str:
   check_choice(field, value, tuple(VARIANTS))  # read at each call: a user may have registered one since
   return value
@@ -188,5 +195,6 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
   "dtype": _dtype,
   "scaling": _scaling,
   "init": _init,
+  "zero": _zero,
   "variant": _variant,
 }

@@ -169,6 +169,8 @@ def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
       f"{path}: init {plan.init!r} gives both factors of a product, which the variant {plan.variant!r} does not have;"
       f" expected one of the inits {', '.join(map(repr, INITIALIZERS))} for it."
     )
+  if plan.zero == "a":
+    _check_zero_a(path, plan)
   if plan.init == "orthogonal" and plan.rank % 2:
     raise ValueError(f"{path}: init 'orthogonal' halves the rank, found {plan.rank}; expected an even one.")
   fan_in, fan_out = fan(leaf.shape, roles, "i"), fan(leaf.shape, roles, "o")
@@ -177,4 +179,23 @@ def _check_plan(path: str, leaf: Any, roles: str, plan: LeafPlan) -> None:
       f"{path}: rank {plan.rank} is larger than the smaller side of the weight: shape {tuple(leaf.shape)} with roles"
       f" {roles!r} has fan-in {fan_in} and fan-out {fan_out}. Use a rank of at most {min(fan_in, fan_out)} for it"
       f" (LoraConfig(overrides={{{re.escape(path)!r}: {{'rank': {min(fan_in, fan_out)}}}}})), or exclude it."
+    )
+
+
+def _check_zero_a(path: str, plan: LeafPlan) -> None:
+  """Raises where A cannot start at zero, with B drawn."""
+  variant = variant_named(plan.variant)
+  why = (
+    f"init {plan.init!r} makes both factors"
+    if gives_both(plan.init)
+    else f"the variant {plan.variant!r} starts otherwise than with a product of A and B"
+    if not variant.plain
+    else f"the variant {plan.variant!r} never trains A: its update would stay zero"
+    if not {"a", "b"} <= variant.trains.keys()
+    else None
+  )
+  if why is not None:
+    raise ValueError(
+      f"{path}: zero='a' wants A zero and B drawn, and {why}. Leave it at zero='b'"
+      f" (LoraConfig(overrides={{{re.escape(path)!r}: {{'zero': 'b'}}}}))."
     )
