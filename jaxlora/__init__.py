@@ -26,6 +26,7 @@ from jaxlora._train.muon import muon_dimensions
 from jaxlora._train.optimizer import labels, lora_plus, mask, optimizer
 from jaxlora._transform.explain import Explanation, explain
 from jaxlora._transform.record import MaterializeError, MaterializeWarning, Use
+from jaxlora._transform.register import register_product
 from jaxlora._transform.wrap import wrap
 from jaxlora._version import __version__ as __version__
 from jaxlora._weight.register import register_variant, unregister_variant, variants
@@ -97,6 +98,7 @@ __all__ = [
   "quant",
   "quantize",
   "quantize_with_report",
+  "register_product",
   "register_variant",
   "route",
   "scale",

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxlora._adapt.evidence import NONE, Evidence, Label, Seen, unknown
 from jaxlora._base.reshape import reshape_groups
-from jaxlora._jax import primitives
+from jaxlora._jax import marked_call, primitives
 
 
 class Observer:
@@ -170,9 +170,7 @@ class Observer:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_contract, w_contract), (x_batch, w_batch) = numbers.dot_dimension_numbers
     batched = (*w_batch, *numbers.rhs_group_dimensions)
-    for leaf in sizes.last:
-      if isinstance(leaf, int):
-        self.evidence[leaf].chooses = True
+    self._decides(sizes)
     free = [d for d in range(len(weight.axes)) if d not in (*w_contract, *batched)]
     if not numbers.rhs_group_dimensions or not self._is_weight(weight, batched, free):
       return self.elementwise(eqn, values)
@@ -183,6 +181,32 @@ class Observer:
     own = [d for d in range(len(rows.axes)) if d not in (*x_contract, *x_batch)]
     shared = [rows.axes[i] | weight.axes[j] for i, j in zip(x_batch, w_batch, strict=True)]
     return [Seen(None, (*shared, *(rows.axes[d] for d in own), *(weight.axes[d] for d in free)), last)]
+
+  def registered(self, eqn: Any, values: list[Seen]) -> list[Seen]:
+    """A product of a function that a user has registered, by the letters of its rule."""
+    spec, last, sides = eqn.params["mark"].spec, NONE, []
+    for value in values[2:]:
+      self._decides(value)
+    for meeting, weight, other in (
+      (spec.meeting(place), values[place], values[1 - place]) for place in (1, 0) if values[place].leaf is not None
+    ):
+      if self._is_weight(weight, meeting.shared, meeting.free):
+        sides.append((meeting, weight, other))
+    if not sides:
+      return self.elementwise(eqn, values)
+    for meeting, weight, other in sides:
+      labels = lambda axes, weight=weight: {label for d in axes for label in weight.axes[d]}
+      last |= self._weighed(weight, labels(meeting.contracted), labels(meeting.shared), other.last)
+    runs = dict.fromkeys(spec.out, NONE)
+    for value, letters in zip(values[:2], spec.operands, strict=False):
+      runs |= {letter: runs[letter] | axes for letter, axes in zip(letters, value.axes, strict=True) if letter in runs}
+    return [Seen(None, tuple(runs[letter] for letter in spec.out), last)]
+
+  def _decides(self, sizes: Seen) -> None:
+    """What the sizes of groups were last multiplied by is a router."""
+    for leaf in sizes.last:
+      if isinstance(leaf, int):
+        self.evidence[leaf].chooses = True
 
   def _weighed(self, weight: Seen, contracted: set[Label], batched: set[Label], data: frozenset[Any]) -> frozenset[Any]:
     """`product`, of a parameter or of experts that were looked up: those are a stack, and no table."""
@@ -273,6 +297,7 @@ METHODS: dict[str, Callable[[Observer, Any, list[Seen]], list[Seen]]] = {
   "dot_general": Observer.dot_general,
   "conv_general_dilated": Observer.conv,
   "ragged_dot_general": Observer.ragged_dot,
+  marked_call.NAME: Observer.registered,
   "gather": Observer.gather,
   "concatenate": Observer.concatenate,
   **dict.fromkeys(primitives.SLICES, Observer.first),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
+from jaxlora._jax.marked_call import NAME
 from jaxlora._transform.factored import TracedWeight
 from jaxlora._transform.record import Use
 
@@ -31,6 +32,8 @@ def _axes_met(eqn: Any, weight_first: bool) -> Sequence[int]:
   params = eqn.params
   if eqn.primitive.name == "dot_general":
     return params["dimension_numbers"][0][0 if weight_first else 1]
+  if eqn.primitive.name == NAME:
+    return params["mark"].spec.meeting(0 if weight_first else 1).contracted
   if eqn.primitive.name == "ragged_dot_general":
     return params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][0 if weight_first else 1]
   if eqn.primitive.name == "gather":

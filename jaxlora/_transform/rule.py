@@ -8,6 +8,7 @@ for, and returns the results, which may be weights in turn. What it cannot do in
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxlora._jax.marked_call import NAME
 from jaxlora._platform.policy import Policy
 from jaxlora._platform.recipes import Recipe
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, weights_in
@@ -75,7 +76,7 @@ RULES: dict[type[TracedWeight], dict[str, Rule]] = {}
 AHEAD: dict[type[TracedWeight], Callable[[Ahead], tuple[Any, Any] | None]] = {}
 
 # Rules whose result holds the product of the weight with something; the others only rearrange the weight.
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", NAME, "gather")
 
 
 def rule(*names: str, kind: type[TracedWeight] = Factored) -> Callable[[Rule], Rule]:
@@ -107,9 +108,15 @@ def _with_rule(name: str, w: TracedWeight) -> TracedWeight:
   return kind
 
 
+HOLDS_ITS_OWN = (
+  "the function has a derivative or batching rule of its own, which must hold; if it is a product,"
+  " jaxlora.register_product says so"
+)
+
+
 def _why_no_rule(name: str) -> str:
   if name.startswith("custom_"):
-    return "the function has a derivative or batching rule of its own, which must hold"
+    return HOLDS_ITS_OWN
   return f"no rule keeps a weight factored through `{name}`"
 
 

@@ -24,7 +24,7 @@ from jaxlora._transform.interpreter import Handler, RegionEquation, Step, interp
 from jaxlora._transform.meetings import side_met
 from jaxlora._transform.products import Products, evaluate_products
 from jaxlora._transform.record import Record
-from jaxlora._transform.rule import AHEAD, PRODUCTS, Ahead, Op, ShrinkBy, find_rule
+from jaxlora._transform.rule import AHEAD, HOLDS_ITS_OWN, PRODUCTS, Ahead, Op, ShrinkBy, find_rule
 from jaxlora._transform.thin import Shrinks
 from jaxlora._transform.thin_derivative import shrink_by
 
@@ -99,7 +99,7 @@ class Transform(Handler):
 
   def control(self, eqn: Any, found: Structure, values: Sequence[Any]) -> list[Any]:
     if type(found) not in self.controls:
-      raise Unfactorable("the function has a derivative or batching rule of its own, which must hold")
+      raise Unfactorable(HOLDS_ITS_OWN)
     entering = [value.into(found, k) if isinstance(value, TracedWeight) else value for k, value in enumerate(values)]
     with self.record.enclosed_by(eqn):
       out = self.controls[type(found)](self, eqn, found, entering)
