@@ -1,5 +1,6 @@
 """`summary`: what is adapted, what trains, and what that costs."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -83,19 +84,24 @@ class Summary:
     Args:
       fold: whether layers that are alike are one row, `layers_{0-29}/...`, with the figures of each.
     """
+    return "\n".join([table(self.rows(fold=fold)), *self.totals()])
+
+  def rows(self, *, fold: bool = True) -> list[Sequence[str]]:
+    """The table's rows, the first of which is the head; `fold` is that of `text`."""
     head = ("leaf", "shape", "roles", "rank", "scale", "A", "B", "trained", "of", "change")
     rows = [_row(leaf) for leaf in self.leaves]
+    return [head, *(folded(rows) if fold else rows)]
+
+  def totals(self) -> list[str]:
+    """The lines below the table."""
     share = 1 - _saved(self.trainable_parameters, self.total_parameters)
-    return "\n".join(
-      [
-        table([head, *(folded(rows) if fold else rows)]),
-        f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%});"
-        f" {_fewer(self.saved)} than the {self.adapted_parameters:,} of the leaves above",
-        f"base {size(self.base_bytes)}, adapter {size(self.trainable_bytes)}, Adam's moments"
-        f" {size(self.optimizer_bytes)} (full fine-tuning: {size(self.full_optimizer_bytes)})",
-        *_on_the_host(self.host_bytes),
-      ]
-    )
+    return [
+      f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%});"
+      f" {_fewer(self.saved)} than the {self.adapted_parameters:,} of the leaves above",
+      f"base {size(self.base_bytes)}, adapter {size(self.trainable_bytes)}, Adam's moments"
+      f" {size(self.optimizer_bytes)} (full fine-tuning: {size(self.full_optimizer_bytes)})",
+      *_on_the_host(self.host_bytes),
+    ]
 
 
 def _row(leaf: LeafSummary) -> tuple[str, ...]:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora._base.text import listed, size, table
+from jaxlora._base.text import listed, size
 from jaxlora._cli.lora_leaves import lora_leaves
 from jaxlora._cli.norms import Measured, delta_norm, measured, measured_flat, tensor_norm
+from jaxlora._cli.plot import plot
 from jaxlora._cli.result import BadFile, Result
+from jaxlora._cli.show import Line, Table
 from jaxlora._cli.sources import existing, is_peft
 from jaxlora._weight.matrices import thin
 from jaxlora._weight.weight import LoraWeight
@@ -26,11 +28,14 @@ def run_inspect(options: Any) -> Result:
       f"{options.path}: a tree with factors beside its weights, as qwix and flax.nnx.LoRA leave them. Convert it first:"
       " jaxlora convert PATH FOLDER"
     )
-  about, rows, lines = (_peft_report if is_peft(options.path) else _checkpoint_report)(options)
+  about, rows, told = (_peft_report if is_peft(options.path) else _checkpoint_report)(options)
   total = {name: sum(row[name] for row in rows) for name in ("parameters", "bytes", "nan")}
   broken = [row["path"] for row in rows if row["nan"]]
-  lines += [_table(rows), f"{total['parameters']:,} parameters, {size(total['bytes'])}"]
+  lines: list[Line] = [*told, _table(rows), f"{total['parameters']:,} parameters, {size(total['bytes'])}"]
   lines += [f"NaN or infinite values in {listed(broken)}"] if broken else []
+  if options.plot is not None:
+    plot(rows, options.plot)
+    about, lines = about | {"plot": options.plot}, [*lines, f"{options.plot}: written"]
   return about | {"leaves": rows} | total, lines
 
 
@@ -120,7 +125,7 @@ def _common(path: str, kind: str, shape: Sequence[int], parts: Sequence[np.ndarr
   }
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row]) -> Table:
   number = lambda value: "-" if value is None else f"{value:.4g}"
   cells: list[tuple[str, ...]] = [
     ("leaf", "shape", "kind", "rank", "alpha", "scale", "dtype", "size", "|A|", "|B|", "|delta|", "NaN")
@@ -130,4 +135,4 @@ def _table(rows: Sequence[Row]) -> str:
     numbers = [number(row.get(name)) for name in ("rank", "alpha", "scale")]
     norms = [number(row.get(name)) for name in ("a_norm", "b_norm", "norm")]
     cells.append((row["path"], shape, row["kind"], *numbers, row["dtype"], size(row["bytes"]), *norms, str(row["nan"])))
-  return table(cells)
+  return Table(cells)

@@ -1,4 +1,4 @@
-"""The command line: `jaxlora inspect`, `check`, `convert` and `merge`."""
+"""The command line: `jaxlora inspect`, `check`, `convert`, `merge`, `summary` and `explain`."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -8,10 +8,13 @@ import sys
 from typing import Any
 
 from jaxlora._cli.check import run_check
+from jaxlora._cli.completion import add_completion
 from jaxlora._cli.convert import run_convert
 from jaxlora._cli.inspect import run_inspect
 from jaxlora._cli.merge import run_merge
+from jaxlora._cli.reports import run_explain, run_summary
 from jaxlora._cli.result import Result
+from jaxlora._cli.show import show
 from jaxlora._version import __version__
 from jaxlora.peft._serve import READERS
 
@@ -43,19 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
       print(json.dumps({"error": text}))
     print(f"jaxlora: {text}", file=sys.stderr)
     return 1
-  print(json.dumps(report, indent=2) if options.json else "\n".join(lines))
+  if options.json:
+    print(json.dumps(report, indent=2))
+  else:
+    show(lines)
   return int(bool(report.get("nan") or report.get("problems")))
 
 
 def _as_options(error: str, options: Any) -> str:
   """What a remedy that names the library's arguments is in a command."""
   named = [name for name in ("axes", "names") if f"{name}=" in error and hasattr(options, name)]
-  return "".join(f"\nIn a command {name}= is --{name} FILE, in JSON." for name in named)
+  told = [f"{name}= is --{name} FILE" for name in named]
+  told += ["LoraConfig(...) is --config FILE"] if "LoraConfig(" in error and hasattr(options, "config") else []
+  return "".join(f"\nIn a command {one}, in JSON." for one in told)
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="jaxlora", description="Adapters in files: jaxlora's checkpoints and PEFT folders.", epilog=_EXIT
+    prog="jaxlora",
+    description="Adapters in files, jaxlora's checkpoints and PEFT folders, and reports on models.",
+    epilog=_EXIT,
   )
   parser.add_argument("--version", action="version", version=__version__)
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -80,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     "jaxlora inspect runs/summaries/1200",
   )
   inspect.add_argument("path", metavar="PATH")
+  inspect.add_argument("--plot", metavar="FILE", help="draw norms and sizes by leaf: .png, .svg or .pdf")
 
   check = command(
     "check",
@@ -173,8 +184,43 @@ def _parser() -> argparse.ArgumentParser:
   merge.add_argument(
     "--any-base", action="store_true", help="merge though the base's fingerprint is not the recorded one"
   )
+  for name, run, about, example in _REPORTS:
+    _add_model(command(name, run, about, _MODEL, example))
   for reading in (inspect, check, convert, merge):
     reading.add_argument(
       "--adapter-name", metavar="NAME", help="of several adapters in a PEFT folder, or in its keys, the one to read"
     )
+  add_completion(parser)
   return parser
+
+
+_MODEL = """MODEL is module:function, a function of no argument in a module that Python finds here. It returns
+(function, parameters, *arguments): function(parameters, *arguments) is what runs. Arrays may be
+jax.ShapeDtypeStructs, as jax.eval_shape makes them: nothing is computed. Parameters that are not adapted
+are adapted as the options say."""
+
+_REPORTS = (
+  (
+    "summary",
+    run_summary,
+    "show what is adapted of a model, what trains, and what that costs",
+    "jaxlora summary mymodels.gpt:small --rank 16 --targets attention",
+  ),
+  (
+    "explain",
+    run_explain,
+    "show which path each adapted weight of a model takes, where, and why",
+    "jaxlora explain mymodels.gpt:small --json",
+  ),
+)
+
+
+def _add_model(command: Any) -> None:
+  """The arguments of a report on a model."""
+  command.add_argument("model", metavar="MODEL")
+  command.add_argument("--rank", type=int, metavar="RANK", help="8, if not given")
+  command.add_argument("--alpha", type=float, metavar="ALPHA", help="the rank, if not given")
+  command.add_argument("--targets", metavar="TARGETS", help='a preset or a regex over paths; "all-linear"')
+  command.add_argument("--variant", metavar="NAME", help="lora, dora, ...")
+  command.add_argument("--config", metavar="FILE", help="JSON: the fields of LoraConfig, as its to_dict() has them")
+  command.add_argument("--all", action="store_true", help="a row for each of the layers that are alike")

@@ -1,8 +1,11 @@
 """What a command returns, and how it gives up."""
 
+from collections.abc import Sequence
 from typing import Any
 
-Result = tuple[dict[str, Any], list[str]]  # the object for --json, and the lines for people
+from jaxlora._cli.show import Line
+
+Result = tuple[dict[str, Any], Sequence[Line]]  # the object for --json, and the lines for people
 
 
 class BadFile(ValueError):

@@ -71,6 +71,14 @@ class Explanation:
     Args:
       fold: whether layers that are alike are one row: `layers_{0-29}/...`.
     """
+    return f"{table(self.rows(fold=fold))}\n{self.written_by()}"
+
+  def written_by(self) -> str:
+    """The line below the table: the policy, and what it was chosen by."""
+    return f"policy: {self.policy}, by {self.chosen_by}"
+
+  def rows(self, *, fold: bool = True) -> list[Sequence[str]]:
+    """The table's rows, the first of which is the head; `fold` is that of `text`."""
     head = ("leaf", "path taken", "primitive", "source", "why")
     rows: list[tuple[str, ...]] = []
     for use in self.uses:
@@ -79,7 +87,7 @@ class Explanation:
       taken = taken if use.factored else "MATERIALISED"
       rows.append((use.path, taken, use.primitive, use.source, use.reason or product))
     rows.extend((path, "unused", "-", "-", "the function never multiplies by it") for path in self.unused)
-    return f"{table([head, *(folded(rows) if fold else rows)])}\npolicy: {self.policy}, by {self.chosen_by}"
+    return [head, *(folded(rows) if fold else rows)]
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -33,7 +33,7 @@ def test_bad_files_are_code_1_and_usage_is_code_2(run, capsys, tmp_path, folders
 
 
 def test_help_shows_an_example_of_each(capsys):
-  for command in ("inspect", "convert", "merge"):
+  for command in ("inspect", "check", "convert", "merge", "summary", "explain"):
     with pytest.raises(SystemExit) as done:
       _cli.main([command, "--help"])
     assert done.value.code == 0
