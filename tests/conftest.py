@@ -40,7 +40,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
-hypothesis.settings.register_profile("ci", max_examples=66, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("ci", max_examples=50, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("nightly", max_examples=5000, **_COMMON)
 
 # What a script leaves when it has run once; an example; libtpu, which lets one process in at a time.

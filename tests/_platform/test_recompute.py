@@ -145,16 +145,19 @@ def test_no_more_collectives_than_without():
   assert found[0] == found[1]
 
 
+NOTHING = {"rows": np.s_[:0], "tokens": np.s_[:, :0]}
+
+
 @pytest.mark.usefixtures("lenient")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("empty", [lambda x: x[:0], lambda x: x[:, :0]], ids=["rows", "tokens"])
-def test_batches_of_nothing(dtype, empty):
+@pytest.mark.parametrize(("dtype", "axis"), profiles.alternating([jnp.float32, jnp.bfloat16, jnp.float16], NOTHING))
+def test_batches_of_nothing(dtype, axis):
   """No rows, or no tokens, in every precision: gradients are zero, whatever waits for a cotangent."""
   fn, tree, x = case(dtype=dtype)
+  nothing = np.asarray(x)[NOTHING[axis]]
   for options in ({}, {"platform": "gpu"}, {"tuning": "none"}, {"dropout_key": KEY}):
-    value, grads = jax.jit(helpers.sine_step(fn, True, **options))(tree, empty(x))
+    value, grads = jax.jit(helpers.sine_step(fn, True, **options))(tree, nothing)
     assert value == 0
-    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.usefixtures("lenient")

@@ -17,7 +17,8 @@ from tests.helpers import profiles
 OTHERS = [name for name in VARIANTS if name != "lora"]
 # All kinds of weight for the one that adds to the transform itself; one of each family for those that make factors.
 FAMILIES = ("dense_general", "vmapped_layers", "experts_dispatched", "conv_2d_strided", "embed_tied")
-CROSS = [(variant, build) for variant in OTHERS for build in FAMILIES]
+# By default each variant meets three of the five in turn, and each of the five meets several variants.
+CROSS = profiles.alternating(OTHERS, FAMILIES, each=3)
 CROSS += profiles.every_other([build for build in helpers.BUILDERS if build not in FAMILIES], "dora")
 # The sum over experts scales each expert's outputs before they are summed, so no gain can follow the product.
 MATERIALISES = {("dora", "experts_all")}
@@ -67,8 +68,7 @@ def test_in_every_control_flow(variant, wrap, x64):
   helpers.check(fn, adapted(variant, "dense", jnp.float64), case.args, 1e-12, reverse=wrap not in helpers.FORWARD_ONLY)
 
 
-@pytest.mark.parametrize("variant", OTHERS)
-@pytest.mark.parametrize("build", ["dense", "embed_tied"])
+@pytest.mark.parametrize(("variant", "build"), profiles.alternating(OTHERS, ["dense", "embed_tied"]))
 def test_at_init_the_function_is_the_base_bit_for_bit(variant, build):
   case = helpers.BUILDERS[build](jnp.float32)
   jit = functools.partial(jax.jit, compiler_options=helpers.OPTIMISED)

@@ -107,19 +107,23 @@ def test_memory(bench, run, monkeypatch):
     assert 0.95 < rows[name]["flops_over_needed"] < 1.1 < rows["full fine-tuning"]["flops_over_needed"]
 
 
-def test_compile_time(bench, run, monkeypatch):
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_compile_time(bench, run, monkeypatch, scan):
+  """By default of a scanned model; at night of one that is not, whose layers are swept scanned, too."""
   everybody = [
     one for one in bench.contestants.contestants() if one.name in ("frozen floor", "full fine-tuning", "jaxlora")
   ]
   monkeypatch.setattr(bench.contestants, "contestants", lambda: everybody)
   monkeypatch.setattr(bench.compile_time, "SWEPT", ("jaxlora",))
   monkeypatch.setattr(jax, "clear_caches", lambda: None)  # what the other tests have compiled
-  finished = run("compile_time", "--layers=1,2", "--rounds=1")
+  finished = run("compile_time", "--layers=1,2", "--rounds=1", *["--scan"] * scan)
   rows = finished.results["rows"]
   check_rows(finished, list(rows))
   for row in rows.values():
     assert sum(phase["median"] for phase in row["phases"].values()) <= row["seconds"]["median"] * (1 + 1e-6)
-  assert list(finished.results["layers"]["jaxlora"]["seconds"]) == ["1", "2"]
+  for swept in (finished.results["layers"], *([] if scan else [finished.results["scanned"]])):
+    assert list(swept["jaxlora"]["seconds"]) == ["1", "2"]
+  assert (finished.results["scanned"] is None) == scan
   assert finished.results["calls"]["leaves"] > finished.results["calls"]["base_leaves"]
 
 
@@ -245,15 +249,15 @@ def test_a_slower_program_is_seen(bench):
 def test_the_cache_decodes_what_the_whole_sequence_gives(bench):
   model = bench.models.LanguageModel(32, 64, 2, 8)
   params = bench.models.init(model)
-  tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 32)
+  tokens = np.random.default_rng(0).integers(0, 32, (2, 8), np.int32)
   decoder = model.clone(decode=True)
+  step = jax.jit(lambda variables, token, k: decoder.apply(variables, token, start=k, mutable=["cache"]))
   cache, logits = bench.models.empty_cache(decoder, 2), []
   for k in range(8):
-    variables = {"params": params, "cache": cache}
-    out, variables = decoder.apply(variables, tokens[:, k : k + 1], start=k, mutable=["cache"])
+    out, variables = step({"params": params, "cache": cache}, tokens[:, k : k + 1], k)
     cache = variables["cache"]
     logits.append(out)
-  np.testing.assert_allclose(np.concatenate(logits, 1), model.apply({"params": params}, tokens), atol=1e-4)
+  np.testing.assert_allclose(np.concatenate(logits, 1), jax.jit(model.apply)({"params": params}, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize(

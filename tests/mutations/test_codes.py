@@ -9,7 +9,7 @@ from jaxlora._platform.wait import at_once
 from jaxlora._quant import again, array, blocks, encode, formats
 from jaxlora._transform import coded, coded_equations, moves, product, wrap
 from jaxlora.quant import _plan, _quantize, _report
-from tests.mutations.seeding import Bug, assert_caught, each, edited
+from tests.mutations.seeding import Bug, assert_can_be_seeded, assert_caught, each, edited
 from tests.quant import (
   test_formats,
   test_host,
@@ -210,3 +210,7 @@ BUGS = [
 @each(BUGS)
 def test_the_suite_fails_on(bug):
   assert_caught(bug)
+
+
+def test_each_can_be_seeded():
+  assert_can_be_seeded(BUGS)

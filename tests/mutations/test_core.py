@@ -38,7 +38,7 @@ from tests._transform import test_placement as transform_placement
 from tests._weight import test_placement, test_weight
 from tests.checkpoint import test_round_trips
 from tests.init import test_from_data
-from tests.mutations.seeding import Bug, assert_caught, each, edited
+from tests.mutations.seeding import Bug, assert_can_be_seeded, assert_caught, each, edited
 from tests.peft import test_modules
 from tests.serving import test_cache, test_rows
 
@@ -375,3 +375,7 @@ BUGS = [
 @each(BUGS)
 def test_the_suite_fails_on(bug):
   assert_caught(bug)
+
+
+def test_each_can_be_seeded():
+  assert_can_be_seeded(BUGS)

@@ -19,7 +19,7 @@ from tests._adapt import test_adapt, test_initializers
 from tests._transform import test_oracle
 from tests._weight import test_variants
 from tests.arithmetic import test_arithmetic
-from tests.mutations.seeding import Bug, assert_caught, each
+from tests.mutations.seeding import Bug, assert_can_be_seeded, assert_caught, each
 from tests.svd import test_decompose
 
 FACTORS, MERGED = LoraWeight.factors, merge._merged
@@ -194,3 +194,7 @@ BUGS = [
 @each(BUGS)
 def test_the_suite_fails_on(bug):
   assert_caught(bug)
+
+
+def test_each_can_be_seeded():
+  assert_can_be_seeded(BUGS)

@@ -27,7 +27,7 @@ from tests._weight import test_variants
 from tests.arithmetic import test_arithmetic
 from tests.checkpoint import test_refusals
 from tests.init import test_from_data
-from tests.mutations.seeding import Bug, altered, assert_caught, each
+from tests.mutations.seeding import Bug, altered, assert_can_be_seeded, assert_caught, each
 from tests.peft import test_round_trips
 from tests.serving import test_rows
 from tests.svd import test_decompose
@@ -260,3 +260,7 @@ BUGS = [
 @each(BUGS)
 def test_the_suite_fails_on(bug):
   assert_caught(bug)
+
+
+def test_each_can_be_seeded():
+  assert_can_be_seeded(BUGS)
