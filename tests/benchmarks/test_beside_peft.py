@@ -1,4 +1,4 @@
-"""The language model's example beside the real PEFT on torch: the same losses, step by step, on a tiny model.
+"""What runs the real PEFT on torch: the language model's example, whose losses are the same, and a step on codes.
 
 Needs torch, in a run of its own: `USE_TORCH=1 python -m pytest -n 0 tests/benchmarks/test_beside_peft.py`.
 """
@@ -13,7 +13,7 @@ if os.environ.get("USE_TORCH") != "1":
   pytest.skip("needs torch, in a run of its own: USE_TORCH=1", allow_module_level=True)
 pytest.importorskip("torch", reason="PEFT is torch's")
 
-from tests.helpers import tiny_llm
+from tests.helpers import bench_scripts, tiny_llm
 
 tiny_llm.need_packages()
 
@@ -35,3 +35,16 @@ def test_the_losses_agree_and_what_is_done_is_not_done_again(tmp_path, capsys, m
     monkeypatch.setattr(llm.beside_peft.subprocess, "run", None)
     assert llm.beside_peft.main([*words, "--threads=1"]) == found
     assert np.isfinite(losses).all()
+
+
+def test_peft_trains_on_bitsandbytes_codes(tmp_path):
+  pytest.importorskip("bitsandbytes", reason="PEFT's codes are bitsandbytes'")
+  sizes = ["--d=64", "--layers=1", "--batch=2", "--seq=8", "--rank=2", "--vocabulary=32", "--rounds=1", "--threads=1"]
+  with bench_scripts.modules("quantized_torch") as bench:
+    script = bench.quantized_torch
+    finished = bench_scripts.finish(script.main, [*sizes, "--quiet"], tmp_path)  # raises where one does not train
+    assert json.loads((tmp_path / "quantized_torch.json").read_text()) == finished.results
+    assert (tmp_path / "quantized_torch.png").read_bytes().startswith(b"\x89PNG")
+    assert finished.results["over_floats"][script.FLOATS]["median"] == 1
+    table = script.tables(finished.results)
+    assert all(f"\n| {name} | " in table for name in script.FORMATS)

@@ -15,6 +15,9 @@ for package in ("matplotlib", "tqdm"):
 MODULES = (
   "compiled",
   "compiled_forward",
+  "compiled_suite",
+  "seven_billion",
+  "decoding",
   "ahead",
   "chips",
   "contestants",
@@ -25,6 +28,7 @@ MODULES = (
   "report",
 )
 TINY = ["--d=128", "--layers=2", "--batch=2", "--seq=128", "--rank=2", "--vocabulary=32", "--rounds=2", "--quiet"]
+NAMED = ("jax", "flax", "qwix", "libtpu")  # versions that tables name, of which qwix may not be installed
 HERE = ["frozen floor", "full fine-tuning", "nnx.LoRA", "jaxlora", "jaxlora, TrainState", "jaxlora, no recompute"]
 
 
@@ -86,6 +90,41 @@ def test_a_scanned_step_has_cycles_for_every_layer_and_neither_flops_nor_bytes(b
   assert few["flops"] is None
   assert few["bytes"] is None
   assert 1.5 < many["cycles"] / few["cycles"] < 2
+
+
+def test_the_suite_of_settings(bench, tmp_path, monkeypatch):
+  needs(bench, "v5e:2x2")
+  suite = bench.compiled_suite
+  tiny = suite.Setting("tiny", {"width": 128, "batch": 2, "seq": 128, "rank": 2, "vocabulary": 32, "layers": 1})
+  monkeypatch.setattr(suite, "ROWS", {"v5e:2x2": (tiny,)})
+  finished = bench_scripts.finish(suite.main, ["--chips=v5e", "--only=jaxlora", "--quiet"], tmp_path)
+  (row,) = finished.results["rows"]["v5e:2x2"].values()
+  assert list(row) == ["frozen floor", "jaxlora"]
+  assert all(figures["cycles"] > 0 and figures["temp"] > 0 for figures in row.values())
+  assert "libtpu" in finished.results["versions"]
+  assert "\n| v5e | tiny | " in suite.tables(finished.results | {"versions": dict.fromkeys(NAMED, "1")})
+
+
+def test_a_step_on_codes_holds_less(bench, tmp_path):
+  needs(bench, "v5e:2x2")
+  script = bench.seven_billion
+  options = ["--quick", "--quiet", "--seq=128", "--only=float base|nf4, double"]
+  rows = bench_scripts.finish(script.main, options, tmp_path).results["rows"]
+  floats, codes = rows["float base"], rows["nf4, double"]
+  assert floats["fits"]
+  assert codes["fits"]
+  assert codes["bytes"]["argument"] < floats["bytes"]["argument"]
+  assert 0 < script.total(codes) < script.GIB
+
+
+def test_a_way_of_decoding_in_a_step(bench, tmp_path, monkeypatch):
+  needs(bench, "v5e:2x2")
+  monkeypatch.setattr(bench.decoding, "WAYS", {"index": bench.decoding.WAYS["index"]})
+  small = [option for option in TINY if "layers" not in option]
+  finished = bench_scripts.finish(bench.decoding.main, [*small, "--layers=1", "--chip=v5e:2x2", "--bf16"], tmp_path)
+  assert finished.results["floats"]["cycles"] > 0
+  assert finished.results["rows"]["index"]["cycles"] > 0
+  assert "not run: these are no times" in finished.printed
 
 
 def test_a_gpu_that_is_not_here(bench, tmp_path):
