@@ -17,6 +17,7 @@ from jaxlora._adapt.adapt import adapt
 from jaxlora._adapt.config import LoraConfig
 from jaxlora._adapt.halves import join, split
 from jaxlora._adapt.merge import merge, strip
+from jaxlora._adapt.resize import resize
 from jaxlora._adapt.summary import LeafSummary, Summary, summary
 from jaxlora._base.matrix import LowRank
 from jaxlora._base.rounding import RoundingWarning
@@ -100,6 +101,7 @@ __all__ = [
   "quantize_with_report",
   "register_product",
   "register_variant",
+  "resize",
   "route",
   "scale",
   "sensitivity",

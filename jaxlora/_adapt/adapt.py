@@ -10,6 +10,7 @@ from jaxlora._adapt.config import LeafPlan, LoraConfig
 from jaxlora._adapt.from_floats import started
 from jaxlora._adapt.initializers import INITIALIZERS, FromWeight, from_weight, gives_both, kaiming
 from jaxlora._adapt.plan import plan_tree
+from jaxlora._adapt.tokens import with_rows
 from jaxlora._base.checks import is_abstract
 from jaxlora._base.coded import decoded, is_coded, type_of_leaf
 from jaxlora._base.dtypes import wide
@@ -102,6 +103,8 @@ def adapt(
       values = plan.floats.get(path)
       make = _abstract if is_abstract(leaf) or is_abstract(values) else _factored
       return make(leaf, values, *plan.adapted[path], path not in plan.unsure, key, drawn)
+    if path in plan.tables:
+      return with_rows(leaf, *plan.tables[path], config.dtype)
     if path in plan.whole:
       value = decoded(on_device(leaf)) if is_coded(leaf) and not is_abstract(leaf) else leaf
       whole = type_of_leaf(leaf) if is_abstract(leaf) else jnp.array(value, copy=True)

@@ -15,6 +15,7 @@ from jaxlora._adapt.fields import (
   checked_mapping,
   checked_pattern,
   checked_roles,
+  checked_tokens,
 )
 from jaxlora._adapt.recommended import rate_for, with_experts
 from jaxlora._base.patterns import Pattern, first_match
@@ -40,6 +41,8 @@ class LoraConfig:
     exclude: a pattern of leaves that `targets` matches and that stay frozen all the same.
     overrides: regex -> fields of its own (any of rank, alpha, scaling, init, zero, dropout, dtype, variant).
     axes: regex -> role string, one letter per axis: `i` contracted, `o` free, `s` stacked (`"sio"`: experts).
+    tokens: regex -> token ids: of an embedding, tied to the head or not, or of a head, the rows of these tokens train
+      and nothing else. The pattern's leaves get no factors; state, moments and files hold those rows alone.
     train: a pattern of leaves trained whole, such as biases, norms or a new head. Wins over `targets`.
     scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / sqrt(rank), Kalajdzievski 2023, arXiv:2312.03732).
     init: how A starts, where B starts at zero: `"kaiming"`, `"he_uniform"` or `"gaussian"`. Or how both start, with an
@@ -89,17 +92,18 @@ class LoraConfig:
   dtype: Any = None
   variant: str = "lora"
   zero: str = "b"
+  tokens: Mapping[str, Sequence[int]] | None = None
 
   def __post_init__(self):
     checked = {field: CHECKS[field](getattr(self, field), field) for field in OVERRIDABLE}
     for field in ("targets", "exclude", "train"):
       checked[field] = checked_pattern(getattr(self, field), field)
-    for field, check in (("axes", checked_roles), ("overrides", checked_fields)):
+    for field, check in (("axes", checked_roles), ("overrides", checked_fields), ("tokens", checked_tokens)):
       checked[field] = checked_mapping(getattr(self, field), field, check)
-    if checked["targets"] == () and checked["train"] is None:
+    if checked["targets"] == () and checked["train"] is None and not checked["tokens"]:
       raise ValueError(
         "LoraConfig.targets: found an empty list and no train=: nothing would be trained. Name what to adapt, or say"
-        " train= to train leaves whole and adapt none."
+        " train= to train leaves whole, or tokens= to train rows of a table, and adapt none."
       )
     for field, value in checked.items():
       object.__setattr__(self, field, value)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxlora._adapt.initializers import INITIALIZERS, INITS, gives_both
 from jaxlora._base.dtypes import holds_factors
 from jaxlora._base.patterns import compile_regex, validate_pattern
+from jaxlora._base.text import listed
 from jaxlora._weight.roles import ROLES
 from jaxlora._weight.variant import VARIANTS
 from jaxlora._weight.weight import SCALINGS
@@ -24,6 +25,8 @@ PRESETS = (ALL_LINEAR, ATTENTION)
 OVERRIDABLE = ("rank", "alpha", "scaling", "init", "zero", "dropout", "dtype", "variant")
 
 ZEROS = ("a", "b")
+
+MOST_TOKENS = 2**24  # of which a tree can number the rows
 
 
 class Frozen(Mapping[str, Any]):
@@ -96,6 +99,19 @@ def checked_roles(value: Any, field: str) -> str:
       " lies between contracted and free axes."
     )
   return value
+
+
+def checked_tokens(value: Any, field: str) -> tuple[int, ...]:
+  """One entry of `tokens`: a list of different token ids."""
+  try:
+    ids = tuple(operator.index(token) for token in value) if not isinstance(value, (str, Mapping)) else ()
+  except TypeError:
+    ids = ()
+  if not ids or any(isinstance(token, bool) for token in value) or not all(0 <= token <= MOST_TOKENS for token in ids):
+    raise ValueError(f"LoraConfig.{field}: found {value!r}, expected a list of token ids, such as [50256, 50257].")
+  if twice := sorted({token for token in ids if ids.count(token) > 1}):
+    raise ValueError(f"LoraConfig.{field}: found {listed([*map(str, twice)])} twice, expected each token once.")
+  return ids
 
 
 def checked_fields(value: Any, field: str) -> Frozen:

@@ -13,6 +13,7 @@ from jaxlora._adapt.initializers import INITIALIZERS, gives_both
 from jaxlora._adapt.layouts import Layouts
 from jaxlora._adapt.probe import study
 from jaxlora._adapt.targets import select
+from jaxlora._adapt.tokens import tables_of
 from jaxlora._base.checks import is_foreign
 from jaxlora._base.dtypes import holds_factors
 from jaxlora._base.paths import flatten
@@ -35,6 +36,7 @@ class Plan:
     whole: paths of those that train whole.
     unsure: paths of adapted leaves whose roles no certain evidence tells.
     floats: path -> what a base of codes was made of, for those that start from it.
+    tables: path -> roles and tokens of those of which rows train.
   """
 
   leaves: dict[str, Any]
@@ -43,6 +45,7 @@ class Plan:
   whole: set[str]
   unsure: set[str]
   floats: dict[str, Any]
+  tables: dict[str, tuple[str, tuple[int, ...]]]
 
 
 def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | None = None, floats: Any = None) -> Plan:
@@ -60,7 +63,8 @@ def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | Non
   given = {path: roles for path in leaves if (roles := first_match(config.axes, path)) is not None}
   seen = None if probe is None else dict(zip(leaves, study(probe, params), strict=True))
   layouts = Layouts.of_tree(params, leaves, given, seen)
-  targets, whole = select(config, leaves, layouts)
+  tables = tables_of(config.tokens, leaves, layouts)
+  targets, whole = select(config, leaves, layouts, tables)
   adapted, unsure, untold = {}, set(), []
   for path, leaf in leaves.items():
     if path in targets and (found := _roles(path, leaf, layouts)) is not None:
@@ -75,7 +79,7 @@ def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | Non
       _check_plan(path, leaf, *adapted[path])
     elif path in whole:
       _check_trainable(path, leaf)
-  return Plan(leaves, treedef, adapted, whole, unsure, _floats(leaves, adapted, floats))
+  return Plan(leaves, treedef, adapted, whole, unsure, _floats(leaves, adapted, floats), tables)
 
 
 def _floats(leaves: dict[str, Any], adapted: dict[str, tuple[str, LeafPlan]], floats: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Which leaves a config picks: patterns, presets, and the evidence on the tree."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 import re
 from typing import Any
 import warnings
@@ -32,17 +32,27 @@ _PROJECTION = re.compile(r"(?:to_|w)?(?:query|key|value|out|q|k|v|o|kv|qkv)(?:_?
 _ATTENTION_MODULE = re.compile(r".*(?:attn|attention).*", re.IGNORECASE)
 
 
-def select(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts) -> tuple[set[str], set[str]]:
-  """The paths to adapt and the paths to train whole.
+def select(
+  config: LoraConfig, leaves: LeavesByPath, layouts: Layouts, tables: Collection[str] = ()
+) -> tuple[set[str], set[str]]:
+  """The paths to adapt and the paths to train whole; `tables` are those of which rows train.
 
   Raises:
     ValueError: if nothing is left to do, or if a pattern of the config picks nothing.
   """
   whole = _pick(config.train, "train", leaves, layouts, kernels_only=False) if config.train is not None else set()
   targets = _targets(config, leaves, layouts, whole) - whole
+  if config.targets in (ALL_LINEAR, ATTENTION):
+    targets -= {*tables}
   if config.exclude is not None:
     targets -= _pick(config.exclude, "exclude", leaves, layouts, kernels_only=False)
-  if not targets and config.targets != ():
+  if twice := sorted({*tables} & (targets | whole)):
+    field, remedy = ("train", "") if twice[0] in whole else ("targets", f" (exclude={re.escape(twice[0])!r})")
+    raise ValueError(
+      f"LoraConfig.tokens: {listed(twice)}: rows of it train, and {field} picks it, too. Leave it out of one of"
+      f" them{remedy}."
+    )
+  if not targets and config.targets != () and not tables:
     raise ValueError(
       f"LoraConfig.targets: {config.targets!r} leaves nothing to adapt after exclude={config.exclude!r} and"
       f" train={config.train!r}. Widen targets, or narrow exclude or train; targets=[] adapts none and trains whole"
@@ -50,7 +60,7 @@ def select(config: LoraConfig, leaves: LeavesByPath, layouts: Layouts) -> tuple[
     )
   for field in ("overrides", "axes"):
     for pattern in getattr(config, field) or {}:
-      if not any(re.fullmatch(pattern, path) for path in targets):
+      if not any(re.fullmatch(pattern, path) for path in targets | ({*tables} if field == "axes" else set())):
         raise no_match_error(
           f"LoraConfig.{field}[{pattern!r}]", pattern, sorted(targets), "adapted leaves", _left_out(pattern, leaves)
         )

@@ -1,6 +1,8 @@
 """Adapted leaves: roles of axes, variants, `LoraWeight` and `FullWeight`, and trees that hold them."""
 
 from jaxlora._weight.family import FAMILY
-from jaxlora._weight.variant import VARIANTS
+from jaxlora._weight.tokens import NAME, TOKENS
+from jaxlora._weight.variant import UNLISTED, VARIANTS
 
 VARIANTS.update(FAMILY)
+UNLISTED[NAME] = TOKENS

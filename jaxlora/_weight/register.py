@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxlora._weight.family import FAMILY
 from jaxlora._weight.start import Start, over_outputs
-from jaxlora._weight.variant import VARIANTS, Shapes, Variant
+from jaxlora._weight.variant import VARIANTS, Shapes, Variant, is_variant
 
 LABELS = ("a", "b", "magnitude")  # those that `labels` gives to low-rank weights
 
@@ -76,7 +76,7 @@ def register_variant(name: str, variant: Variant) -> None:
   """
   if not isinstance(name, str) or not name:
     raise TypeError(f"register_variant: name is {name!r}, expected a non-empty string.")
-  if name in VARIANTS:
+  if is_variant(name):
     raise ValueError(f"register_variant: {name!r} is registered already; expected a new name.")
   if not isinstance(variant, Variant):
     raise TypeError(f"register_variant: {name!r} is {variant!r}, expected a jaxlora.Variant.")

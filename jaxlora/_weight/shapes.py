@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlora._weight.tokens import NAME
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 
 
@@ -17,6 +18,11 @@ def shape_of_leaf(leaf: Any) -> tuple[int, ...]:
 
 
 def _shape_by_factors(node: LoraWeight) -> tuple[int, ...]:
+  if node.variant == NAME:
+    raise ValueError(
+      "rows of tokens do not say how long their table is, and this half of a tree has no table: pass the whole tree,"
+      " jaxlora.join(frozen, trainable)."
+    )
   a, b, stack = list(node.a.shape), list(node.b.shape), node.roles.count("s")
   sizes = {"s": iter(a[:stack]), "i": iter(a[stack + 1 :]), "o": iter(b[stack + 1 :])}
   return tuple(next(sizes[role]) for role in node.roles)

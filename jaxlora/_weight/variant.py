@@ -56,6 +56,13 @@ class Variant(NamedTuple):
 
 VARIANTS: dict[str, Variant] = {}  # filled in the package's `__init__`, and by `register_variant`
 
+UNLISTED: dict[str, Variant] = {}  # those that a config makes by a field of their own
+
+
+def is_variant(name: str) -> bool:
+  """Whether a weight can be of a variant of that name."""
+  return name in VARIANTS or name in UNLISTED
+
 
 def variant_named(name: str) -> Variant:
   """The record of a variant.
@@ -63,9 +70,9 @@ def variant_named(name: str) -> Variant:
   Raises:
     ValueError: if no variant has that name, with those that exist.
   """
-  if name not in VARIANTS:
+  if not is_variant(name):
     raise ValueError(
       f"variant {name!r} is not registered; expected one of {', '.join(map(repr, VARIANTS))}. Register it first"
       " (jaxlora.register_variant)."
     )
-  return VARIANTS[name]
+  return VARIANTS[name] if name in VARIANTS else UNLISTED[name]

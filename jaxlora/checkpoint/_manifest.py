@@ -17,7 +17,7 @@ from jaxlora._weight.aside import Aside
 from jaxlora._weight.checks import check_weight
 from jaxlora._weight.fingerprint import prints
 from jaxlora._weight.tree import base_tree
-from jaxlora._weight.variant import VARIANTS
+from jaxlora._weight.variant import is_variant
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node, parts
 from jaxlora.checkpoint._arrays import Arrays, entry_of, has_fingerprints, value_of
 from jaxlora.checkpoint._errors import CheckpointError
@@ -86,7 +86,7 @@ def node_of(leaf: Mapping[str, Any], arrays: Mapping[str, Any], base: Any) -> An
   static = {name: value for name, value in leaf.items() if name not in ("path", "kind", "shape", "arrays")}
   known = {field.name for field in dataclasses.fields(kind) if field.metadata.get("static")} if kind else set()
   strange = [name for name in static if name not in known] if kind else [leaf["kind"]]
-  if static.get("variant", "lora") not in VARIANTS:
+  if not is_variant(static.get("variant", "lora")):
     strange.append(static["variant"])
   if kind is None or strange:
     raise CheckpointError(

@@ -105,16 +105,16 @@ class TokenRows:
   indices: tuple[int, ...]
   rows: np.ndarray
 
-  def put_into(self, name: str, table: np.ndarray) -> np.ndarray:
-    """The weight, (vocabulary, features), with these rows.
+  def check(self, name: str, shape: Sequence[int]) -> None:
+    """Raises `PeftError` unless a weight of this shape, (vocabulary, features), has these rows."""
+    if len(shape) != 2 or shape[1] != self.rows.shape[1]:
+      raise PeftError(f"{name}: shape {tuple(shape)}, and the rows of its tokens have {self.rows.shape[1]} features.")
+    if max(self.indices, default=0) >= shape[0]:
+      raise PeftError(f"{name}: {shape[0]} tokens, and the adapter has rows for token {max(self.indices)}. {RESIZE}")
 
-    Raises:
-      PeftError: if it has not so many, or others.
-    """
-    if table.ndim != 2 or table.shape[1] != self.rows.shape[1]:
-      raise PeftError(f"{name}: shape {table.shape}, and the rows of its tokens have {self.rows.shape[1]} features.")
-    if max(self.indices, default=0) >= len(table):
-      raise PeftError(f"{name}: {len(table)} tokens, and the adapter has rows for token {max(self.indices)}. {RESIZE}")
+  def put_into(self, name: str, table: np.ndarray) -> np.ndarray:
+    """The weight, (vocabulary, features), with these rows; raises as `check` does."""
+    self.check(name, table.shape)
     changed = np.array(table)
     changed[list(self.indices)] = self.rows.astype(table.dtype)
     return changed

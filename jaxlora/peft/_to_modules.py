@@ -20,12 +20,13 @@ from jaxlora.peft._layout import factors_to_torch, magnitude_to_torch, weight_to
 from jaxlora.peft._model import TorchModel
 from jaxlora.peft._names import Names, check_names
 from jaxlora.peft._packed import packed_problems
-from jaxlora.peft._records import Adapter, Module, PeftError, fail, raise_problems
+from jaxlora.peft._records import Adapter, Module, PeftError, TokenRows, fail, raise_problems
 from jaxlora.peft._roles import Axes, KnownRoles, confirmed, known_roles, roles_of_layer, shape_of_leaf
 from jaxlora.peft._serve_checks import HEADS, module_saved_with
 from jaxlora.peft._state import not_finite, state_of
 from jaxlora.peft._tied import HEADLESS, NEVER_CALLED, head_name, is_embedding, is_shared, tied_head
 from jaxlora.peft._tied_leaves import own_head
+from jaxlora.peft._tokens import is_rows, token_rows_of, without_rows
 
 
 def to_modules(tree: Any, *, names: Names = None, axes: Axes = None) -> Adapter:
@@ -72,6 +73,7 @@ def module_sizes(tree: Any, names: Names, axes: Axes) -> dict[str, int] | None:
 
   `None` for the trainable half of a tree, which has but some of them.
   """
+  tree = without_rows(tree)
   leaves = dict(flatten(tree, is_leaf=is_leaf_node)[0])
   model = TorchModel.of_leaves(leaves, names, known_roles(leaves, tree, axes, None), [])
   return None if model.module_names() is None else model.sizes()
@@ -82,6 +84,9 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
 
   The task tells which head torch's model has: PEFT takes those of some tasks from the file, trained or not.
   """
+  nodes = flatten(tree, is_leaf=is_leaf_node)[0]
+  rows = {path: token_rows_of(path, node, subject) for path, node in nodes if is_rows(node)}
+  tree = without_rows(tree)
   leaves = dict(flatten(tree, is_leaf=is_leaf_node)[0])
   check_names(names, leaves)
   problems: list[str] = []
@@ -94,7 +99,8 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
     model, known, {module.name for module in modules}, HEADS.get(str(task_type), ()), problems
   )
   modules, whole = named_for_torch(modules, whole, leaves, model.layers, model.targets, known.conv1d, problems)
-  if not modules and not whole and not problems:
+  tokens = _named_rows(rows, model, problems)
+  if not modules and not whole and not rows and not problems:
     raise ValueError(f"{subject}: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
   _check_together(modules, problems)
   by_name, packed = {module.name: module for module in modules}, model.packed()
@@ -116,10 +122,26 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   )
   if tied is not None:
     config["ensure_weight_tying"] = True
-  adapter = Adapter(by_name, whole, {}, config, packed=packed)
+  if tokens:
+    config["trainable_token_indices"] = {
+      name.removesuffix(".weight"): list(table.indices) for name, table in tokens.items()
+    }
+  adapter = Adapter(by_name, whole, {}, config, packed=packed, tokens=tokens)
   if broken := not_finite(state_of(adapter)):
     raise fail(subject, broken, "Training has diverged: go back to an earlier checkpoint; nothing was written.")
   return adapter
+
+
+def _named_rows(rows: dict[str, TokenRows], model: TorchModel, problems: list[str]) -> dict[str, TokenRows]:
+  """The rows of tokens by the names of torch's parameters."""
+  found = {path: model.targets[path] for path in rows if path in model.targets}
+  problems += [
+    f"{path}: rows of it train, and PEFT has those of a module's weight alone. Give names= with a torch name, or merge"
+    " it into the base (jaxlora.merge)"
+    for path in rows
+    if path not in found or found[path].parameter != "weight"
+  ]
+  return {f"{target.module}.weight": rows[path] for path, target in found.items()}
 
 
 def _tied_table(model: TorchModel, subject: str) -> tuple[str, str] | None:

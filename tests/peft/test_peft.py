@@ -50,7 +50,7 @@ def merged(node):
     return np.asarray(node.value)
   if not isinstance(node, jaxlora.LoraWeight):
     return np.asarray(node)
-  if node.extra:
+  if node.extra or node.variant == "tokens":
     return np.asarray(node.materialize())  # the variants' own tests hold it to each paper's equation
   axes = {own: [d for d, role in enumerate(node.roles) if role in f"s{own}"] for own in "io"}
   stack, rank = node.roles.count("s"), len(node.roles)
@@ -582,6 +582,20 @@ def test_trainable_tokens(indices, tied, tmp_path):
   safetensors_torch.save_file(state, tmp_path / "adapter_model.safetensors")
   if not tied:
     assert_same(pair.apply(pair.load(tmp_path)), pair.logits(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_that_were_trained_here_go_to_peft(tied, tmp_path):
+  """Rows of an embedding, and of a tied head with it, or of a head of its own beside it."""
+  pair = gpt2() if tied else llama()
+  table, kernels = ("wte/embedding", "c_attn") if tied else ("embed_tokens/embedding|.*lm_head/kernel", "q_proj")
+  tree = adapt(pair, targets=[kernels], tokens={f".*{table}": [5, 0, 3]})
+  pair.save(tmp_path, tree)
+  held = load_file(tmp_path / "adapter_model.safetensors")
+  assert [x.shape[0] for key, x in held.items() if "trainable_tokens_delta" in key] == [3] * (1 if tied else 2)
+  model = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch_model), tmp_path)
+  assert_same(pair.apply(tree), pair.logits(model))
+  assert_same(pair.apply(pair.load(tmp_path)), pair.logits(model))
 
 
 @pytest.mark.parametrize(
