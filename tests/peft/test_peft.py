@@ -758,3 +758,55 @@ def test_a_head_of_several_layers(train, tmp_path):
       )
       parameter.copy_(torch.from_numpy(np.array(value)))
     assert_same(model(input_ids=ids).logits.numpy(), base(ids).logits.numpy())
+
+
+class Experts(torch.nn.Module):
+  """All experts in one parameter for each of their two layers, as transformers has them."""
+
+  def __init__(self, inputs_first):
+    super().__init__()
+    sized = lambda ins, outs: torch.randn((3, ins, outs) if inputs_first else (3, outs, ins))
+    self.gate_up_proj, self.down_proj = (torch.nn.Parameter(sized(*size)) for size in ((4, 10), (5, 4)))
+    self.is_transposed = inputs_first  # read by PEFT
+
+  def forward(self, x):
+    up, down = (w if self.is_transposed else w.mT for w in (self.gate_up_proj, self.down_proj))
+    gate, h = torch.einsum("td,edf->etf", x, up).chunk(2, -1)
+    return torch.einsum("etf,efd->td", torch.nn.functional.silu(gate) * h, down)
+
+
+@pytest.mark.parametrize("inputs_first", [True, False])
+def test_experts_in_one_parameter_go_both_ways_are_merged_and_extracted(inputs_first, tmp_path):
+  torch.manual_seed(0)
+  model = torch.nn.Module()
+  model.experts = Experts(inputs_first)
+  model.forward = lambda x: model.experts(x)
+  fresh, x, roles = copy.deepcopy(model.experts), torch.randn(6, 4), {".*": "sio" if inputs_first else "soi"}
+  params = {"experts": {name: jnp.asarray(w.detach().numpy().copy()) for name, w in fresh.named_parameters()}}
+  config = peft.LoraConfig(
+    r=2,
+    lora_alpha=4,
+    target_modules=[],
+    target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    init_lora_weights=False,
+  )
+  adapted = peft.get_peft_model(model, config)
+  with torch.no_grad():
+    y = adapted(x).numpy()
+  adapted.save_pretrained(tmp_path / "peft")
+  tree = jaxlora.peft.load(tmp_path / "peft", params, axes=roles)
+  tuned = {name: w.detach().numpy() for name, w in adapted.merge_and_unload().experts.named_parameters()}
+  merged = jaxlora.merge(tree)["experts"]
+  for name, w in tuned.items():  # an update in each expert of each parameter
+    np.testing.assert_allclose(merged[name], w, atol=1e-6)
+    assert (np.abs(w - params["experts"][name]).max((1, 2)) > 0.01).all()
+  config = jaxlora.LoraConfig(rank=2, targets=".*", axes=roles)
+  found = jaxlora.svd.extract(params, {"experts": jax.tree.map(jnp.asarray, tuned)}, rank=2, config=config)
+  for name, way in (("written", tree), ("extracted", found)):
+    jaxlora.peft.save(tmp_path / name, way)
+    again = torch.nn.Module()
+    again.experts = copy.deepcopy(fresh)
+    again.forward = lambda x, again=again: again.experts(x)
+    with torch.no_grad():
+      back = peft.PeftModel.from_pretrained(again, tmp_path / name)(x).numpy()
+    np.testing.assert_allclose(back, y, atol=1e-4 * np.abs(y).max())
