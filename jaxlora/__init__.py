@@ -9,8 +9,11 @@ without touching the function; gradients, optimizer state and checkpoints hold o
 
 What belongs together has a face of its own as well: `jaxlora.svd`, `jaxlora.arithmetic`, `jaxlora.init`,
 `jaxlora.losses`, `jaxlora.quant`, `jaxlora.serving`, `jaxlora.sharding`, and, imported where they are used,
-`jaxlora.checkpoint`, `jaxlora.hub` and `jaxlora.peft`.
+`jaxlora.checkpoint`, `jaxlora.hub`, `jaxlora.nnx` and `jaxlora.peft`.
 """
+
+import importlib
+from typing import Any
 
 from jaxlora import arithmetic, init, losses, serving, sharding, svd
 from jaxlora._adapt.adapt import adapt
@@ -119,3 +122,10 @@ __all__ = [
   "variants",
   "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  """`jaxlora.nnx`, which imports flax, when it is first used."""
+  if name == "nnx":
+    return importlib.import_module("jaxlora.nnx")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import jax
 from jaxlora._base.paths import flatten, path_string
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_weight
-from jaxlora._weight.tree import adapted_leaves, check_adapted, is_half_leaf, map_adapted
+from jaxlora._weight.tree import adapted_leaves, check_adapted, is_half_leaf, map_adapted, opened
 from jaxlora._weight.weight import LoraWeight, is_adapted, parts, trained_parts, with_parts
 
 
@@ -37,6 +37,7 @@ def split(tree: Any) -> tuple[Any, Any]:
     {'bias': None, 'kernel': LoraWeight(6x5 io, rank 2, f32, without base)}
     >>> opt_state = optax.adamw(1e-4).init(trainable)
   """
+  tree = opened(tree)
   check_adapted(tree, "split")
 
   def without(node: Any, trained: bool) -> Any:

@@ -17,7 +17,7 @@ from jaxlora._base.rounding import RoundingWarning, notable
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts, check_together, check_values, check_weight
 from jaxlora._weight.partitioned import with_plain_boxes
-from jaxlora._weight.tree import adapted_leaves, map_adapted
+from jaxlora._weight.tree import adapted_leaves, map_adapted, opened
 from jaxlora._weight.weight import FullWeight, is_adapted, is_leaf_node, parts
 
 
@@ -48,6 +48,7 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
     >>> jax.tree.map(jnp.shape, merge(tree))
     {'bias': (5,), 'kernel': (6, 5)}
   """
+  tree = opened(tree)
   nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
   adapted = [(path, node) for path, node in nodes if is_adapted(node)]
   for path, node in adapted:
@@ -152,6 +153,7 @@ def strip(tree: Any) -> Any:
     >>> strip(tree)["kernel"] is params["kernel"]
     True
   """
+  tree = opened(tree)
   for path, node in adapted_leaves(tree):
     check_parts(node, f"strip: {path}", ("base",))
   return with_plain_boxes(map_adapted(lambda w: w.base, lambda w: w.base, lambda x: x, tree))

@@ -21,6 +21,7 @@ from jaxlora._base.patterns import first_match
 from jaxlora._base.text import listed
 from jaxlora._quant.array import check_quantized
 from jaxlora._weight.roles import fan
+from jaxlora._weight.tree import opened
 from jaxlora._weight.variant import variant_named
 from jaxlora._weight.weight import is_adapted, is_leaf_node
 
@@ -52,6 +53,7 @@ def plan_tree(params: Any, config: LoraConfig, probe: Callable[[Any], Any] | Non
   """The plan of a tree, checked; see `adapt` for the arguments and the errors."""
   if not isinstance(config, LoraConfig):
     raise TypeError(f"adapt: config is {config!r}, expected a jaxlora.LoraConfig.")
+  params = opened(params)
   nodes, treedef = flatten(params, is_leaf=is_leaf_node)
   if not nodes:
     raise ValueError("adapt: the tree has no leaves; pass the model's parameters.")

@@ -13,7 +13,7 @@ from jaxlora._base.coded import type_of_leaf
 from jaxlora._base.paths import flatten
 from jaxlora._base.sizes import bytes_of
 from jaxlora._base.text import folded, size, table
-from jaxlora._weight.tree import check_adapted
+from jaxlora._weight.tree import check_adapted, opened
 from jaxlora._weight.weight import LoraWeight, is_adapted, is_leaf_node, parts, trained_parts
 
 _ADAM_MOMENTS = 2
@@ -158,6 +158,7 @@ def summary(tree: Any) -> Summary:
   Raises:
     ValueError: if the tree has no adapted leaf, or is a half.
   """
+  tree = opened(tree)
   check_adapted(tree, "summary")
   nodes, _ = flatten(tree, is_leaf=is_leaf_node)
   leaves: list[LeafSummary] = []

@@ -20,24 +20,26 @@ from jaxlora._weight.weight import LoraWeight
 
 def with_own_names(tree: Any) -> Any:
   """The tree, freshly made, with boxes around adapted weights that name the axes of every part, and not the rank."""
+  return _map_boxes(named_box, tree)
 
-  def named(box: Any) -> Any:
-    plain: Any = type(box)
-    holds = isinstance(_value(box), LoraWeight) and names_of_axes(box) is not None
-    return _as_type(box, _named_type(plain)) if holds and not hasattr(plain, "_plain_type") else box
 
-  return _map_boxes(named, tree)
+def named_box(box: Any) -> Any:
+  """One box, as `with_own_names` leaves it."""
+  plain: Any = type(box)
+  holds = isinstance(_value(box), LoraWeight) and names_of_axes(box) is not None
+  return _as_type(box, _named_type(plain)) if holds and not hasattr(plain, "_plain_type") else box
 
 
 def with_plain_boxes(tree: Any) -> Any:
   """The inverse, for boxes that hold no adapted weight any longer."""
+  return _map_boxes(plain_box, tree)
 
-  def plain(box: Any) -> Any:
-    named: Any = type(box)
-    holds = isinstance(_value(box), LoraWeight)
-    return _as_type(box, named._plain_type) if hasattr(named, "_plain_type") and not holds else box
 
-  return _map_boxes(plain, tree)
+def plain_box(box: Any) -> Any:
+  """One box, as `with_plain_boxes` leaves it."""
+  named: Any = type(box)
+  holds = isinstance(_value(box), LoraWeight)
+  return _as_type(box, named._plain_type) if hasattr(named, "_plain_type") and not holds else box
 
 
 def _loaded(module: str, name: str) -> Any:

@@ -16,7 +16,7 @@ from jaxlora._version import __version__
 from jaxlora._weight.aside import Aside
 from jaxlora._weight.checks import check_weight
 from jaxlora._weight.fingerprint import prints
-from jaxlora._weight.tree import base_tree
+from jaxlora._weight.tree import base_tree, opened
 from jaxlora._weight.variant import is_variant
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node, parts
 from jaxlora.checkpoint._arrays import Arrays, entry_of, has_fingerprints, value_of
@@ -34,6 +34,7 @@ def manifest_of(tree: Any, metadata: Any, arrays: Arrays) -> dict[str, Any]:
   check_json(metadata, "metadata")
   if not isinstance(metadata, dict):
     raise CheckpointError(f"metadata: found {metadata!r}, expected a dict.")
+  tree = opened(tree)
   nodes, _ = flatten(tree, is_leaf=is_leaf_node)
   adapted = [(path, node) for path, node in nodes if is_adapted(node)]
   if not adapted:

@@ -11,6 +11,7 @@ from jaxlora._base.processes import spans_processes
 from jaxlora._weight.fingerprint import Print, prints, shape_of
 from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.placement import put_on, sharding_of
+from jaxlora._weight.tree import opened
 from jaxlora._weight.weight import is_adapted, is_leaf_node, parts, with_parts
 from jaxlora.checkpoint._arrays import as_jax_array
 from jaxlora.checkpoint._errors import CheckpointError, CheckpointWarning, one_error
@@ -20,6 +21,7 @@ from jaxlora.checkpoint._processes import together
 
 def rebuilt(manifest: Mapping[str, Any], arrays: Mapping[str, Any], params: Any, strict: bool, what: str) -> Any:
   """The adapted tree on the base `params`; `strict` decides whether a base that differs is an error or a warning."""
+  params = opened(params)
   nodes, treedef = flatten(params, is_leaf=is_leaf_node)
   if adapted := [path for path, node in nodes if is_adapted(node)]:
     raise CheckpointError(

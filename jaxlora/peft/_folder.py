@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from jaxlora._weight.tree import opened
 from jaxlora.peft._from_modules import check_base, tree_of_adapter
 from jaxlora.peft._names import Names
 from jaxlora.peft._read import read, read_with_keys
@@ -72,6 +73,7 @@ def save(
   Source: the format is that of `peft` 0.21, `peft/utils/save_and_load.py` and `peft/tuners/lora/`.
   """
   readers = tuple(dict.fromkeys(("peft", *readers_of(serve))))
+  tree = opened(tree)
   adapter = adapter_of_tree(tree, names, axes, "save", task_type)
   about = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
   adapter = dataclasses.replace(adapter, config=adapter.config | about)

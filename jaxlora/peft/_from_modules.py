@@ -13,6 +13,7 @@ from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.paths import flatten
 from jaxlora._base.rounding import RoundingWarning, lost_share, notable, same_but_for_rounding
 from jaxlora._weight.partitioned import with_own_names
+from jaxlora._weight.tree import opened
 from jaxlora._weight.weight import FullWeight, is_adapted, is_leaf_node
 from jaxlora.peft._conv1d import told_by_adapter, told_by_model
 from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts
@@ -78,7 +79,7 @@ def from_modules(
 
 def check_base(params: Any, names: Names, subject: str) -> None:
   """Raises unless `params` are plain parameters that `names` fits."""
-  leaves = dict(flatten(params, is_leaf=is_leaf_node)[0])
+  leaves = dict(flatten(opened(params), is_leaf=is_leaf_node)[0])
   for path, leaf in leaves.items():
     if is_adapted(leaf):
       raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 from jaxlora._base.paths import flatten
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts
+from jaxlora._weight.tree import opened
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 from jaxlora.peft._config import config_of
 from jaxlora.peft._conv1d import told_by_model
@@ -84,6 +85,7 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
 
   The task tells which head torch's model has: PEFT takes those of some tasks from the file, trained or not.
   """
+  tree = opened(tree)
   nodes = flatten(tree, is_leaf=is_leaf_node)[0]
   rows = {path: token_rows_of(path, node, subject) for path, node in nodes if is_rows(node)}
   tree = without_rows(tree)

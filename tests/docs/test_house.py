@@ -15,7 +15,7 @@ ROOT = Path(jaxlora.__file__).parent
 # From the ground floor up. A folder imports from those before it, never from those behind it.
 FLOORS = (
   "_version", "_base", "_files", "_jax", "_platform", "_weight", "_quant", "_transform", "_adapt", "_train", "svd",
-  "arithmetic", "init", "quant", "sharding", "losses", "serving", "checkpoint", "peft", "hub", "_cli",
+  "arithmetic", "init", "quant", "sharding", "losses", "serving", "checkpoint", "peft", "nnx", "hub", "_cli",
 )  # fmt: skip
 LONGEST_CHAIN = 12
 MOST_LINES = 350
