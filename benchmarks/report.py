@@ -61,6 +61,7 @@ TABLES = {
   "finetune_brief": _study("finetune", "finetuning:brief"),
   "sentence_encoder": _study("sentence_encoder", "sentences.results:tables"),
   "summarize": _study("summarize", "summaries.tables:tables"),
+  "dpo": _study("dpo", "preferences.tables:tables"),
   "llm_quantised": Table("examples/llm/sweep.py", "sweep.json", "lm.recorded:quantised"),
   "train_step": _benchmark("train_step"),
   "door": Table(
