@@ -10,6 +10,7 @@ import pytest
 
 import jaxlora
 from tests import helpers
+from tests.helpers import profiles
 from tests.helpers.adapters import trained
 from tests.helpers.compiled import traced
 
@@ -69,13 +70,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", profiles.some(CASES, "grouped", "heads in"))
 def test_registered_products_stay_factored(name):
   kernel, rule, data, weight, roles, rest = CASES[name]
   product = jaxlora.register_product(kernel, rule)
   helpers.check(lambda p, x: product(x, p["w"], *rest), adapted(weight, roles), (array(2, data),), 1e-5)
 
 
+@pytest.mark.nightly
 def test_the_weight_may_come_first_and_be_used_backwards():
   """`W x`, and a weight of which the free axes are summed."""
   product = jaxlora.register_product(einsum("nk,km->nm"), "nk,km->nm")
@@ -83,16 +85,12 @@ def test_the_weight_may_come_first_and_be_used_backwards():
   helpers.check(lambda p, x: product(p["w"], product(p["w"].T, x)), tree, (array(2, (7, 4)),), 1e-5)
 
 
+@pytest.mark.nightly
 def test_inside_of_control_flow():
   product = jaxlora.register_product(grouped, "mk,gkn,g->mn")
   body = jax.checkpoint(lambda x, w: (jnp.tanh(product(x, w, SIZES)), None))
   fn = lambda p, x: lax.scan(body, x, p["w"])[0]
   helpers.check(fn, adapted((2, 3, 5, 5), "ssio"), (array(2, (4, 5)),), 1e-5)
-
-
-def calls_of(fn, *args):
-  """The shapes of the weights that `grouped` is called on."""
-  return [eqn.invars[1].aval.shape for eqn in traced(fn, *args) if eqn.primitive.name == "jaxlora_product"]
 
 
 def test_the_kernel_is_called_as_it_is_and_twice_beside():
@@ -111,6 +109,7 @@ def test_a_kernel_that_is_not_registered_is_right_and_says_what_would_help():
     jaxlora.wrap(lambda p, x: grouped(x, p["w"], SIZES))(tree, x)
 
 
+@pytest.mark.nightly
 def test_a_derivative_of_its_own_is_the_one_that_is_used():
   """A kernel that gives a third of the gradient gives a third at each of the products."""
 
@@ -158,7 +157,7 @@ def test_a_pallas_kernel_with_another_function_for_its_thin_products():
   helpers.check(lambda p, x: product(x, p["w"]), tree, (x,), 1e-5)
 
 
-@pytest.mark.parametrize("made", ["variant", "codes", "roles", "vmap"])
+@pytest.mark.parametrize("made", profiles.some(["variant", "codes", "roles", "vmap"], "roles"))
 def test_what_the_rule_does_not_tell_is_formed_and_right(made):
   product = jaxlora.register_product(grouped, "mk,gkn,g->mn")
   fn, x = lambda p, x: product(x, p["w"], SIZES), array(2, (4, 32))
@@ -215,13 +214,18 @@ def rectified(x, w):
   return jax.nn.relu(x) @ w
 
 
-@pytest.mark.parametrize("fn", [biased, scaled, rectified])
+@pytest.mark.parametrize("fn", profiles.some([biased, scaled, rectified], biased))
 def test_an_example_finds_out_what_is_no_product(fn):
   example = array(1, (4, 5)), array(2, (5, 7))
   with pytest.raises(
     ValueError, match=f"register_product: {fn.__name__} is no product as 'mk,kn->mn' says: .*differ by"
   ):
     jaxlora.register_product(fn, "mk,kn->mn", example=example)
+
+
+@pytest.mark.nightly
+def test_an_example_agrees_with_a_product():
+  example = array(1, (4, 5)), array(2, (5, 7))
   jaxlora.register_product(jnp.matmul, "mk,kn->mn", example=example)
   jaxlora.register_product(grouped, "mk,gkn,g->mn", example=(array(1, (4, 5)), array(2, (3, 5, 7)), SIZES))
 

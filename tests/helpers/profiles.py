@@ -56,6 +56,11 @@ def halved(cases: Iterable[Any]) -> list[Any]:
   return [_param(k % 2 == 0, case) for k, case in enumerate(cases)]
 
 
+def some(cases: Iterable[Any], *kept: Any) -> list[Any]:
+  """All cases; the default run takes those that are named."""
+  return [_param(case in kept, case) for case in cases]
+
+
 def in_turn(k: int, ways: Sequence[str], count: int) -> list[str]:
   """Of the ways to run case number `k`: all at night; by default so many, the next case begins where these end."""
   return list(ways) if is_nightly() else [ways[(count * k + j) % len(ways)] for j in range(count)]
