@@ -8,7 +8,7 @@ import re
 import pytest
 
 import jaxlora
-from tests.docs.test_coming_from import PACKAGES
+from tests.docs.test_long_pages import PACKAGES
 from tests.helpers.blocks import python_blocks
 from tests.helpers.paths import ROOT
 

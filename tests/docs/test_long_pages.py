@@ -1,6 +1,6 @@
-"""The pages on other libraries: their Python runs with the real package, where it is installed.
+"""Pages that take seconds: on other libraries, with the real package where it is installed, and on a language model.
 
-Nightly, and in CI's leg of interchange: the packages take seconds to import and to trace.
+They run nightly, and in CI's leg of interchange.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from tests.helpers.blocks import python_blocks
 from tests.helpers.paths import ROOT
 
 DOCS = ROOT / "docs"
-PACKAGES = {"equinox": "equinox", "haiku": "haiku", "penzai": "penzai", "keras": "keras"}
+PACKAGES = {"equinox": "equinox", "haiku": "haiku", "penzai": "penzai", "keras": "keras", "llm": "safetensors"}
 pytestmark = [
   pytest.mark.nightly,
   pytest.mark.usefixtures("lenient"),
