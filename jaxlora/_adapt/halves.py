@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from jaxlora._base.paths import flatten, path_string
+from jaxlora._base.paths import flatten, opened, path_string
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_weight
-from jaxlora._weight.tree import adapted_leaves, check_adapted, is_half_leaf, map_adapted, opened
+from jaxlora._weight.tree import adapted_leaves, check_adapted, is_half_leaf, map_adapted
 from jaxlora._weight.weight import LoraWeight, is_adapted, parts, trained_parts, with_parts
 
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jaxlora._base.coded import decoded
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.memory import moved, on_device, space_of
-from jaxlora._base.paths import flatten
+from jaxlora._base.paths import flatten, opened
 from jaxlora._base.programs import one_program
 from jaxlora._base.rounding import RoundingWarning, notable
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts, check_together, check_values, check_weight
 from jaxlora._weight.partitioned import with_plain_boxes
-from jaxlora._weight.tree import adapted_leaves, map_adapted, opened
+from jaxlora._weight.tree import adapted_leaves, map_adapted
 from jaxlora._weight.weight import FullWeight, is_adapted, is_leaf_node, parts
 
 

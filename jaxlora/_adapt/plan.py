@@ -16,12 +16,11 @@ from jaxlora._adapt.targets import select
 from jaxlora._adapt.tokens import tables_of
 from jaxlora._base.checks import is_foreign
 from jaxlora._base.dtypes import holds_factors
-from jaxlora._base.paths import flatten
+from jaxlora._base.paths import flatten, opened
 from jaxlora._base.patterns import first_match
 from jaxlora._base.text import listed
 from jaxlora._quant.array import check_quantized
 from jaxlora._weight.roles import fan
-from jaxlora._weight.tree import opened
 from jaxlora._weight.variant import variant_named
 from jaxlora._weight.weight import is_adapted, is_leaf_node
 

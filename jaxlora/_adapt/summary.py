@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora._base.coded import type_of_leaf
-from jaxlora._base.paths import flatten
+from jaxlora._base.paths import flatten, opened
 from jaxlora._base.sizes import bytes_of
 from jaxlora._base.text import folded, size, table
-from jaxlora._weight.tree import check_adapted, opened
+from jaxlora._weight.tree import check_adapted
 from jaxlora._weight.weight import LoraWeight, is_adapted, is_leaf_node, parts, trained_parts
 
 _ADAM_MOMENTS = 2

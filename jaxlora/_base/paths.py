@@ -47,6 +47,12 @@ def unboxed(tree: Any) -> Any:
   return nnx.as_pure(tree) if nnx is not None and isinstance(tree, nnx.State) else tree
 
 
+def opened(tree: Any) -> Any:
+  """A module of `jaxlora.nnx` as the tree with adapted leaves that it stands for; any other tree as it is."""
+  nnx = sys.modules.get("jaxlora.nnx")
+  return tree if nnx is None else nnx.opened(tree)
+
+
 def _component(key: Any) -> str:
   for field in ("key", "idx", "name"):
     if hasattr(key, field):

@@ -1,7 +1,6 @@
 """Trees that hold adapted leaves."""
 
 from collections.abc import Callable
-import sys
 from typing import Any
 
 import jax
@@ -9,12 +8,6 @@ import jax
 from jaxlora._base.paths import flatten
 from jaxlora._weight.checks import check_parts
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
-
-
-def opened(tree: Any) -> Any:
-  """A module of `jaxlora.nnx` as the tree with adapted leaves that it stands for; any other tree as it is."""
-  nnx = sys.modules.get("jaxlora.nnx")
-  return tree if nnx is None else nnx.opened(tree)
 
 
 def is_half_leaf(node: Any) -> bool:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._base.paths import flatten
+from jaxlora._base.paths import flatten, opened
 from jaxlora._version import __version__
 from jaxlora._weight.aside import Aside
 from jaxlora._weight.checks import check_weight
 from jaxlora._weight.fingerprint import prints
-from jaxlora._weight.tree import base_tree, opened
+from jaxlora._weight.tree import base_tree
 from jaxlora._weight.variant import is_variant
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node, parts
 from jaxlora.checkpoint._arrays import Arrays, entry_of, has_fingerprints, value_of

@@ -6,12 +6,11 @@ import warnings
 
 import jax
 
-from jaxlora._base.paths import flatten
+from jaxlora._base.paths import flatten, opened
 from jaxlora._base.processes import spans_processes
 from jaxlora._weight.fingerprint import Print, prints, shape_of
 from jaxlora._weight.partitioned import with_own_names
 from jaxlora._weight.placement import put_on, sharding_of
-from jaxlora._weight.tree import opened
 from jaxlora._weight.weight import is_adapted, is_leaf_node, parts, with_parts
 from jaxlora.checkpoint._arrays import as_jax_array
 from jaxlora.checkpoint._errors import CheckpointError, CheckpointWarning, one_error

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxlora._weight.tree import opened
+from jaxlora._base.paths import opened
 from jaxlora.peft._from_modules import check_base, tree_of_adapter
 from jaxlora.peft._names import Names
 from jaxlora.peft._read import read, read_with_keys

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from jaxlora._base.dtypes import wider_dtype
-from jaxlora._base.paths import flatten
+from jaxlora._base.paths import flatten, opened
 from jaxlora._base.rounding import RoundingWarning, lost_share, notable, same_but_for_rounding
 from jaxlora._weight.partitioned import with_own_names
-from jaxlora._weight.tree import opened
 from jaxlora._weight.weight import FullWeight, is_adapted, is_leaf_node
 from jaxlora.peft._conv1d import told_by_adapter, told_by_model
 from jaxlora.peft._for_leaves import named_for_leaves, targets_of_parts

@@ -9,10 +9,9 @@ import warnings
 import jax
 import numpy as np
 
-from jaxlora._base.paths import flatten
+from jaxlora._base.paths import flatten, opened
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts
-from jaxlora._weight.tree import opened
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
 from jaxlora.peft._config import config_of
 from jaxlora.peft._conv1d import told_by_model
