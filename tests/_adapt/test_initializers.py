@@ -14,7 +14,7 @@ BOTH = ["orthogonal", "pissa", "pissa_niter_4", "olora"]
 
 
 def params(dtype=np.float64):
-  return {"w": jnp.asarray(normal(0, (40, 30), dtype)), "heads": jnp.asarray(normal(1, (3, 20, 2, 6), dtype))}
+  return {"w": jax.device_put(normal(0, (40, 30), dtype)), "heads": jax.device_put(normal(1, (3, 20, 2, 6), dtype))}
 
 
 def started(init, rank=4, dtype=np.float64, targets=".*", **fields):
@@ -28,7 +28,7 @@ def apply(p, x):
 
 
 def data(dtype):
-  return jnp.asarray(normal(5, (3, 40), dtype))
+  return jax.device_put(normal(5, (3, 40), dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

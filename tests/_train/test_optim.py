@@ -16,8 +16,8 @@ from tests import helpers
 KEY = jax.random.key(0)
 # optax promotes dtypes as JAX does by default.
 pytestmark = pytest.mark.usefixtures("lenient")
-X = jnp.asarray(np.random.default_rng(0).standard_normal((19, 13)), jnp.float32)
-Y = jnp.asarray(np.random.default_rng(1).standard_normal((19, 7)), jnp.float32)
+X = helpers.array(0, (19, 13), np.float32)
+Y = helpers.array(1, (19, 7), np.float32)
 
 
 @pytest.fixture(autouse=True)

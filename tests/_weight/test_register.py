@@ -51,7 +51,7 @@ def test_factored_equals_merged(own_variant, build, x64):
 
 
 def test_it_is_split_summed_up_saved_and_taken_apart(own_variant, tmp_path):
-  params = {"w": jnp.asarray(helpers.normal(1, (6, 5), np.float32))}
+  params = {"w": jax.device_put(helpers.normal(1, (6, 5), np.float32))}
   tree = helpers.adapted(params, rank=2, variant=own_variant)
   gate = tree["w"].extra["gate"]
   assert jaxlora.labels(tree)["w"].extra == {"gate": "magnitude"}
@@ -68,7 +68,7 @@ def test_it_is_split_summed_up_saved_and_taken_apart(own_variant, tmp_path):
 def test_a_plain_variant_starts_from_inits_of_both_factors():
   jaxlora.register_variant("renamed", LORA._replace(start=lambda start: LORA.start(start)))
   try:
-    params = {"w": jnp.asarray(helpers.normal(1, (6, 5), np.float32))}
+    params = {"w": jax.device_put(helpers.normal(1, (6, 5), np.float32))}
     same = [helpers.adapted(params, seed=None, variant=name, init="pissa")["w"] for name in ("lora", "renamed")]
     np.testing.assert_array_equal(same[0].a, same[1].a)
     with pytest.raises(ValueError, match=r"'gated' is not registered; expected one of 'lora', .*register_variant"):

@@ -142,7 +142,7 @@ def test_parts_of_another_variant_are_named():
 
 
 def weight(variant, rank=2, roles="io", shape=(6, 8), alpha=3.0, scaling="standard"):
-  params = {"w": jnp.asarray(helpers.normal(3, shape, np.float64))}
+  params = {"w": jax.device_put(helpers.normal(3, shape, np.float64))}
   fields = {"rank": rank, "alpha": alpha, "axes": {"w": roles}, "variant": variant, "scaling": scaling}
   return helpers.adapted(params, 1, targets="w", **fields)["w"]
 
@@ -165,7 +165,7 @@ def test_doras_norm_is_over_the_inputs_of_each_output_and_layer(x64):
 
 @pytest.mark.usefixtures("lenient")
 def test_the_norm_is_a_constant_of_doras_gradient_and_not_of_the_exact_ones(x64):
-  x = jnp.asarray(helpers.normal(4, (5, 6), np.float64))
+  x = jax.device_put(helpers.normal(4, (5, 6), np.float64))
 
   def gradient(variant):
     tree = {"w": weight(variant)}
@@ -197,7 +197,7 @@ def test_vera_scales_rows_of_shared_factors(x64):
 @pytest.mark.usefixtures("lenient")
 def test_adalora_drops_what_is_masked(x64):
   w = weight("adalora", rank=4)
-  keep = jnp.asarray([1.0, 0.0, 1.0, 0.0])
+  keep = jax.device_put(np.array([1.0, 0.0, 1.0, 0.0]))
   masked = dataclasses.replace(w, extra={**w.extra, "keep": keep})
   want = w.base + 0.75 * (w.a.T * (w.extra["e"] * keep)) @ w.b
   np.testing.assert_allclose(masked.materialize(), want, rtol=1e-12)
@@ -282,7 +282,7 @@ def pruned_setup():
 
 def test_pruning_keeps_the_budget_and_does_not_recompile():
   tree = pruned_setup()
-  x = jnp.asarray(helpers.normal(2, (4, 6), np.float32))
+  x = jax.device_put(helpers.normal(2, (4, 6), np.float32))
 
   @jaxlora.wrap
   def apply(p):

@@ -19,10 +19,10 @@ SHAPE = (9, 7)
 
 def base(dtype=np.float64):
   return {
-    "w": jnp.asarray(normal(0, SHAPE, dtype)),
-    "stack": jnp.asarray(normal(1, (2, *SHAPE), dtype)),
-    "bias": jnp.asarray(normal(2, (7,), dtype)),
-    "frozen": jnp.asarray(normal(3, (4,), dtype)),
+    "w": jax.device_put(normal(0, SHAPE, dtype)),
+    "stack": jax.device_put(normal(1, (2, *SHAPE), dtype)),
+    "bias": jax.device_put(normal(2, (7,), dtype)),
+    "frozen": jax.device_put(normal(3, (4,), dtype)),
     "ids": jnp.arange(3),
   }
 
@@ -70,7 +70,7 @@ def test_exact_is_the_sum_of_the_deltas(x64):
   assert report.residual == 0
   assert {row.path for row in report.leaves} == {"w", "stack", "bias"}
   chex.assert_trees_all_equal(jaxlora.strip(combined), base())
-  x = jnp.asarray(normal(5, (3, 9), np.float64))
+  x = jax.device_put(normal(5, (3, 9), np.float64))
   np.testing.assert_allclose(jaxlora.wrap(lambda p: x @ p["w"])(combined), x @ jaxlora.merge(combined)["w"], rtol=1e-12)
 
 

@@ -26,7 +26,7 @@ def test_every_container_and_node_comes_back_bit_for_bit(tmp_path, params, tree)
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "lora"])
 def test_every_variant_and_its_halves_come_back(tmp_path, variant):
-  params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8)).astype("float32"))}
+  params = {"kernel": jax.device_put(np.random.default_rng(0).normal(size=(2, 6, 8)).astype("float32"))}
   config = jaxlora.LoraConfig(rank=2, variant=variant, axes={"kernel": "sio"})
   tree = jaxlora.adapt(params, config, jax.random.key(0))
   checkpoint.save(tmp_path / "a", tree)
@@ -43,7 +43,7 @@ def test_factors_of_one_shape_come_back_in_their_places(tmp_path):
 
 
 def test_starting_factors_come_back(tmp_path):
-  params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)).astype("float32"))}
+  params = {"kernel": jax.device_put(np.random.default_rng(0).normal(size=(6, 8)).astype("float32"))}
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, init="pissa"), jax.random.key(0))
   checkpoint.save(tmp_path / "a", tree)
   assert_same(checkpoint.restore(tmp_path / "a", params), tree)

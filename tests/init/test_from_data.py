@@ -24,7 +24,7 @@ def sketches(fn, case, rank=3):
   tree = case.adapted()
   weights = {path: tree_leaf(tree, path) for path in case.roles}
   factors = {
-    path: jnp.asarray(normal(k, tuple(rank if n == "r" else n for n in a_shape(w)), w.a.dtype))
+    path: jax.device_put(normal(k, tuple(rank if n == "r" else n for n in a_shape(w)), w.a.dtype))
     for k, (path, w) in enumerate(weights.items())
   }
   seen = Seen()
@@ -179,14 +179,14 @@ def test_sketches_hold_no_inputs(scanned):
 
 
 def two_layers(dtype=np.float64):
-  params = {name: jnp.asarray(normal(k, (20, 20), dtype)) for k, name in enumerate(("up", "down"))}
+  params = {name: jax.device_put(normal(k, (20, 20), dtype)) for k, name in enumerate(("up", "down"))}
   return params, lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
 
 
 def batches(count=3, dtype=np.float64, decay=0.7):
   turn = np.linalg.qr(normal(2, (20, 20), np.float64))[0]
   return [
-    jnp.asarray(((normal(10 + k, (40, 20), np.float64) * decay ** np.arange(20)) @ turn).astype(dtype))
+    jax.device_put(((normal(10 + k, (40, 20), np.float64) * decay ** np.arange(20)) @ turn).astype(dtype))
     for k in range(count)
   ]
 

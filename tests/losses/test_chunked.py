@@ -13,11 +13,11 @@ TOKENS, WIDTH, VOCABULARY = (2, 5), 8, 50
 
 
 def draw(seed, *shape):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+  return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
-LABELS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, TOKENS))
-WEIGHTS = jnp.asarray([[0, 1, 1, 0.5, 0], [1, 0, 2, 1, 1]], jnp.float32)
+LABELS = np.random.default_rng(0).integers(0, VOCABULARY, TOKENS, np.int32)
+WEIGHTS = np.array([[0, 1, 1, 0.5, 0], [1, 0, 2, 1, 1]], np.float32)
 
 
 def plain(hidden, head, labels, weights):
@@ -122,8 +122,8 @@ def test_labels_that_count_for_nothing_and_those_that_cannot_be():
 @pytest.mark.parametrize(
   ("changed", "error", "message"),
   [
-    ({"labels": jnp.zeros(TOKENS)}, TypeError, "labels have dtype float32, expected integers"),
-    ({"hidden": jnp.zeros((*TOKENS, WIDTH), int)}, TypeError, "hidden has dtype int32, expected floats"),
+    ({"labels": np.zeros(TOKENS, np.float32)}, TypeError, "labels have dtype float32, expected integers"),
+    ({"hidden": np.zeros((*TOKENS, WIDTH), np.int32)}, TypeError, "hidden has dtype int32, expected floats"),
     ({"labels": LABELS[:1]}, ValueError, r"labels have shape \(1, 5\), expected \(2, 5\)"),
     ({"weights": WEIGHTS[:, :1]}, ValueError, r"weights have shape \(2, 1\), expected \(2, 5\)"),
     ({"head": jnp.zeros((VOCABULARY, WIDTH))}, ValueError, r"the head \(50, 8\), .*\. That is an embedding's layout"),

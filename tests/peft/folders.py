@@ -4,7 +4,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -20,7 +19,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def normal(*shape, dtype="float32"):
-  return jnp.asarray(RANDOM.normal(size=shape).astype(dtype))
+  return jax.device_put(RANDOM.normal(size=shape).astype(dtype))
 
 
 def layer():

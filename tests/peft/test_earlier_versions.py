@@ -20,7 +20,7 @@ from tests.peft.folders import assert_equal
 
 
 def counted(start, *shape):
-  return jnp.asarray(start + np.arange(np.prod(shape), dtype=np.float32).reshape(shape) / 8)
+  return jax.device_put(start + np.arange(np.prod(shape), dtype=np.float32).reshape(shape) / 8)
 
 
 BASE = {

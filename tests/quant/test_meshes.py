@@ -13,11 +13,11 @@ from tests import helpers
 KEY, P = jax.random.key(0), PartitionSpec
 WIDTH, INNER, LAYERS = 64, 128, 2
 PARAMS = {
-  "up": 0.2 * jax.random.normal(KEY, (LAYERS, WIDTH, INNER)),
-  "down": 0.2 * jax.random.normal(jax.random.key(1), (LAYERS, INNER, WIDTH)),
+  "up": helpers.array(0, (LAYERS, WIDTH, INNER), np.float32, 0.2),
+  "down": helpers.array(1, (LAYERS, INNER, WIDTH), np.float32, 0.2),
 }
 AXES = dict.fromkeys(PARAMS, "sio")
-X = jax.random.normal(KEY, (8, WIDTH))
+X = helpers.array(2, (8, WIDTH), np.float32)
 # Each with the specs of `up` and of `down`: batches alone, weights in shards that are gathered, and Megatron's way.
 LAYOUTS = {
   "data": (P(), P()),

@@ -2,13 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxlora
 
 KEY = jax.random.key(0)
-PARAMS = {"dense": {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}, "ids": jnp.arange(6).reshape(2, 3)}
-STACK = {"w": jnp.ones((3, 64, 8))}
+PARAMS = {
+  "dense": {"kernel": jax.device_put(np.ones((64, 8), np.float32)), "bias": jax.device_put(np.zeros(8, np.float32))},
+  "ids": jax.device_put(np.arange(6, dtype=np.int32).reshape(2, 3)),
+}
+STACK = {"w": jax.device_put(np.ones((3, 64, 8), np.float32))}
 
 
 def refused(match, *args, **options):

@@ -14,8 +14,10 @@ from tests import helpers
 
 KEY = jax.random.key(0)
 PARAMS = {
-  "layers_0": {"q_proj": {"kernel": jax.random.normal(KEY, (64, 32)), "bias": jnp.zeros(32)}},
-  "lm_head": {"kernel": jax.random.normal(KEY, (32, 16))},
+  "layers_0": {
+    "q_proj": {"kernel": helpers.array(0, (64, 32), np.float32), "bias": helpers.array(0, (32,), np.float32, 0.0)}
+  },
+  "lm_head": {"kernel": helpers.array(1, (32, 16), np.float32)},
 }
 BASE = jaxlora.quantize(PARAMS, "nf4", targets=".*/kernel")
 CONFIG = jaxlora.LoraConfig(rank=2, alpha=4, targets=["q_proj"])

@@ -12,7 +12,7 @@ import jaxlora
 from tests import helpers
 
 KEY = jax.random.key(0)
-WEIGHT = jax.random.normal(KEY, (128, 96))
+WEIGHT = helpers.array(0, (128, 96), np.float32)
 PARAMS = {"w": WEIGHT}
 NF4 = jaxlora.quantize(PARAMS, "nf4", targets="w")
 

@@ -26,7 +26,7 @@ def decaying(seed=0, shape=(30, 20), decay=0.5):
 
 def weight(seed=0, shape=(9, 7), roles="io", rank=3, alpha=5.0, dtype=np.float64, **fields):
   """An adapted weight with factors away from zero."""
-  return factored(jnp.asarray(normal(seed, shape, dtype)), roles, rank, alpha, seed=seed + 1, **fields)
+  return factored(jax.device_put(normal(seed, shape, dtype)), roles, rank, alpha, seed=seed + 1, **fields)
 
 
 def delta(node):
@@ -206,13 +206,13 @@ def test_broken_factors_are_named():
 
 def fine_tuned(rank=2):
   base = {
-    "layers": jnp.asarray(normal(0, (3, 9, 7), np.float64)),
-    "head": jnp.asarray(normal(1, (7, 2), np.float64)),
-    "same": jnp.asarray(normal(2, (5, 5), np.float64)),
+    "layers": jax.device_put(normal(0, (3, 9, 7), np.float64)),
+    "head": jax.device_put(normal(1, (7, 2), np.float64)),
+    "same": jax.device_put(normal(2, (5, 5), np.float64)),
     "bias": jnp.zeros(7),
     "steps": jnp.arange(3),
   }
-  change = jnp.asarray(normal(3, (3, 9, rank), np.float64) @ normal(4, (3, rank, 7), np.float64))
+  change = jax.device_put(normal(3, (3, 9, rank), np.float64) @ normal(4, (3, rank, 7), np.float64))
   return base, base | {"layers": base["layers"] + change, "head": base["head"] + 1, "bias": base["bias"] + 1}
 
 
