@@ -4,9 +4,9 @@ With a probe their use tells: something is chosen among their outputs, or they d
 where there is none, and beside it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from jaxlora._adapt.layouts import Layouts
+from jaxlora._adapt.evidence import Evidence
 from jaxlora._base.paths import components
 
 _ROUTERS = {"router", "router_weights", "gate_router"}
@@ -15,13 +15,13 @@ _ROUTERS = {"router", "router_weights", "gate_router"}
 _GATES = {"gate", "gating"}
 
 
-def routers(kernels: Iterable[str], paths: Iterable[str], layouts: Layouts) -> set[str]:
+def routers(kernels: Iterable[str], paths: Iterable[str], seen: Mapping[str, Evidence] | None) -> set[str]:
   """Those of some kernels that are routers.
 
   Args:
     kernels: the paths of the kernels.
     paths: of all leaves.
-    layouts: the evidence on them.
+    seen: what a probe saw of them; `None` without one.
   """
   of_experts = {
     tuple(names[:k])
@@ -29,7 +29,7 @@ def routers(kernels: Iterable[str], paths: Iterable[str], layouts: Layouts) -> s
     for k, name in enumerate(names)
     if name == "experts" or (k and "moe" in names[k - 1].lower())
   }
-  return {path for path in kernels if _named_so(path, of_experts) or _chooses(path, layouts)}
+  return {path for path in kernels if _named_so(path, of_experts) or (seen is not None and seen[path].chooses)}
 
 
 def _named_so(path: str, of_experts: set[tuple[str, ...]]) -> bool:
@@ -37,7 +37,3 @@ def _named_so(path: str, of_experts: set[tuple[str, ...]]) -> bool:
   return bool(_ROUTERS & {*names}) or any(
     name in _GATES and tuple(names[:k]) in of_experts for k, name in enumerate(names)
   )
-
-
-def _chooses(path: str, layouts: Layouts) -> bool:
-  return layouts.seen is not None and layouts.seen[path].chooses

@@ -114,7 +114,7 @@ def _all_linear(kernels: set[str], leaves: LeavesByPath, layouts: Layouts) -> tu
   else:
     heads = {path for path in kernels if layouts.seen[path].is_classifier}
   picked = kernels - heads or kernels
-  choosing = routers(picked, leaves, layouts)
+  choosing = routers(picked, leaves, layouts.seen)
   return (picked - choosing, choosing) if picked > choosing else (picked, set())
 
 

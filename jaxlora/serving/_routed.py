@@ -125,6 +125,17 @@ def _squeeze(op: Op, args: Sequence[Any]) -> list[Any]:
   return layout.squeeze(op, args)
 
 
+@rule("ragged_dot_general", kind=RoutedWeight)
+def _ragged_dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
+  """Rows of a mixed batch share the experts of the base; JAX batches a `ragged_dot` where none of it is shared."""
+  (path, *_) = (arg.path for arg in args if isinstance(arg, RoutedWeight))
+  raise NotImplementedError(
+    f"route: {path} meets the rows of a mixed batch in a grouped product (`{op.primitive.name}`), which JAX does not"
+    " batch over rows that share their experts. Serve one adapter at a time: jaxlora.wrap on jaxlora.join(frozen,"
+    " bank.take(name))."
+  )
+
+
 def _ahead(given: Ahead) -> Any:
   """Only products with gathered factors are computed ahead of the rest."""
   if "s" in given.w.roles:

@@ -9,6 +9,7 @@ import pytest
 
 import jaxlora
 from tests.helpers import array
+from tests.helpers.adapters import trained
 from tests.serving.banks import IDS, adapter, adapters, bank_of, close, data, mlp, one_by_one, other_base, params_of
 
 
@@ -159,3 +160,18 @@ def test_an_adapter_of_uncertain_roles_makes_no_bank_surer():
   assert [bank.factors["q/kernel"].sure for bank in (first, second, second.remove("x"))] == [True, False, False]
   assert first.put("y", sure).factors["q/kernel"].sure
   assert jax.tree.structure(first) == jax.tree.structure(second)
+
+
+def test_rows_of_a_mixed_batch_that_meet_grouped_experts():
+  """JAX does not batch a `ragged_dot` whose experts are shared; one adapter at a time is the way."""
+  params, x = {"w": array(1, (3, 5, 7), jnp.float32)}, array(2, (2, 4, 5), jnp.float32)
+  config = jaxlora.LoraConfig(rank=2, axes={"w": "sio"})
+  tree = trained(jaxlora.adapt(params, config, jax.random.key(0)))
+  bank = jaxlora.stack({"one": tree})
+  fn = lambda p, x: jax.lax.ragged_dot(x.reshape(-1, 5), p["w"], jnp.array([2, 0, 2]))
+  with pytest.raises(
+    NotImplementedError, match=r"route: w meets the rows of a mixed batch in .*jaxlora.join\(frozen, bank.take\(name\)"
+  ):
+    jaxlora.route(fn)(params, bank, bank.ids(["one", None]), x)
+  alone = jaxlora.wrap(fn)(jaxlora.join(jaxlora.split(tree)[0], bank.take("one")), x[0])
+  close(alone, fn(jaxlora.merge(tree), x[0]))
