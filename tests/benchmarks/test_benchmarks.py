@@ -41,8 +41,9 @@ def bench():
 
 
 @pytest.fixture
-def run(bench, tmp_path):
+def run(bench, tmp_path, monkeypatch):
   """Runs a script, and holds what all of them owe: a table, a JSON that says what was returned, and a plot."""
+  monkeypatch.setattr(bench.harness, "calls_per_turn", bench_scripts.one_call)
 
   def of(name: str, *options: str) -> Finished:
     finished = bench_scripts.finish(getattr(bench, name).main, [*TINY, *options], tmp_path)
@@ -156,7 +157,8 @@ def test_serving(run):
   assert finished.results["memory"]["bank_over_own"] == pytest.approx(1, abs=0.01)  # and who has which leaf
 
 
-def test_the_ways_of_a_product_agree(bench):
+def test_the_ways_of_a_product_agree(bench, monkeypatch):
+  monkeypatch.setattr(bench.harness, "calls_per_turn", bench_scripts.one_call)
   settings = bench.settings.Settings(width=64, batch=4, seq=8, rank=2)
   found = bench.serving_ways.ways_of(settings, 2, 3, 1, lambda _: None)  # raises where one differs
   assert set(found["throughput"]) == {"base", "gathered", "row by row", "wide", "ragged_dot"}

@@ -139,6 +139,7 @@ def test_a_gpu_that_is_not_here(bench, tmp_path):
 
 
 def test_where_the_chip_is_here_its_steps_run(bench, tmp_path, monkeypatch):
+  monkeypatch.setattr(bench.harness, "calls_per_turn", bench_scripts.one_call)
   monkeypatch.setattr(bench.compiled, "is_here", lambda device: True)
   monkeypatch.setattr(bench.compiled, "device_of", lambda chip: None)
   row = {"cycles": 3, "temp": 0, "flops": 2.0, "bytes": 1.0}

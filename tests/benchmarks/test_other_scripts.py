@@ -234,6 +234,7 @@ def test_a_way_is_every_platforms_for_as_long_as_something_is_built(bench, monke
 def test_decoding_of_a_token(bench, tmp_path, monkeypatch):
   decoding = bench.decoding
   monkeypatch.setattr(decoding, "WAYS", {name: decoding.WAYS[name] for name in ("index", "polynomial")})
+  monkeypatch.setattr(bench.harness, "calls_per_turn", bench_scripts.one_call)
   finished = finish(bench, tmp_path, "decoding", "--d=64", "--layers=1", "--rounds=1")
   rows = finished.results["rows"]
   assert list(rows) == ["float base", "index", "polynomial"]

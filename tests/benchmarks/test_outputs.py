@@ -77,7 +77,8 @@ def test_a_run_leaves_a_checkout_clean(tmp_path, name, command):
   assert git("status", "--porcelain") == ""
 
 
-def test_recorded_results_are_what_tables_are_made_from(bench, elsewhere, tmp_path, capsys):
+def test_recorded_results_are_what_tables_are_made_from(bench, elsewhere, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(bench.harness, "calls_per_turn", bench_scripts.one_call)
   results = elsewhere("forward")
   bench.forward.main([*TINY, "--record"])
   assert "Recorded in" in capsys.readouterr().err
