@@ -12,7 +12,7 @@ from jaxlora._base.checks import is_abstract, positive
 from jaxlora._base.paths import flatten
 from jaxlora._base.patterns import compile_regex, no_match_error
 from jaxlora._weight.roles import axes_of, factor_axes
-from jaxlora._weight.tokens import NAME
+from jaxlora._weight.variant import TOKENS
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_leaf_node
 
 
@@ -82,7 +82,7 @@ def _resized(path: str, node: Any, base: Any, layouts: Layouts, size: int) -> An
 
 
 def _has_rows(node: Any) -> bool:
-  return isinstance(node, LoraWeight) and node.variant == NAME
+  return isinstance(node, LoraWeight) and node.variant == TOKENS
 
 
 def _longer(array: Any, axis: int, size: int) -> Any:

@@ -14,7 +14,8 @@ from jaxlora._adapt.layouts import Layouts
 from jaxlora._base.coded import is_coded
 from jaxlora._base.patterns import first_match, no_match_error
 from jaxlora._weight.placement import beside_its_base
-from jaxlora._weight.tokens import ID_DTYPE, NAME
+from jaxlora._weight.tokens import ID_DTYPE
+from jaxlora._weight.variant import TOKENS
 from jaxlora._weight.weight import LoraWeight
 
 
@@ -76,4 +77,4 @@ def with_rows(base: Any, roles: str, ids: Sequence[int], dtype: Any) -> LoraWeig
 def rows_weight(base: Any, roles: str, ids: Sequence[int], moved: jax.Array) -> LoraWeight:
   """The table beside what the rows of its tokens have moved by, (tokens, features)."""
   places = jnp.asarray(ids, ID_DTYPE)
-  return beside_its_base(LoraWeight.from_factors(base, places, moved, roles, variant=NAME))
+  return beside_its_base(LoraWeight.from_factors(base, places, moved, roles, variant=TOKENS))

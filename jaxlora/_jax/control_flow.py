@@ -175,7 +175,7 @@ def _custom(params: dict[str, Any]) -> CustomRule | Call:
   """A derivative of its own, which must hold, unless `shortcut` says that it is JAX's."""
   inner, _ = open_jaxpr(params["call_jaxpr"])
   only = inner.eqns[0] if len(inner.eqns) == 1 else None
-  if only is not None and only.primitive.name in _JITS and only.params["name"] == SHORTCUT:
+  if only is not None and only.primitive.name in _JITS and only.params["name"].startswith(SHORTCUT):
     return Call(params["call_jaxpr"])
   return CustomRule(params["call_jaxpr"])
 
@@ -186,7 +186,9 @@ def _shard_map(params: dict[str, Any]) -> ShardMap:
   return ShardMap(params["jaxpr"], mesh, in_specs, out_specs, axes, params["check_vma"])
 
 
-SHORTCUT = "jaxlora_shortcut"  # the name of a jit that is all that a function with a derivative of its own does
+SHORTCUT = (
+  "jaxlora_shortcut"  # how the name of a jit begins that is all that a function with a derivative of its own does
+)
 _JITS = ("jit", "pjit")
 _REMATS = ("remat", "remat2", "checkpoint")
 _CALLS = ("closed_call", "core_call")

@@ -1,29 +1,46 @@
 """Functions whose derivative is JAX's own, computed in a cheaper way."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxlora._jax.control_flow import SHORTCUT
 
 
-def shortcut(fn: Callable[..., Any], forwards: Callable[..., Any], backwards: Callable[..., Any], static: int) -> Any:
-  """`fn` with the derivative of `forwards` and `backwards`, as `jax.custom_vjp` takes them with symbolic zeros.
+class Shortcut(NamedTuple):
+  """A function with its derivative.
 
-  The derivative must be that of `fn` to rounding: where an operand of `fn` is an adapted weight, the transform keeps it
-  factored by leaving this derivative out, and JAX differentiates `fn`.
+  Attributes:
+    fn: the function, of arrays alone.
+    forwards, backwards: its derivative, as `jax.custom_vjp` takes them with symbolic zeros. It must be that of `fn` to
+      rounding.
+    factored: `(call, operands) -> results`: the same where one of the operands is an adapted weight, with a derivative
+      of its own. `call(f, *operands)` is `f` of them, with products that stay factored.
+  """
+
+  fn: Callable[..., Any]
+  forwards: Callable[..., Any]
+  backwards: Callable[..., Any]
+  factored: Callable[[Callable[..., list[Any]], Sequence[Any]], Sequence[Any]]
+
+
+SHORTCUTS: dict[str, Shortcut] = {}  # by the name of the jit that is all that a function does
+
+
+def shortcut(which: Shortcut, name: str) -> Any:
+  """The function with its derivative; where an operand is an adapted weight, the transform takes `factored`.
 
   Args:
-    fn: the function.
-    forwards, backwards: its derivative.
-    static: the place of the one argument that is no array.
+    which: the function and its derivative.
+    name: one of its own.
   """
 
   def named(*args: Any) -> Any:
-    return fn(*args)
+    return which.fn(*args)
 
-  named.__name__ = SHORTCUT
-  whole = jax.custom_vjp(jax.jit(named, static_argnums=static), nondiff_argnums=(static,))
-  whole.defvjp(forwards, backwards, symbolic_zeros=True)
+  named.__name__ = f"{SHORTCUT}_{name}"
+  SHORTCUTS[named.__name__] = which
+  whole = jax.custom_vjp(jax.jit(named))
+  whole.defvjp(which.forwards, which.backwards, symbolic_zeros=True)
   return whole

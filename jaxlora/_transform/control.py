@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxlora._jax.control_flow import Branches, Call, Jit, Remat, Scan, ShardMap, Structure, While, forwarded
 from jaxlora._jax.jaxpr import open_jaxpr, specified_sharding
+from jaxlora._jax.shortcut import SHORTCUTS
 from jaxlora._transform.coded import Coded
 from jaxlora._transform.coded_equations import coded_specs, placed
 from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
@@ -81,6 +82,8 @@ class Inner(NamedTuple):
 def _jit(handler: Any, eqn: Any, jit: Jit, values: Sequence[Any]) -> list[Any]:
   """Layers that are one jitted function stay one: it is rebuilt once for all weights of one structure."""
   record = handler.record
+  if jit.name in SHORTCUTS and not drops(values):
+    return list(SHORTCUTS[jit.name].factored(handler.called, values))
   anonymous = [_anonymous(record, k, value) for k, value in enumerate(values)]
   leaves, treedef = jax.tree.flatten(anonymous)
   own = (jit.name, tuple(jit.in_shardings), tuple(jit.out_shardings), tuple(sorted(jit.options.items())))

@@ -19,7 +19,7 @@ from jaxlora._transform.coded import Coded
 from jaxlora._transform.coded_equations import bind_coded
 from jaxlora._transform.control import CONTROL, Rebuild
 from jaxlora._transform.factored import TracedWeight, Unfactorable, weights_in
-from jaxlora._transform.frozen import FrozenWeight
+from jaxlora._transform.frozen import FrozenWeight, stand_in
 from jaxlora._transform.interpreter import Handler, RegionEquation, Step, interpret, plan
 from jaxlora._transform.meetings import side_met
 from jaxlora._transform.products import Products, evaluate_products
@@ -56,6 +56,12 @@ class Transform(Handler):
       return [*interpret(jaxpr, values, handler), *handler.sums()]
 
     return call
+
+  def called(self, fn: Callable[..., Any], *values: Any) -> list[Any]:
+    """`fn` of values, some of which may be weights, in a loop: its program is traced on arrays, and interpreted."""
+    traced = jax.make_jaxpr(fn)(*map(stand_in, values))
+    with self.record.in_a_loop():
+      return interpret(traced, values, self.within(self.record))
 
   def sums(self) -> list[jax.Array]:
     """Arrays that are summed over all that runs, loops and branches included: inner programs have them as results."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora._weight.tokens import NAME
+from jaxlora._weight.variant import TOKENS
 from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted
 
 
@@ -18,7 +18,7 @@ def shape_of_leaf(leaf: Any) -> tuple[int, ...]:
 
 
 def _shape_by_factors(node: LoraWeight) -> tuple[int, ...]:
-  if node.variant == NAME:
+  if node.variant == TOKENS:
     raise ValueError(
       "rows of tokens do not say how long their table is, and this half of a tree has no table: pass the whole tree,"
       " jaxlora.join(frozen, trainable)."

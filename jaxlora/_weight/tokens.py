@@ -13,8 +13,6 @@ from jaxlora._weight.roles import factor_shape
 from jaxlora._weight.start import Start
 from jaxlora._weight.variant import Parts, Shapes, Variant
 
-NAME = "tokens"
-
 ID_DTYPE = jnp.float32  # a float, as gradients by whole trees want it: whole numbers up to 2^24 are exact
 
 
@@ -38,4 +36,4 @@ def _factors(parts: Parts, roles: str) -> tuple[jax.Array, jax.Array]:
   return (ids[:, None] == places[None]).astype(rows.dtype), rows
 
 
-TOKENS = Variant({"b": "full"}, _shapes, _start, _factors)
+ROWS = Variant({"b": "full"}, _shapes, _start, _factors)

@@ -56,6 +56,8 @@ class Variant(NamedTuple):
 
 VARIANTS: dict[str, Variant] = {}  # filled in the package's `__init__`, and by `register_variant`
 
+TOKENS = "tokens"  # the variant of rows of tables that train
+
 UNLISTED: dict[str, Variant] = {}  # those that a config makes by a field of their own
 
 

@@ -2,8 +2,8 @@
 
     loss, metrics = jaxlora.losses.chunked_cross_entropy(hidden, head, labels, weights=mask)
 
-optax's losses take logits. tokamax fuses the head with the loss for plain heads, with a derivative of its own: the
-update of an adapted head would have to be formed as one array for it.
+optax's losses (0.2.8) take logits. tokamax fuses the head with the loss for plain heads, with a derivative of its own:
+the update of an adapted head would have to be formed as one array for it.
 """
 
 from jaxlora.losses._chunked import Metrics, chunked_cross_entropy

@@ -3,6 +3,8 @@
 Reading order: the loss -> its sums over all parts, and their derivative -> what is checked.
 """
 
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +12,10 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxlora._base.checks import positive
+from jaxlora._base.coded import is_coded
 from jaxlora._base.dtypes import wider_dtype
-from jaxlora._jax.shortcut import shortcut
+from jaxlora._jax.shortcut import Shortcut, shortcut
+from jaxlora._transform.factored import Factored
 from jaxlora._transform.wrap import wrap
 
 
@@ -36,10 +40,11 @@ def chunked_cross_entropy(
 
       loss = sum_t w_t (log sum_v exp(z_tv) - z_t,label(t)) / sum_t w_t,        z = h W,  or  h W + s (h A) B
 
-  The logits of `chunk` tokens are computed at a time, in float32 at least; temporary memory is theirs. The gradient of
-  a head that is no adapted one is made while they are there, with no product more than the plain loss has; it has a
-  derivative of its own for that, which forward mode (`jax.jvp`) does not know. An adapted head stays factored, its
-  logits are computed once more for the gradient, and neither its update nor the gradient of its base is formed.
+  The logits of `chunk` tokens are computed at a time, in float32 at least; temporary memory is theirs. The gradients
+  of the hidden states and of the head, or of its factors, are made while they are there, with no product more than the
+  plain loss has; the loss has a derivative of its own for that, which forward mode (`jax.jvp`) does not know. An
+  adapted head stays factored: neither its update nor the gradient of its base is formed. Only heads of codes, and those
+  with dropout, have their logits computed once more for the gradient.
 
   Args:
     hidden: (..., width), floats; what the head reads.
@@ -88,30 +93,64 @@ def _sums(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Ar
   _check(hidden, head, labels, weights)
   wide = wider_dtype(wider_dtype(hidden.dtype, head.dtype), jnp.dtype(jnp.float32))
   flat = hidden.reshape(-1, hidden.shape[-1]), head.T, labels.reshape(-1), weights.reshape(-1).astype(wide)
-  return Metrics(*_in_chunks(*flat, max(1, min(chunk, labels.size))))
+  return Metrics(*_in_chunks(max(1, min(chunk, labels.size)))(*flat))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The sums of flat tokens, and their derivative. Heads are (vocabulary, width) here: a tied one is its embedding.
 
 
-def _differentiable(
-  hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
-) -> tuple[jax.Array, ...]:
-  """The sums as JAX differentiates them: each part's logits are computed once more in the backward pass."""
-
-  @jax.checkpoint
-  def part(hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-    return _part(hidden, head, labels, weights)[0]
+def _sums_of(part: Callable[..., Sequence[jax.Array]], arrays: tuple[jax.Array, ...], chunk: int) -> Any:
+  """The sums over all parts of `part(hidden, labels, weights)`."""
 
   def add(sums: tuple[jax.Array, ...], arrays: Any) -> tuple[tuple[jax.Array, ...], None]:
     return tuple(map(jnp.add, sums, part(*arrays))), None
 
-  zero: tuple[jax.Array, ...] = (jnp.zeros((), weights.dtype),) * 3
-  return lax.scan(add, zero, _parts((hidden, labels, lax.stop_gradient(weights)), chunk))[0]
+  zero: tuple[jax.Array, ...] = (jnp.zeros((), arrays[2].dtype),) * 3
+  return lax.scan(add, zero, _parts(arrays, chunk))[0]
 
 
-def _forwards(hidden: Any, head: Any, labels: Any, weights: Any, chunk: int) -> tuple[tuple[jax.Array, ...], Any]:
+def _plain(chunk: int, hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array) -> Any:
+  """The sums as JAX differentiates them: each part's logits are computed once more in the backward pass."""
+  part = jax.checkpoint(lambda hidden, labels, weights: _part(hidden, head, labels, weights)[0])
+  return _sums_of(part, (hidden, labels, lax.stop_gradient(weights)), chunk)
+
+
+def _factored(chunk: int, call: Callable[..., list[Any]], operands: Sequence[Any]) -> Any:
+  """The sums with an adapted head: the gradients of its factors are made while a part's logits are there, as well."""
+  hidden, head, labels, weights = operands
+  if not isinstance(head, Factored) or is_coded(head.base):
+    return call(functools.partial(_plain, chunk), *operands)
+
+  def part(hidden: jax.Array, thin: Any, base: jax.Array, labels: jax.Array, weights: jax.Array) -> list[jax.Array]:
+    return call(lambda *args: _part(*args)[0], hidden, thin.replace(base=base), labels, weights)
+
+  @jax.custom_vjp
+  def sums(hidden: jax.Array, thin: Any, base: jax.Array, labels: jax.Array, weights: jax.Array) -> Any:
+    return _sums_of(lambda hidden, *rest: part(hidden, thin, base, *rest), (hidden, labels, weights), chunk)
+
+  def forwards(hidden: jax.Array, thin: Any, base: jax.Array, labels: jax.Array, weights: jax.Array) -> Any:
+    def add(carry: Any, arrays: Any) -> tuple[Any, jax.Array]:
+      def total(hidden: jax.Array, thin: Any) -> tuple[jax.Array, list[jax.Array]]:
+        new = part(hidden, thin, base, *arrays[1:])
+        return new[0], new
+
+      (of_hidden, of_thin), new = jax.grad(total, (0, 1), has_aux=True)(arrays[0], thin)
+      return jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry, (tuple(new), of_thin)), of_hidden
+
+    zero = (jnp.zeros((), weights.dtype),) * 3, jax.tree.map(lambda x: jnp.zeros(x.shape, weights.dtype), thin)
+    (found, of_thin), of_hidden = lax.scan(add, zero, _parts((hidden, labels, weights), chunk))
+    of_thin = jax.tree.map(lambda x, y: x.astype(y.dtype), of_thin, thin)
+    return found, (of_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], of_thin)
+
+  def backwards(gradients: Any, cotangents: Any) -> tuple[Any, ...]:
+    return *jax.tree.map(lambda x: (x * cotangents[0]).astype(x.dtype), gradients), None, None, None
+
+  sums.defvjp(forwards, backwards)
+  return sums(hidden, head.replace(base=None), head.base, labels, lax.stop_gradient(weights))
+
+
+def _forwards(chunk: int, hidden: Any, head: Any, labels: Any, weights: Any) -> tuple[tuple[jax.Array, ...], Any]:
   """The sums, and the gradients of the first: a part's are made while its logits are there."""
   trained = hidden.perturbed, head.perturbed
   hidden, head, labels, weights = hidden.value, head.value, labels.value, weights.value
@@ -136,8 +175,7 @@ def _forwards(hidden: Any, head: Any, labels: Any, weights: Any, chunk: int) -> 
   return sums, (of_hidden, None if of_head is None else of_head.astype(head.dtype))
 
 
-def _backwards(chunk: int, gradients: Any, cotangents: Any) -> tuple[Any, ...]:
-  del chunk
+def _backwards(gradients: Any, cotangents: Any) -> tuple[Any, ...]:
   total = cotangents[0]
   if isinstance(total, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
@@ -165,7 +203,11 @@ def _parts(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
   return tuple(array.reshape(-1, chunk, *array.shape[1:]) for array in filled)
 
 
-_in_chunks = shortcut(_differentiable, _forwards, _backwards, static=4)
+@functools.cache
+def _in_chunks(chunk: int) -> Callable[..., tuple[jax.Array, ...]]:
+  """The sums of parts of so many tokens."""
+  plain, forwards, factored = (functools.partial(fn, chunk) for fn in (_plain, _forwards, _factored))
+  return shortcut(Shortcut(plain, forwards, _backwards, factored), f"cross_entropy_{chunk}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

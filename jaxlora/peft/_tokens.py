@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora._adapt.tokens import rows_weight
-from jaxlora._weight.tokens import NAME
+from jaxlora._weight.variant import TOKENS
 from jaxlora._weight.weight import LoraWeight, is_leaf_node
 from jaxlora.peft._names import Key, key_of
 from jaxlora.peft._places import Place
@@ -69,7 +69,7 @@ def rows_of(table: Any, axis: int, ids: Sequence[int]) -> np.ndarray:
 
 def is_rows(node: Any) -> bool:
   """Whether of a leaf some rows train."""
-  return isinstance(node, LoraWeight) and node.variant == NAME
+  return isinstance(node, LoraWeight) and node.variant == TOKENS
 
 
 def without_rows(tree: Any) -> Any:

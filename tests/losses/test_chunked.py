@@ -141,6 +141,55 @@ def test_what_does_not_fit_is_refused(changed, error, message):
     chunked_cross_entropy(**args | changed)
 
 
+@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_an_adapted_head_costs_no_product_more(turned):
+  """FLOPs of a step, compiled: the gradients are made while a part's logits are there."""
+  shape, roles = ((512, 64), "oi") if turned else ((64, 512), "io")
+  spec = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  head = jaxlora.LoraWeight.from_factors(spec(*shape), spec(2, 64), spec(2, 512), roles)
+  frozen, factors = jaxlora.split({"head": head})
+
+  def flops(loss):
+    of = jnp.zeros(128, int), jnp.ones(128)
+    call = jaxlora.wrap(lambda tree, hidden: loss(hidden, tree["head"].T if turned else tree["head"], *of))
+    step = jax.value_and_grad(lambda hidden, factors, frozen: call(jaxlora.join(frozen, factors), hidden), (0, 1))
+    return jax.jit(step).lower(spec(128, 64), factors, frozen).compile().cost_analysis()["flops"]
+
+  assert flops(chunked(128)) < 1.05 * flops(plain)
+
+
+def test_rows_of_tokens_and_dropout_of_a_head():
+  """Rows of a tied head that train; and with dropout the loss of a mask, whose gradient is the factors' alone."""
+  table, hidden = draw(3, VOCABULARY, WIDTH), draw(2, *TOKENS, WIDTH)
+  config = jaxlora.LoraConfig(targets=[], tokens={"head": [1, 40]}, axes={"head": "io"})
+  frozen, rows = jaxlora.split(jaxlora.adapt({"head": table}, config, jax.random.key(0)))
+  rows = jax.tree.map(lambda x: x + draw(5, *x.shape), rows)
+  of = lambda loss, whole: lambda rows: loss_of(loss, True)(whole(jaxlora.join(frozen, rows)), hidden)
+  step = jax.value_and_grad(lambda rows: jaxlora.wrap(lambda tree: loss_of(chunked(4), True)(tree, hidden))(
+    jaxlora.join(frozen, rows)))  # fmt: skip
+  close(jax.jit(step)(rows), jax.jit(jax.value_and_grad(of(plain, jaxlora.merge)))(rows), 1e-5)
+  frozen, factors = jaxlora.split(adapted(draw(3, WIDTH, VOCABULARY), "io", dropout=0.5))
+  masked = jaxlora.wrap(lambda tree: loss_of(chunked(4), False)(tree, hidden), dropout_key=jax.random.key(1))
+  value, grads = jax.jit(jax.value_and_grad(lambda f: masked(jaxlora.join(frozen, f))))(factors)
+  assert np.isfinite(value)
+  assert all(np.isfinite(g).all() and g.any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.nightly
+def test_a_second_derivative_by_an_adapted_head():
+  frozen, factors = jaxlora.split(adapted(draw(3, WIDTH, VOCABULARY), "io"))
+  hidden = draw(2, *TOKENS, WIDTH)
+
+  def twice(loss, whole):
+    one = lambda f: loss_of(loss, False)(whole(jaxlora.join(frozen, f)), hidden)
+    return jax.grad(lambda f: sum((g**2).sum() for g in jax.tree.leaves(jax.grad(one)(f))))
+
+  wrapped = jaxlora.wrap(loss_of(chunked(4), False))
+  mine = jax.grad(lambda f: sum((g**2).sum() for g in jax.tree.leaves(
+    jax.grad(lambda f: wrapped(jaxlora.join(frozen, f), hidden))(f))))  # fmt: skip
+  close(jax.jit(mine)(factors), jax.jit(twice(plain, jaxlora.merge))(factors), 1e-4)
+
+
 @pytest.mark.parametrize("rank", [None, 8])
 def test_memory_is_below_a_fifth(rank):
   """4 x 1,024 tokens and a vocabulary of 49,152: compiled, not run."""
