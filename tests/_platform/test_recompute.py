@@ -261,7 +261,7 @@ def test_a_scanned_model_keeps_one_array_a_layer_less():
 
   model = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)()
   x = helpers.array(3, (8, 256, WIDTH), jnp.float32)
-  params = model.init(KEY, x, None)["params"]
+  params = jax.jit(model.init)(KEY, x, None)["params"]
   fn = lambda p, x: model.apply({"params": p}, x, None)[0]
   tree = helpers.adapted(params, rank=2, probe=lambda p: fn(p, x))
   helpers.check(fn, tree, (x[:1, :8],), 1e-4)

@@ -138,7 +138,7 @@ def test_kernels_that_are_concatenated_first_are_kernels():
   """Linen's OptimizedLSTMCell makes one kernel of its gates' before the product: all are adapted, and told of."""
   cell = nn.OptimizedLSTMCell(4)
   carry = (jnp.zeros((3, 4)), jnp.zeros((3, 4)))
-  params = cell.init(KEY, carry, X)["params"]
+  params = jax.jit(cell.init)(KEY, carry, X)["params"]
   fn = lambda p: cell.apply({"params": p}, carry, X)[1]
   tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2), KEY, probe=fn)
   assert {leaf.path for leaf in jaxlora.summary(tree).leaves} == {f"{s}{g}/kernel" for s in "ih" for g in "figo"}

@@ -42,7 +42,7 @@ def model_of(build):
   if build == "dense":
     return lambda p, x: jnp.tanh(x @ p["w"]), one_weight((6, 8)), x
   module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, out_features=6)
-  params = module.init(KEY, x)["params"]
+  params = jax.jit(module.init)(KEY, x)["params"]
   fn = lambda p, x: module.apply({"params": p}, x)
   return fn, helpers.adapted(params, rank=2, targets=".*/kernel", probe=lambda p: fn(p, x)), x
 

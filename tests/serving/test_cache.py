@@ -24,7 +24,7 @@ class Decoder(nn.Module):
 def test_decoding_with_a_cache(capacity):
   model = Decoder()
   whole = jnp.zeros((1, 5, 8))
-  variables = model.init(jax.random.key(0), whole)
+  variables = jax.jit(model.init)(jax.random.key(0), whole)
   params, steps = variables["params"], 4
   probe = lambda p: model.apply({"params": p, "cache": variables["cache"]}, whole[:, :1], mutable=["cache"])[0]
   trees = [helpers.adapted(params, k, probe=probe, seed=k, targets=".*kernel") for k in range(2)]

@@ -30,7 +30,7 @@ def decode():
 def served(decode):
   """A base and a bank as if trained."""
   tokens = jnp.zeros((1, decode.LENGTH), jnp.int32)
-  params = decode.MODEL.init(jax.random.key(0), tokens)["params"]
+  params = jax.jit(decode.MODEL.init)(jax.random.key(0), tokens)["params"]
   config = jaxlora.LoraConfig(rank=2, alpha=4)
   tree = jaxlora.adapt(params, config, jax.random.key(1), probe=lambda p: decode.apply(p, tokens))
   trees = {name: helpers.trained(tree, seed) for seed, name in enumerate(("one", "two", "three"))}
@@ -51,10 +51,11 @@ def test_a_swap_mid_stream_leaves_the_others_alone(decode, served):
 
 def test_rows_write_what_their_adapter_writes_alone(decode, served):
   texts = decode.generate(served.params, served.bank, [None, "two"], "ab")
+  apply = jax.jit(decode.MODEL.apply)
   for name, letter, text in ((None, "a", texts[0]), ("two", "b", texts[1])):
     params = served.params if name is None else jaxlora.merge(served.trees[name])
     whole = np.asarray([[decode.ALPHABET.index(letter) for letter in text]])
-    logits = decode.MODEL.apply({"params": params}, whole)  # without a cache
+    logits = apply({"params": params}, whole)  # without a cache
     np.testing.assert_array_equal(logits[0, :-1].argmax(-1), whole[0, 1:])
     assert text[0] == letter
 

@@ -146,7 +146,7 @@ class Scanned(nn.Module):
 @pytest.mark.parametrize("via", ["auto", "wide"])
 def test_scanned_layers(via):
   model = Scanned()
-  params = model.init(jax.random.key(0), jnp.ones((1, 6)))["params"]
+  params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 6), np.float32))["params"]
   fn = lambda p, x: model.apply({"params": p}, x)
   trees = [helpers.adapted(params, 1, seed=rank, rank=rank, axes={".*kernel": "sio"}) for rank in (1, 2)]
   bank, x, ids = bank_of(trees, capacity=30), data(3), (1, -1, 0)
