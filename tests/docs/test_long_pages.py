@@ -9,7 +9,14 @@ from tests.helpers.blocks import python_blocks
 from tests.helpers.paths import ROOT
 
 DOCS = ROOT / "docs"
-PACKAGES = {"equinox": "equinox", "haiku": "haiku", "penzai": "penzai", "keras": "keras", "llm": "safetensors"}
+PACKAGES = {
+  "equinox": "equinox",
+  "haiku": "haiku",
+  "penzai": "penzai",
+  "keras": "keras",
+  "qwix": "qwix",
+  "llm": "safetensors",
+}
 pytestmark = [
   pytest.mark.nightly,
   pytest.mark.usefixtures("lenient"),

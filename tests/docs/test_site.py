@@ -14,7 +14,7 @@ from tests.helpers.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = (
-  "start", "training", "nnx", "targeting", "variants", "quantised", "experts", "devices", "head", "tokens",
+  "start", "training", "nnx", "nnx_lora", "targeting", "variants", "quantised", "experts", "devices", "head", "tokens",
   "preference", "saving", "serving", "arithmetic", "peft", "variant", "explain",
 )  # fmt: skip
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the site is not beside the tests")

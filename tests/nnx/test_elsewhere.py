@@ -29,6 +29,7 @@ def same(left, right):
   jax.tree.map(np.testing.assert_array_equal, leaves(left), leaves(right))
 
 
+@pytest.mark.nightly  # seconds
 def test_merge_strip_split_and_summary_take_it():
   model = adapted()
   model.eval()
@@ -74,6 +75,7 @@ def test_orbax_saves_and_restores_the_factors_by_the_filter(tmp_path):
   same(blank, model)
 
 
+@pytest.mark.nightly  # seconds
 def test_copies_displays_and_abstract_modules(capsys):
   model = adapted()
   model.eval()
@@ -103,6 +105,7 @@ def test_metadata_goes_to_the_factors(key):
   assert nnx.state(held)["kernel"].get_metadata() == linear.kernel.get_metadata()
 
 
+@pytest.mark.nightly  # seconds
 def test_a_weight_that_two_modules_share_has_one_adapter():
   class Tied(nnx.Module):
     def __init__(self, rngs):

@@ -76,6 +76,7 @@ def test_twenty_steps_are_those_of_the_functional_loop_bit_for_bit():
   assert sizes <= {(), (6,), (2, 5), (2, 6), (2, 3)}
 
 
+@pytest.mark.nightly  # seconds
 def test_gradients_are_those_of_the_merged_module_and_operation_by_operation_too():
   model = adapted()
   model.eval()

@@ -107,6 +107,7 @@ def of_qwix():
   return qwix.apply_lora_to_model(Plain(nnx.Rngs(0)), provider, X, rngs=nnx.Rngs(1))
 
 
+@pytest.mark.nightly  # seconds
 def test_qwixs_modules_come_in_and_go_out():
   theirs = of_qwix()
   blank = nnx.clone(theirs)

@@ -14,6 +14,7 @@ from tests.nnx.models import KEY, Net, X, adapted, merged, states_equal
 pytestmark = pytest.mark.usefixtures("lenient")
 
 
+@pytest.mark.nightly  # seconds
 def test_the_module_is_the_base_at_first_bit_for_bit_and_the_module_given_stays():
   net = Net(nnx.Rngs(0))
   model = jaxlora.nnx.adapt(net, jaxlora.LoraConfig(rank=2), KEY)
@@ -40,7 +41,13 @@ def run(transform, model):
   }[transform]()
 
 
-@pytest.mark.parametrize("transform", ["jit", "jit in tree mode", "remat", "grad", "submodules"])
+@pytest.mark.parametrize(
+  "transform",
+  [
+    "jit",
+    *(pytest.param(name, marks=pytest.mark.nightly) for name in ("jit in tree mode", "remat", "grad", "submodules")),
+  ],
+)
 def test_statistics_and_counts_come_out(transform):
   model = adapted()
   plain = merged(model)
@@ -49,6 +56,7 @@ def test_statistics_and_counts_come_out(transform):
   assert model.drop.rngs.count[...] == 1
 
 
+@pytest.mark.nightly  # seconds
 def test_vmap_over_the_data_and_scan_over_steps():
   model = adapted()
   plain = merged(model)
@@ -87,6 +95,7 @@ class Stack(nnx.Module):
     return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
 
 
+@pytest.mark.nightly  # seconds
 def test_stacked_layers_scanned_inside_of_the_module():
   config = jaxlora.LoraConfig(rank=2)
   model = adapted(Stack(nnx.Rngs(0)), config, probe=lambda m: m(X), on_materialize="error")
@@ -97,6 +106,7 @@ def test_stacked_layers_scanned_inside_of_the_module():
   assert bool(jnp.any(model.blocks.seen[...] != 0))
 
 
+@pytest.mark.nightly  # seconds
 def test_caches_that_are_made_and_filled_by_calls():
   attention = nnx.MultiHeadAttention(2, 4, decode=True, rngs=nnx.Rngs(0))
   config = jaxlora.LoraConfig(rank=2, axes={"(query|key|value)/kernel": "ioo", "out/kernel": "iio"})
