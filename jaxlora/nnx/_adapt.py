@@ -14,6 +14,7 @@ from jaxlora._platform.policy import check_tuning
 from jaxlora._transform.record import ON_MATERIALIZE
 from jaxlora._weight.partitioned import plain_box
 from jaxlora._weight.weight import parts
+from jaxlora.nnx._call import call
 from jaxlora.nnx._classes import adapted_class
 from jaxlora.nnx._variables import Factors, Options, holds_weight
 from jaxlora.nnx._walk import FACTORS, mark, owned_variables, paths_of, plain_class
@@ -160,7 +161,7 @@ def _closed(module: Any, options: Options, key: jax.Array | None) -> Any:
       plain_box(variable)
   for node in mark(module, lambda node: FACTORS in vars(node)):
     kind: Any = type(node)
-    object.__setattr__(node, "__class__", adapted_class(kind))
+    object.__setattr__(node, "__class__", adapted_class(kind, call))
   return module
 
 

@@ -8,19 +8,21 @@ from typing import Any
 
 from flax import nnx
 
-from jaxlora.nnx._call import call
 from jaxlora.nnx._view import view
 from jaxlora.nnx._walk import FACTORS, PLAIN
 
+Call = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]  # of a method: name, module, args, kwargs
+_CALL = "_jaxlora_call"
+
 
 @functools.cache
-def adapted_class(plain: Any) -> Any:
+def adapted_class(plain: Any, call: Call) -> Any:
   """The class of an adapted module: a subclass of the module's own, by the same name.
 
   Its methods are called on the plain module, through `wrap`; what stands in its way is neither copied nor changed.
   Attributes that are adapted weights read as the merged ones do.
   """
-  members: dict[str, Any] = {name: _method(name, plain) for name in _methods(plain)}
+  members: dict[str, Any] = {name: _method(name, plain, call) for name in _methods(plain)}
   members |= {
     "__module__": plain.__module__,
     "__qualname__": plain.__qualname__,
@@ -29,6 +31,7 @@ def adapted_class(plain: Any) -> Any:
     "__getattribute__": _attribute,
     "_graph_node_set_key": _set_key,
     PLAIN: plain,
+    _CALL: staticmethod(call),
   }
   return type(plain)(plain.__name__, (plain,), members, pytree=plain._pytree__is_pytree)
 
@@ -50,7 +53,7 @@ def _is_method(name: str, value: Any) -> bool:
   return callable(value) and not lazy
 
 
-def _method(name: str, plain: Any) -> Callable[..., Any]:
+def _method(name: str, plain: Any, call: Call) -> Callable[..., Any]:
   original = getattr(plain, name)
 
   def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,8 +84,8 @@ def _set_key(self: Any, key: Any, value: Any) -> None:
 
 def _reduced(self: Any, _: Any) -> Any:
   """For pickling, which does not find a class that is made at run time."""
-  return _rebuilt, (getattr(type(self), PLAIN),), vars(self).copy()
+  return _rebuilt, (getattr(type(self), PLAIN), getattr(type(self), _CALL)), vars(self).copy()
 
 
-def _rebuilt(plain: Any) -> Any:
-  return object.__new__(adapted_class(plain))
+def _rebuilt(plain: Any, call: Call) -> Any:
+  return object.__new__(adapted_class(plain, call))
