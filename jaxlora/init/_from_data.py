@@ -11,6 +11,8 @@ from jaxlora._base.matrix import frobenius
 from jaxlora._base.paths import flatten
 from jaxlora._weight.matrices import thin
 from jaxlora._weight.placement import beside_its_base
+from jaxlora._weight.tree import map_adapted
+from jaxlora._weight.variant import TOKENS
 from jaxlora._weight.weight import LoraWeight, is_leaf_node
 from jaxlora.init._eva import eva
 from jaxlora.init._lora_ga import lora_ga
@@ -106,14 +108,19 @@ def init_from_data(
     )
   key = typed_key(key, "init_from_data: key")
   options = Options(fn, batches, key, rho, gamma, oversample, iterations, on_missing == "keep")
-  weights = dict(lora_leaves(tree, "init_from_data", linear=False))
+  weights = {path: node for path, node in lora_leaves(tree, "init_from_data", linear=False) if node.variant != TOKENS}
   for path, weight in weights.items():
     _check_fresh(path, weight)
-  new = (eva if method == "eva" else lora_ga)(tree, weights, options)
+  seen = map_adapted(lambda node: node.materialize() if node.variant == TOKENS else node, _same, _same, tree)
+  new = (eva if method == "eva" else lora_ga)(seen, weights, options)
   nodes, treedef = flatten(tree, is_leaf=is_leaf_node)
   return jax.tree_util.tree_unflatten(
     treedef, [beside_its_base(new[path]) if path in new else node for path, node in nodes]
   )
+
+
+def _same(node: Any) -> Any:
+  return node
 
 
 def _check_fresh(path: str, weight: LoraWeight) -> None:

@@ -98,6 +98,16 @@ def test_rows_of_narrow_floats_and_of_a_tree_that_was_cast():
     jaxlora.wrap(tied)(cast, TOKENS)
 
 
+@pytest.mark.parametrize("method", ["eva", pytest.param("lora_ga", marks=pytest.mark.nightly)])
+def test_factors_beside_rows_start_from_data(method):
+  """The rows count as what they are, and stay."""
+  tree = jaxlora.adapt(PARAMS, config(targets=".*up/kernel"), KEY)
+  fn = tied if method == "eva" else lambda params, tokens: tied(params, tokens).sum()
+  new = jaxlora.init_from_data(tree, fn, [TOKENS], jax.random.key(1), method=method)
+  assert new["embed"]["embedding"] is tree["embed"]["embedding"]
+  assert not np.allclose(new["up"]["kernel"].a, tree["up"]["kernel"].a)
+
+
 def test_a_bank_serves_rows_beside_factors():
   trees = {"rows": moved(targets=[]), "other": moved(targets=[], tokens={".*embedding": [5]})}
   bank = jaxlora.stack(trees)
