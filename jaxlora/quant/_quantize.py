@@ -45,7 +45,7 @@ def quantize(
   files, say) no more than one is on the device in floats.
 
   Args:
-    params: any pytree of arrays; leaves may be `jax.ShapeDtypeStruct`s.
+    params: any pytree of arrays; leaves may be `jax.ShapeDtypeStruct`s, whose codes lie as their shardings say.
     format: `"nf4"` (the code book of QLoRA: codes and scales are bitsandbytes' bit for bit), `"int8"`, `"int4"`
       (-7 to 7), `"q4_0"` (-8 to 7, scaled by the element of the largest magnitude), `"fp8"` (e4m3).
     block_size: elements that share a scale; `None` for all along the contracted axes, a scale for each output.
@@ -146,7 +146,8 @@ def _quantized(
   path: str, leaf: Any, make: Callable[[Any], QuantizedArray], note: Callable[[str, Any, Any], None]
 ) -> QuantizedArray:
   if is_abstract(leaf):
-    codes = jax.eval_shape(make, leaf)
+    plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # types of explicit meshes follow no reshape into blocks
+    codes = placed(jax.eval_shape(make, plain), leaf)
     note(path, leaf, codes)
     return codes
   resting = jnp.asarray(leaf)

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora._quant.array import QuantizedArray
 from jaxlora._transform.coded_equations import spec_of_part
+from jaxlora._weight.placement import put_on
 
 
 def check_shards(said: str, path: str, leaf: Any, block: Sequence[int], remedy: str) -> None:
@@ -61,7 +62,7 @@ def _placed(node: Any, shape: tuple[int, ...], sharding: NamedSharding) -> Any:
     return node.with_parts({name: _placed(part, shape, sharding) for name, part in node.parts().items()})
   spec = spec_of_part(sharding.spec, node.shape, shape, dict(sharding.mesh.shape)) or ()
   there = NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
-  return jax.device_put(node, there)
+  return put_on(node, there)
 
 
 def _tuple(names: Any) -> tuple[Any, ...]:

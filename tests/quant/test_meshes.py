@@ -124,6 +124,19 @@ def test_blocks_are_not_cut():
   np.testing.assert_array_equal(jaxlora.dequantize(sharded)["down"], jaxlora.dequantize(before)["down"])
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_codes_of_shapes_lie_as_those_of_arrays(kind):
+  """So that a tree of codes and factors that no host can hold is planned, too: every part says where it belongs."""
+  there = NamedSharding(helpers.mesh_of(kind, data=4, model=2), LAYOUTS["both"][1])
+  down = jax.device_put(PARAMS["down"], there)
+  shape = jax.ShapeDtypeStruct(down.shape, down.dtype, sharding=there)
+  config = jaxlora.LoraConfig(rank=2, targets="down", axes={"down": "sio"})
+  tree, abstract = (jaxlora.adapt(codes({"down": leaf}), config, KEY) for leaf in (down, shape))
+  told = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)
+  assert jax.tree.map(told, abstract) == jax.tree.map(told, tree)
+  assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
+
+
 def test_what_is_written_again_stays_where_it_was(alone):
   base = codes(put(PARAMS, "both"))
   tree = jax.tree.map(lambda node, base: node.with_parts({"base": base}), alone[0], base, is_leaf=is_leaf)
