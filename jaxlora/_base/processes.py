@@ -10,6 +10,17 @@ def spans_processes(leaf: Any) -> bool:
   return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and not leaf.is_fully_addressable
 
 
+def not_here(leaf: Any) -> bool:
+  """Whether this process cannot have all of an array: others hold shards of it, and not each of them the whole."""
+  return spans_processes(leaf) and not leaf.is_fully_replicated
+
+
+GATHER = (
+  "Gather the tree on every process, whole = jax.experimental.multihost_utils.process_allgather(tree, tiled=True), and"
+  " save that on one of them, or on each to a path of its own; jaxlora.checkpoint.save writes shards where they are."
+)
+
+
 def check_same_on_all(key: jax.Array, what: str) -> None:
   """Raises where processes have different random keys: each would draw the shards of another array."""
   from jax.experimental import multihost_utils

@@ -16,6 +16,7 @@ from jaxlora._base.checks import is_abstract
 from jaxlora._base.coded import is_coded
 from jaxlora._base.files import Spec, code_of, nbytes_of, new_header, raw_bytes, replacing
 from jaxlora._base.paths import flatten
+from jaxlora._base.processes import GATHER, not_here
 from jaxlora._files.carried import carry, changed_config
 from jaxlora._files.tensors import INDEX
 from jaxlora._weight.weight import is_adapted, is_leaf_node
@@ -117,6 +118,8 @@ def _planned(params: Any, names: Names, axes: Axes, dtype: np.dtype | None) -> _
       raise HubError(f"hub.save: {path}: is adapted. Merge it first (jaxlora.merge), or write the adapter: peft.save.")
     if is_abstract(leaf):
       raise HubError(f"hub.save: {path}: is a shape without values. Save the tree once it has some.")
+    if any(map(not_here, jax.tree.leaves(leaf))):
+      raise HubError(f"hub.save: {path}: other processes hold shards of it. {GATHER}")
   check_names(names, nodes)
   problems: list[str] = []
   known = with_scanned(nodes, known_roles(nodes, params, axes, None))

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from jaxlora._base.paths import flatten, opened
+from jaxlora._base.processes import GATHER, not_here
 from jaxlora._base.text import listed
 from jaxlora._weight.checks import check_parts
-from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node
+from jaxlora._weight.weight import FullWeight, LoraWeight, is_adapted, is_leaf_node, parts
 from jaxlora.peft._config import config_of
 from jaxlora.peft._conv1d import told_by_model
 from jaxlora.peft._for_torch import joined_names, named_for_torch
@@ -86,6 +87,8 @@ def adapter_of_tree(tree: Any, names: Names, axes: Axes, subject: str, task_type
   """
   tree = opened(tree)
   nodes = flatten(tree, is_leaf=is_leaf_node)[0]
+  if elsewhere := [path for path, node in nodes if _elsewhere(node)]:
+    raise fail(subject, [f"{path}: other processes hold shards of it" for path in elsewhere], GATHER)
   rows = {path: token_rows_of(path, node, subject) for path, node in nodes if is_rows(node)}
   tree = without_rows(tree)
   leaves = dict(flatten(tree, is_leaf=is_leaf_node)[0])
@@ -143,6 +146,10 @@ def _named_rows(rows: dict[str, TokenRows], model: TorchModel, problems: list[st
     if path not in found or found[path].parameter != "weight"
   ]
   return {f"{target.module}.weight": rows[path] for path, target in found.items()}
+
+
+def _elsewhere(node: Any) -> bool:
+  return is_adapted(node) and any(not_here(part) for name, part in parts(node).items() if name != "base")
 
 
 def _tied_table(model: TorchModel, subject: str) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ from jaxlora.serving._slots import (
   WholeSlots,
   arrays_of,
   as_sure,
+  beside,
   check_finite_parts,
   check_fits,
   values_for,
@@ -230,7 +231,7 @@ class Bank:
     base: Mapping[str, str],
   ) -> "Bank":
     """The bank with one slot written anew; leaves without values are emptied there."""
-    full = {path: values.get(path) or _nothing(slots) for path, slots in self.factors.items()}
+    full = {path: _beside(values.get(path) or _nothing(slots), slots) for path, slots in self.factors.items()}
     write = _write_in_place if donate else _write
     sure = {path: path not in unsure and getattr(slots, "sure", True) for path, slots in self.factors.items()}
     written = write(self.factors, full, jnp.asarray(slot, jnp.int32))
@@ -251,6 +252,11 @@ def _write_slot(factors: dict[str, Slots], values: dict[str, dict[str, Any]], sl
 _write = jax.jit(_write_slot)
 
 _write_in_place = jax.jit(_write_slot, donate_argnums=0)
+
+
+def _beside(values: dict[str, Any], slots: Slots) -> dict[str, Any]:
+  """Values of one slot, in the shards that the bank's arrays have."""
+  return {part: beside(value, getattr(slots, part)) for part, value in values.items()}
 
 
 def _nothing(slots: Slots) -> dict[str, Any]:

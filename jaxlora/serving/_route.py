@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from jaxlora._base.coded import decoded, is_coded
@@ -27,7 +28,7 @@ from jaxlora.serving._caches import update_slice
 from jaxlora.serving._routed import RoutedWeight
 from jaxlora.serving._rows import Results, Rows
 from jaxlora.serving._slots import LowRankSlots, Slots, WholeSlots
-from jaxlora.serving._ways import WAYS, Routing, pick
+from jaxlora.serving._ways import WAYS, Routing, pick, spec_of_type
 
 
 def route(
@@ -148,9 +149,16 @@ def call_rows(
     out = call(fn, record, None, (params, *rows.of_one(mapped)), kwargs)
     return results.take(out)
 
-  out = results.of_all(jax.vmap(row, in_axes=(0, *rows.axes))(ids, *rows.mapped))
+  out = results.of_all(jax.vmap(row, in_axes=(0, *rows.axes))(_as_rows_lie(ids, rows), *rows.mapped))
   check_roles(_unsure(bank, base), record.uses)
   return out
+
+
+def _as_rows_lie(ids: jax.Array, rows: Rows) -> jax.Array:
+  """The ids in the shards of the rows, as `jax.vmap` asks where types say how arrays lie."""
+  specs = [(spec_of_type(x), axis) for x, axis in zip(rows.mapped, rows.axes, strict=True)]
+  told = [spec[axis] for spec, axis in specs if spec is not None]
+  return jax.sharding.reshard(ids, PartitionSpec(told[0])) if told else ids
 
 
 def _unsure(bank: Bank, base: "_Base") -> dict[str, Unsure]:

@@ -6,11 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from jaxlora._base.checks import all_finite
 from jaxlora._base.export import serialised_dataclass
 from jaxlora._base.text import listed
 from jaxlora._weight.aside import Aside
+from jaxlora._weight.placement import put_on
 from jaxlora._weight.weight import FullWeight, LoraWeight, parts
 
 
@@ -108,12 +111,31 @@ def check_fits(node: Any, slots: Slots, what: str, of: str = "the bank's") -> No
 
 def check_finite_parts(node: Any, what: str) -> None:
   """Raises if an adapter has diverged: products that run over several adapters would spread it."""
-  broken = [name for name, part in parts(node).items() if name != "base" and not np.isfinite(np.asarray(part)).all()]
+  broken = [name for name, part in parts(node).items() if name != "base" and not _is_finite(part)]
   if broken:
     raise ValueError(
       f"{what}: found NaN or infinite values in {listed(broken)}, expected finite ones. Training has diverged: go back"
       " to an earlier checkpoint."
     )
+
+
+def _is_finite(part: Any) -> bool:
+  """Whether all values are; an array in shards is asked where it lies."""
+  return bool(all_finite(part) if lies_on_a_mesh(part) else np.isfinite(np.asarray(part)).all())
+
+
+def lies_on_a_mesh(array: Any) -> bool:
+  """Whether an array is in shards, or copies, on several devices of a mesh."""
+  known = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+  return known and isinstance(array.sharding, NamedSharding) and array.sharding.num_devices > 1
+
+
+def beside(value: Any, slots: Any) -> Any:
+  """What goes into one slot of a bank's array, in the shards of that array."""
+  if not lies_on_a_mesh(slots):
+    return value
+  spec = (*slots.sharding.spec, *[None] * (slots.ndim - len(slots.sharding.spec)))
+  return put_on(jnp.asarray(value), NamedSharding(slots.sharding.mesh, PartitionSpec(*spec[1:])))
 
 
 def padded(weight: LoraWeight, rank: int) -> tuple[jax.Array, jax.Array]:

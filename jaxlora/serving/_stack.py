@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from jaxlora._base.checks import positive
 from jaxlora._base.dtypes import wider_dtype
+from jaxlora._weight.placement import put_on
 from jaxlora._weight.weight import FullWeight, LoraWeight
 from jaxlora.serving._adapters import adapter_nodes, check_name, check_nesting, joint_base
 from jaxlora.serving._bank import Bank, Names
@@ -21,6 +23,7 @@ from jaxlora.serving._slots import (
   arrays_of,
   check_finite_parts,
   check_fits,
+  lies_on_a_mesh,
   values_for,
   with_rank,
 )
@@ -40,7 +43,8 @@ def stack(adapters: Mapping[str, Any], capacity: int | None = None, rank: int | 
     rank: the rank of every leaf of the bank; by default the largest that an adapter has there.
 
   Returns:
-    A `Bank`, of the adapters' own bytes (padded to the rank) for each slot.
+    A `Bank`, of the adapters' own bytes (padded to the rank) for each slot; in the shards of adapters that lie on a
+    mesh.
 
   Raises:
     ValueError: naming the adapter and the leaf, what was found and what was expected: no adapters, more than the
@@ -113,10 +117,32 @@ def _form(path: str, owners: dict[str, Any], capacity: int, rank: int | None) ->
 
 def _filled(owners: dict[str, Any], form: Slots, names: Sequence[str]) -> Slots:
   """A leaf's slots with the adapters in them, in order."""
-  arrays = {part: np.zeros(kind.shape, kind.dtype) for part, kind in arrays_of(form).items()}
-  for slot, name in enumerate(names):
-    if name in owners:
-      for part, value in values_for(owners[name], form).items():
-        arrays[part][slot] = np.asarray(value)
-  filled: dict[str, Any] = {part: jnp.asarray(array) for part, array in arrays.items()}
+  values = {slot: values_for(owners[name], form) for slot, name in enumerate(names) if name in owners}
+  filled: dict[str, Any] = {
+    part: _side_by_side(kind, {slot: value[part] for slot, value in values.items()})
+    for part, kind in arrays_of(form).items()
+  }
   return dataclasses.replace(form, **filled)
+
+
+def _side_by_side(kind: jax.ShapeDtypeStruct, values: dict[int, Any]) -> jax.Array:
+  """One array of all slots, zero in those without a value; on the mesh of the first value that lies on one."""
+  there = next((value.sharding for value in values.values() if lies_on_a_mesh(value)), None)
+  if there is not None:
+    return _on_mesh(kind, values, there)
+  array = np.zeros(kind.shape, kind.dtype)
+  for slot, value in values.items():
+    array[slot] = np.asarray(value)
+  return jnp.asarray(array)
+
+
+def _on_mesh(kind: jax.ShapeDtypeStruct, values: dict[int, Any], there: NamedSharding) -> jax.Array:
+  """The same in shards: the axis of slots whole, and no value goes through the host."""
+  placed = {slot: put_on(value, there) for slot, value in values.items()}
+
+  def fill(placed: dict[int, Any]) -> jax.Array:
+    empty = jnp.zeros_like(next(iter(placed.values())))  # in shards, too, where types say so
+    return jnp.stack([placed.get(slot, empty) for slot in range(kind.shape[0])])
+
+  lies = NamedSharding(there.mesh, PartitionSpec(None, *there.spec))
+  return jax.jit(fill, out_shardings=lies)(placed)

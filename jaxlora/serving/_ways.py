@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxlora._base.dtypes import beside, inexact
 from jaxlora._base.labelled import Labelled, Result, contract
@@ -128,7 +129,17 @@ def low_rank_part(x: Any, row: Row, slot: jax.Array, way: str) -> jax.Array:
 
 def pick(factors: jax.Array, slot: jax.Array) -> jax.Array:
   """What a bank has in one slot; zeros where there is no slot of that number."""
-  return factors.at[slot].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+  spec = spec_of_type(factors)
+  lies = None if spec is None else PartitionSpec(*spec[1:])  # the type of a gather on an explicit mesh has to be said
+  return factors.at[slot].get(mode="fill", fill_value=0, wrap_negative_indices=False, out_sharding=lies)
+
+
+def spec_of_type(x: Any) -> tuple[Any, ...] | None:
+  """The spec that the type of an array carries, with an entry for each axis; `None` where no axis is explicit."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+    return None
+  return (*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec)))
 
 
 def _thin(x: jax.Array, row: Row, slot: jax.Array | None) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import jaxlora
-from jaxlora import checkpoint
+from jaxlora import checkpoint, hub, peft
 from jaxlora._base.processes import spans_processes
 from jaxlora.checkpoint import _processes
 
@@ -147,4 +147,24 @@ def alone(say, path):
   say("digest", digest(jaxlora.adapt(params, CONFIG, key)))
 
 
-JOBS = {job.__name__: job for job in (train, restore, alone)}
+def folders(say, path):
+  """Files of whole arrays, of a tree whose shards several processes hold: what each is told, and the remedy."""
+  params = {name: leaf for name, leaf in params_on(mesh_of(2, 1)).items() if name != "bias"}
+  axes = dict.fromkeys(params, "io")
+  tree = jaxlora.adapt(params, jaxlora.LoraConfig(rank=2, axes=axes), jax.random.key(0))
+  for name, call in (("peft", lambda: peft.save(path, tree)), ("hub", lambda: hub.save(path, params))):
+    try:
+      call()
+    except ValueError as error:
+      say(name, str(error))
+  bank = jaxlora.stack({"one": tree}, capacity=2).put("two", tree)
+  say("bank", list(bank.factors["up"].a.addressable_shards[0].data.shape))
+  whole = multihost_utils.process_allgather(tree, tiled=True)
+  base, own = jaxlora.strip(whole), f"{path}-{jax.process_index()}"
+  peft.save(own, whole)
+  hub.save(own + "-base", base, axes=axes)
+  loaded = peft.load(own, hub.load(own + "-base", base, axes=axes), axes=axes)
+  say("digest", digest(loaded) == digest(whole))
+
+
+JOBS = {job.__name__: job for job in (train, restore, alone, folders)}

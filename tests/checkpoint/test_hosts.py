@@ -85,6 +85,17 @@ def test_a_lone_process_is_told_what_it_may_not_do(tmp_path, forks):
   assert said[0]["digest"] == said[1]["digest"]
 
 
+def test_files_of_whole_arrays_are_refused_with_a_remedy(tmp_path, forks):
+  """And a bank of adapters in shards stays in shards, over processes, too."""
+  said = finished(forks, "folders", 2, 1, tmp_path / "folder")
+  for one in said.values():
+    assert "up: other processes hold shards of it" in one["peft"]
+    assert "process_allgather(tree, tiled=True)" in one["peft"]
+    assert "down: other processes hold shards of it" in one["hub"]
+    assert one["bank"] == [2, 2, 32]  # half of A's inputs
+    assert one["digest"] is True
+
+
 def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   with pytest.raises(checkpoint.CheckpointError, match=r"does not see .* a folder that all processes share"):
