@@ -1,6 +1,7 @@
 """Programs compiled ahead of time for one chip, from shapes alone: no array is made, and nothing is run."""
 
 from collections.abc import Callable, Sequence
+import re
 from typing import Any, NamedTuple
 
 from chips import Chip
@@ -91,6 +92,18 @@ def largest(fits: Callable[[int], bool], begin: int = 1, most: int = MOST) -> in
     middle = (low + high) // 2
     low, high = (middle, high) if fits(middle) else (low, middle)
   return low
+
+
+def refused(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
+  """What a TPU's compiler says of a step that is too large: the GiB that it needs where it says them, and its words.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the error, if it is another one.
+  """
+  if "RESOURCE_EXHAUSTED" not in str(error):
+    raise error
+  said = re.search(r"\(([\d.]+)G\) exceeds|Used ([\d.]+)G of", str(error))
+  return {"needs": float(said[1] or said[2]) if said else None, "said": str(error)[:500]}
 
 
 def step_fits(target: Target, contestant: Contestant, settings: Settings) -> bool:

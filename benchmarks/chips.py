@@ -50,6 +50,7 @@ class Chip(NamedTuple):
     clock: Hz; None where it is not public, or says nothing.
     memory: bytes; None where the compiler itself refuses what does not fit.
     options: of the compiler.
+    links: bytes/s that a chip receives from others of its slice over all of its links; None where it is one chip.
   """
 
   name: str
@@ -63,6 +64,7 @@ class Chip(NamedTuple):
   clock: float | None = None
   memory: int | None = None
   options: dict[str, Any] | None = None
+  links: float | None = None
 
   @property
   def short(self) -> str:
@@ -74,17 +76,23 @@ class Chip(NamedTuple):
     return {package: importlib.metadata.version(package) for package in self.packages if _is_distributed(package)}
 
 
-def _tpu(name: str, flops: float, bandwidth: float, clock: float | None) -> Chip:
+def _tpu(name: str, flops: float, bandwidth: float, clock: float | None, links: float) -> Chip:
   target = {"platform": "tpu", "topology_name": name}
-  return Chip(name, "tpu", "tpu", target, ("libtpu",), "compilers", flops, bandwidth, clock)
+  return Chip(name, "tpu", "tpu", target, ("libtpu",), "compilers", flops, bandwidth, clock, links=links)
+
+
+def slice_of(chip: Chip, topology: str) -> Chip:
+  """The same chip in a slice of another topology: `4x4x4`, say."""
+  name = f"{chip.short}:{topology}"
+  return chip._replace(name=name, target=chip.target | {"topology_name": name})
 
 
 CHIPS = {
   chip.name: chip
   for chip in (
-    _tpu("v5e:2x2", 197e12, 819e9, 1.5e9),
-    _tpu("v5p:2x2x1", 459e12, 2765e9, 1.75e9),
-    _tpu("v6e:2x2", 918e12, 1640e9, None),
+    _tpu("v5e:2x2", 197e12, 819e9, 1.5e9, 200e9),
+    _tpu("v5p:2x2x1", 459e12, 2765e9, 1.75e9, 600e9),
+    _tpu("v6e:2x2", 918e12, 1640e9, None, 400e9),
     Chip(
       "h100",
       "gpu",
@@ -116,8 +124,8 @@ def _has_accelerator() -> bool:
   return any(next(Path("/dev").glob(pattern), None) for pattern in files)
 
 
-def device_of(chip: Chip) -> Any:
-  """One device of a chip's topology: programs can be compiled for it, and not run.
+def devices_of(chip: Chip) -> list[Any]:
+  """The devices of a chip's topology: programs can be compiled for them, and not run.
 
   Raises:
     NoCompilerError: if its compiler is not installed.
@@ -128,7 +136,12 @@ def device_of(chip: Chip) -> Any:
       f"the compiler for {chip.name} needs {' and '.join(missing)}: pip install 'jaxlora[{chip.extra}]'"
     )
   with _loading(chip):
-    return topologies.get_topology_desc(**chip.target).devices[0]
+    return list(topologies.get_topology_desc(**chip.target).devices)
+
+
+def device_of(chip: Chip) -> Any:
+  """The first of `devices_of`, for programs of one chip."""
+  return devices_of(chip)[0]
 
 
 def _is_distributed(package: str) -> bool:

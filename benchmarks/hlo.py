@@ -1,7 +1,7 @@
 """Figures from the text of optimised HLO, which is what a compiler has made of a program for one chip.
 
 Only what a chip executes is counted: the instructions of the ENTRY computation, and those of the bodies of its loops as
-often as they run. What is inside of a fusion belongs to the fusion.
+often as they run. What is inside of a fusion belongs to the fusion; products and collectives are looked for there, too.
 """
 
 import collections
@@ -20,6 +20,12 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?")
 _BODY = re.compile(r"\b(?:body|to_apply|calls)=%?([\w.\-]+)")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BOUND = re.compile(r" constant\((\d+)\)")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
+_WINDOW = re.compile(r"\b(size|pad|lhs_dilate)=([\dx_]+)")
+_SUMMED = re.compile(r"lhs_contracting_dims={([\d,]*)}")
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
@@ -103,7 +109,7 @@ def executed(text: str, trips: int) -> Iterator[Executed]:
 
   Args:
     text: of the optimised HLO.
-    trips: how often a loop runs that does not say so itself; a TPU's never do.
+    trips: how often a loop runs of which neither its own line nor its condition says so.
   """
   found, entry = computations(text)
 
@@ -111,13 +117,38 @@ def executed(text: str, trips: int) -> Iterator[Executed]:
     for instruction in found[name].values():
       yield Executed(instruction, times, found[name])
       if instruction.opcode in ("while", "call", "async-start") and (body := _BODY.search(instruction.text)):
-        known = _TRIPS.search(instruction.text)
-        again = 1 if instruction.opcode != "while" else int(known[1]) if known else trips
+        again = 1 if instruction.opcode != "while" else _times(instruction, found, trips)
         # the estimate of what is called may stand at the call already
         if body[1] in found and not _CYCLES.search(instruction.text):
           yield from walk(body[1], times * again)
 
   return walk(entry, 1)
+
+
+def _times(loop: Instruction, found: Mapping[str, Computation], trips: int) -> int:
+  """How often a loop runs: as it says, or the one number that its condition compares with, or `trips`."""
+  if known := _TRIPS.search(loop.text):
+    return int(known[1])
+  condition = found.get(name[1], {}) if (name := _CONDITION.search(loop.text)) else {}
+  less = any("direction=LT" in one.text for one in condition.values())
+  bounds = [int(bound[1]) for one in condition.values() if (bound := _BOUND.search(one.text))]
+  return bounds[0] if less and len(bounds) == 1 else trips
+
+
+def inside(text: str, trips: int) -> Iterator[Executed]:
+  """All instructions that run, those inside of fusions in the place of the fusions."""
+  found, _ = computations(text)
+
+  def walk(one: Executed) -> Iterator[Executed]:
+    body = _BODY.search(one.instruction.text) if one.instruction.opcode == "fusion" else None
+    if body is None or body[1] not in found:
+      yield one
+      return
+    for instruction in found[body[1]].values():
+      yield from walk(Executed(instruction, one.times, found[body[1]]))
+
+  for one in executed(text, trips):
+    yield from walk(one)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,13 +181,52 @@ def cycles(text: str, trips: int) -> int:
 
 
 def communicated(text: str, trips: int) -> collections.Counter[str]:
-  """Bytes of the results of collectives on one device, by kind."""
+  """Bytes of the results of collectives on one device, by kind; those inside of fusions, too, each channel once."""
   total: collections.Counter[str] = collections.Counter()
-  for one in executed(text, trips):
+  seen = set()
+  for one in inside(text, trips):
     found = _COLLECTIVE.fullmatch(one.instruction.opcode)
-    if found:
+    channel = _CHANNEL.search(one.instruction.text)
+    if found and (channel is None or channel[1] not in seen):
+      seen.add(channel and channel[1])
       total[found[1]] += one.times * bytes_of(one.instruction.type)
   return total
+
+
+def product_flops(text: str, trips: int) -> int:
+  """FLOPs of all matrix products: two for each number of a result and of its contracted axes.
+
+  On a TPU products are convolutions. An axis of their windows that is dilated or padded stands for a batch, of which
+  each number of the result meets one place; any other is summed over.
+  """
+  total = 0
+  for one in inside(text, trips):
+    summed = {"dot": _summed_by_dot, "convolution": _summed_by_convolution}.get(one.instruction.opcode)
+    if summed is not None:
+      (_, result), *_ = arrays(one.instruction.type)
+      total += one.times * 2 * math.prod(result) * summed(one)
+  return total
+
+
+def _operand_shape(one: Executed, k: int) -> tuple[int, ...]:
+  (_, shape), *_ = arrays(one.computation[one.instruction.operands[k]].type)
+  return shape
+
+
+def _summed_by_dot(one: Executed) -> int:
+  axes = _SUMMED.search(one.instruction.text)
+  left = _operand_shape(one, 0)
+  return math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
+
+
+def _summed_by_convolution(one: Executed) -> int:
+  labels = _LABELS.search(one.instruction.text)
+  features = _operand_shape(one, 1)[labels[1].index("i")] if labels else 1
+  window = {name: value.split("x") for name, value in _WINDOW.findall(one.instruction.text)}
+  sizes = [int(size) for size in window.get("size", [])]
+  pads, dilated = window.get("pad", ["0_0"] * len(sizes)), window.get("lhs_dilate", ["1"] * len(sizes))
+  summed = [size for size, pad, by in zip(sizes, pads, dilated, strict=True) if (pad, by) == ("0_0", "1")]
+  return features * math.prod(summed)
 
 
 def is_gemm(instruction: Instruction) -> bool:

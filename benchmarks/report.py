@@ -82,6 +82,7 @@ TABLES = {
   "compiled_suite": _benchmark("compiled_suite"),
   "seven_billion": _benchmark("seven_billion"),
   "meshes": _benchmark("meshes"),
+  "scaling": _benchmark("scaling"),
   "quantized": _benchmark("quantized"),
   **{
     name: _benchmark("quantized", folder=name)

@@ -8,10 +8,9 @@ compiler says, which refuses what does not.
 
 import argparse
 from collections.abc import Callable, Sequence
-import re
 from typing import Any, NamedTuple
 
-from ahead import Target, compile_for, largest
+from ahead import Target, compile_for, largest, refused
 from chips import CHIPS, NoCompilerError, device_of, stay_on_the_host
 import contestants
 from contestants import FULL, Contestant
@@ -57,10 +56,7 @@ def verdict(target: Target, contestant: Contestant, base: Base) -> dict[str, Any
   try:
     memory = compile_for(target, contestant, base).memory_analysis()
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    said = re.search(r"\(([\d.]+)G\) exceeds|Used ([\d.]+)G of", str(error))
-    return {"fits": False, "needs": float(said[1] or said[2]) if said else None, "said": str(error)[:500]}
+    return {"fits": False, **refused(error)}
   sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in FIELDS}
   return {"fits": True, "bytes": sizes}
 

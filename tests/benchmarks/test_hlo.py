@@ -103,3 +103,40 @@ def test_bytes_of_a_type(hlo, type_, size):
 def test_text_without_an_entry_is_an_error(hlo):
   with pytest.raises(ValueError, match="no ENTRY computation"):
     hlo.cycles("module @jit_step {}", 1)
+
+
+PRODUCTS = """HloModule jit_step, is_scheduled=true
+
+%hidden (p: bf16[2,8]) -> bf16[4,16] {
+  %p = bf16[2,8]{1,0} parameter(0)
+  %w = bf16[16,8]{1,0} constant({...})
+  %gathered = bf16[4,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+  ROOT %product = bf16[4,16]{1,0} convolution(%gathered, %w), dim_labels=bf_oi->bf
+}
+
+%condition (state: s32[]) -> pred[] {
+  %bound = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%state, %bound), direction=LT
+}
+
+%body (state: s32[]) -> s32[] {
+  %fusion.1 = bf16[4,16]{1,0} fusion(%state), kind=kCustom, calls=%hidden
+  ROOT %dot = f32[5,6]{1,0} dot(%left, %right), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %left = f32[5,7]{1,0} parameter(0)
+}
+
+ENTRY %main (x: bf16[2,8]) -> f32[2,2048,2,2048] {
+  %fusion.2 = bf16[4,16]{1,0} fusion(%x), kind=kCustom, calls=%hidden
+  %while = s32[] while(%x), condition=%condition, body=%body
+  %key = bf16[2,64,1,10]{3,2,1,0} parameter(1)
+  ROOT %heads = f32[2,9,2,10]{1,3,2,0} convolution(%query, %key), window={size=2x1 lhs_dilate=2x1}, \
+dim_labels=b01f_0i1o->0b1f
+}
+"""
+
+
+def test_products_and_collectives_are_found_inside_of_fusions(hlo):
+  """As often as a loop's condition says; a collective that begins in one fusion and ends in another is one."""
+  assert hlo.communicated(PRODUCTS, trips=99) == {"all-gather": 4 * 8 * 2}
+  hidden, dot, heads = 2 * 4 * 16 * 8, 2 * 5 * 6 * 7, 2 * (2 * 9 * 2 * 10) * 64  # the dilated axis is a batch
+  assert hlo.product_flops(PRODUCTS, trips=99) == 4 * hidden + 3 * dot + heads
