@@ -118,4 +118,5 @@ def factors_of(module: Any) -> Iterator[tuple[Any, str, nnx.Variable, Any]]:
     held = vars(owner).get(FACTORS) if plain_class(owner) is not None else None
     if held is not None:
       own = dict(_own(owner))
-      yield from ((owner, path, own[path], factors) for path, factors in attributes(held).items())
+      parts = {path: factors for path, factors in attributes(held).items() if isinstance(factors, nnx.Module)}
+      yield from ((owner, path, own[path], factors) for path, factors in parts.items())

@@ -140,3 +140,14 @@ def test_what_from_tree_cannot_take():
     jaxlora.nnx.from_tree(jaxlora.split(tree)[1], key=KEY)
   with pytest.raises(ValueError, match="on_materialize is 'never'"):
     jaxlora.nnx.adapt(Net(nnx.Rngs(0)), CONFIG, KEY, on_materialize="never")
+
+
+@pytest.mark.nightly  # seconds
+def test_a_base_of_codes():
+  x = helpers.normal(0, (3, 64), jnp.float32)
+  base = jaxlora.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), "nf4")
+  model = adapted(base, jaxlora.LoraConfig(rank=2))
+  tree = jaxlora.nnx.to_tree(model)
+  helpers.assert_close(model(x), jaxlora.wrap(tree)(x), 1e-6)
+  grads = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, Trainable))(model)
+  assert bool(jnp.any(grads["jaxlora"]["kernel"]["b"][...] != 0))
