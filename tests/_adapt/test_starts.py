@@ -19,7 +19,7 @@ def adapted(params=PARAMS, **fields):
   return jaxlora.adapt(params, jaxlora.LoraConfig(**{"rank": 4, "targets": ".*", "zero": "a"} | fields), KEY)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.nightly)])
 def test_a_starts_at_zero_and_b_is_drawn_as_a_map_from_the_rank(variant):
   node = adapted(variant=variant)["w"]
   assert not node.a.any()
@@ -60,6 +60,7 @@ def test_where_a_cannot_be_zero_the_remedy_works(fields, why):
     jaxlora.LoraConfig(zero="c")
 
 
+@pytest.mark.nightly
 def test_adams_first_update_moves_further_where_a_is_zero():
   """Its signs move a loss by the sum of absolute slopes, which is `fan_in / sqrt(rank fan_out)` times as large."""
   fan_in, rank = 1024, 8

@@ -48,7 +48,7 @@ def moved(params=PARAMS, **fields):
   return jaxlora.join(frozen, jax.tree.map(lambda x: x + array(9, *x.shape), factors))
 
 
-@pytest.mark.parametrize("fn", [tied, untied])
+@pytest.mark.parametrize("fn", [tied, pytest.param(untied, marks=pytest.mark.nightly)])
 def test_a_look_up_and_a_head_see_the_rows(fn):
   """Values and gradients are those of the merged tree, and nothing is formed."""
   frozen, factors = jaxlora.split(moved())
@@ -59,6 +59,7 @@ def test_a_look_up_and_a_head_see_the_rows(fn):
   helpers.assert_close(got, want, 1e-5)
 
 
+@pytest.mark.nightly
 def test_at_first_it_is_the_base_and_only_those_rows_move():
   tree = jaxlora.adapt(PARAMS, config(), KEY)
   np.testing.assert_array_equal(jax.jit(jaxlora.wrap(tied))(tree, TOKENS), jax.jit(tied)(PARAMS, TOKENS))
@@ -86,6 +87,7 @@ def test_state_moments_and_files_hold_those_rows_alone(tmp_path):
   np.testing.assert_array_equal(new["embed"]["embedding"].a, tree["embed"]["embedding"].a)
 
 
+@pytest.mark.nightly
 def test_rows_of_narrow_floats_and_of_a_tree_that_was_cast():
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
   tree = moved(narrow, tokens={".*embedding": [0, 17]}, dtype="float32")
@@ -98,7 +100,8 @@ def test_rows_of_narrow_floats_and_of_a_tree_that_was_cast():
     jaxlora.wrap(tied)(cast, TOKENS)
 
 
-@pytest.mark.parametrize("method", ["eva", pytest.param("lora_ga", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["eva", "lora_ga"])
 def test_factors_beside_rows_start_from_data(method):
   """The rows count as what they are, and stay."""
   tree = jaxlora.adapt(PARAMS, config(targets=".*up/kernel"), KEY)
@@ -108,6 +111,7 @@ def test_factors_beside_rows_start_from_data(method):
   assert not np.allclose(new["up"]["kernel"].a, tree["up"]["kernel"].a)
 
 
+@pytest.mark.nightly
 def test_a_bank_serves_rows_beside_factors():
   trees = {"rows": moved(targets=[]), "other": moved(targets=[], tokens={".*embedding": [5]})}
   bank = jaxlora.stack(trees)
@@ -158,7 +162,7 @@ def test_an_axis_that_nothing_tells_and_the_remedies():
   assert again == config()
 
 
-@pytest.mark.parametrize("adapted", ["lora", "whole", "rows"])
+@pytest.mark.parametrize("adapted", [pytest.param("lora", marks=pytest.mark.nightly), "whole", "rows"])
 def test_a_longer_table_has_means_of_what_it_had(adapted):
   """Of merged and of adapted trees alike."""
   fields = {

@@ -26,7 +26,7 @@ def moved(params=PARAMS, **fields):
 off = jaxlora.wrap(fn, adapters=False)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", pytest.param("lokr", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.nightly)])
 def test_values_are_the_bases_to_the_bit(variant):
   tree = moved(variant=variant)
   np.testing.assert_array_equal(off(tree, X), fn(PARAMS, X))

@@ -158,6 +158,7 @@ def test_an_adapted_head_costs_no_product_more(turned):
   assert flops(chunked(128)) < 1.05 * flops(plain)
 
 
+@pytest.mark.nightly
 def test_rows_of_tokens_and_dropout_of_a_head():
   """Rows of a tied head that train; and with dropout the loss of a mask, whose gradient is the factors' alone."""
   table, hidden = draw(3, VOCABULARY, WIDTH), draw(2, *TOKENS, WIDTH)
