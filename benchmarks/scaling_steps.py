@@ -25,10 +25,10 @@ LIES = {
   "embed/embedding": PartitionSpec("y", "x"),
   "head/kernel": PartitionSpec("x", "y"),
 }
-MODELS = {
+MODELS = {  # vocabularies are multiples of all meshes' axes
   "8B": Shape(32, 4096, 32, 8, 14336, 128256),
   "70B": Shape(80, 8192, 64, 8, 28672, 128256),
-  "400B sparse": Shape(48, 5120, 40, 8, 16384, 202048, experts=128, expert_hidden=8192),
+  "400B sparse": Shape(48, 5120, 40, 8, 16384, 202752, experts=128, expert_hidden=8192),
   "tiny": Shape(4, 256, 4, 2, 512, 1024),
   "tiny sparse": Shape(4, 256, 4, 2, 512, 1024, experts=8, expert_hidden=256),
 }
@@ -43,11 +43,15 @@ class Step(NamedTuple):
   out: Any
 
 
-def mesh_of(devices: Sequence[Any], shape: Shape) -> Mesh:
+def sides(count: int, shape: Shape) -> tuple[int, int]:
   """Two axes of about one length; with experts, as many along `y` as there are experts, or devices."""
-  count = len(devices)
   along = math.gcd(count, shape.experts) if shape.experts else count // (1 << (count.bit_length() - 1) // 2)
-  return Mesh(np.array(devices).reshape(count // along, along), BOTH, axis_types=(AxisType.Auto,) * 2)
+  return count // along, along
+
+
+def mesh_of(devices: Sequence[Any], shape: Shape) -> Mesh:
+  """The mesh of some devices."""
+  return Mesh(np.array(devices).reshape(sides(len(devices), shape)), BOTH, axis_types=(AxisType.Auto,) * 2)
 
 
 def parameters(shape: Shape, mesh: Mesh) -> Any:

@@ -64,6 +64,15 @@ def test_bases_of_any_size_are_only_shapes_and_every_part_lies_on_the_mesh(bench
   assert whole < 1e-4 * sum(leaf.size for leaf in leaves)
 
 
+@pytest.mark.parametrize("count", [16, 64, 256, 1024])
+def test_every_model_divides_into_the_slices(bench, count):
+  for name in bench.scaling.LARGE:
+    shape = bench.scaling_steps.MODELS[name]
+    mesh = jax.sharding.AbstractMesh(bench.scaling_steps.sides(count, shape), bench.scaling_steps.BOTH)
+    leaves = jax.tree.leaves(bench.scaling_steps.parameters(shape, mesh))
+    assert sum(leaf.size for leaf in leaves) > 8e9
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["tiny", "tiny sparse"])
 def test_end_to_end_on_the_hosts_own_devices(bench, model, tmp_path):
