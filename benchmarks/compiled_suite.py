@@ -90,8 +90,8 @@ def compare(args: argparse.Namespace, bar: Any) -> dict[str, dict[str, Any]]:
 
 
 def ratio(row: dict[str, Any], name: str, field: str) -> float | None:
-  """A contestant's figure over the floor's."""
-  return row[name][field] / row[FLOOR][field] if row.get(name) else None
+  """A contestant's figure over the floor's; none where it was not compiled, or where the floor holds nothing."""
+  return row[name][field] / row[FLOOR][field] if row.get(name) and row[FLOOR][field] else None
 
 
 def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -100,7 +100,7 @@ def test_the_suite_of_settings(bench, tmp_path, monkeypatch):
   finished = bench_scripts.finish(suite.main, ["--chips=v5e", "--only=jaxlora", "--quiet"], tmp_path)
   (row,) = finished.results["rows"]["v5e:2x2"].values()
   assert list(row) == ["frozen floor", "jaxlora"]
-  assert all(figures["cycles"] > 0 and figures["temp"] > 0 for figures in row.values())
+  assert all(figures["cycles"] > 0 and figures["temp"] >= 0 for figures in row.values())
   assert "libtpu" in finished.results["versions"]
   assert "\n| v5e | tiny | " in suite.tables(finished.results | {"versions": dict.fromkeys(NAMED, "1")})
 
