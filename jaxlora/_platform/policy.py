@@ -26,12 +26,15 @@ class Forms(NamedTuple):
     default: for any number of devices; `None` where it is known already.
     flat: with groups of axes flattened to one, for programs of one device.
     in_tiles: where the platform lays arrays out in tiles, as TPUs do.
+    joined: the same for programs of one device: what is joined to a weight makes devices between which that is split
+      send it to each other.
     merged: where the platform's compiler merges products of one input.
   """
 
   default: Any = None
   flat: Any = None
   in_tiles: Any = None
+  joined: Any = None
   merged: Any = None
 
 
@@ -125,7 +128,7 @@ class Policy:
       *args: their arguments.
       shared: numbers of the flat operands that `jax.vmap` may not map in the form for tiles.
     """
-    others = self._others(forms, lambda in_tiles: Form(in_tiles, shared=tuple(shared)))
+    others = self._others(forms, lambda fn: Form(fn, shared=tuple(shared)))
     return by_platform(forms.default, others, *args) if others else forms.default(*args)
 
   def transposes(self, forms: Forms) -> Transposes:
@@ -139,6 +142,8 @@ class Policy:
   def _others(self, forms: Forms, for_tiles: Callable[[Any], Form]) -> dict[str, Form]:
     """The forms for platforms, those for one device alone behind the others."""
     found = {} if forms.in_tiles is None else {name: for_tiles(forms.in_tiles) for name in self.tiled}
+    if forms.joined is not None:
+      found |= {name: for_tiles(forms.joined)._replace(single_device=True) for name in self.tiled}
     found |= {} if forms.merged is None else dict.fromkeys(self.merges, _on_one_device(forms.merged))
     if forms.flat is not None and self.flattens:
       found.setdefault(EVERYWHERE, _on_one_device(forms.flat))

@@ -127,7 +127,7 @@ class Products:
     joined = Joined(product, self.norm, k) if product.joins(x, weight) else None
     first = 1 + len(thin)  # the weight and its factors are behind x and every h
     shared = range(first, first + len(jax.tree.leaves(weight)))
-    return self.policy.lowered(Forms(apart, flat, joined), x, list(thin), weight, sources, shared=shared)
+    return self.policy.lowered(Forms(apart, flat, joined=joined), x, list(thin), weight, sources, shared=shared)
 
   def along_bases(self, primals: Any, tangents: Any) -> list[list[jax.Array]]:
     """What each product has along its base: nothing, unless something that trains multiplies the base."""
@@ -160,7 +160,7 @@ class Products:
     every = moving.x and all((*moving.thin, *moving.seconds))
     forms = Forms(
       flat=TransposeOf(Along(self.flat(), moving), jax.tree.structure(steps)),
-      in_tiles=TransposeJoined(self.each, moving) if self.joins(x, weights) else None,
+      joined=TransposeJoined(self.each, moving) if self.joins(x, weights) else None,
       merged=TransposeSideBySide(self.each) if every and self.merges(x, weights) else None,
     )
     return late(Along(self, moving), (complete, list(weights)), steps, at_once, self.policy.transposes(forms))

@@ -23,6 +23,8 @@ BATCH, TIME, RANK = 8, 256, 8
 LAYOUTS = {
   "data": (P("x"), P(), P()),
   "sequence": (P(None, "x"), P(), P()),
+  "FSDP": (P("x"), P("x"), P(None, "x")),
+  "TP": (P(), P(None, "x"), P("x")),
 }
 
 
