@@ -9,8 +9,8 @@ a chip receives in collectives over all its links in one direction. The compiler
 no collective; it is shown as seconds where the chip's clock is public.
 
 Compiling takes minutes for each step, at any depth. Finished steps are kept, and an interrupted run goes on. At level
-O1 the compiler fuses and searches little, and is done in a minute or two: its cycles are many times too high there,
-while FLOPs and what is received are as at its own level (UNKNOWN), which takes many times as long.
+O1 the compiler fuses and searches little, and is done in a minute or two: its cycles are many times too high there, and
+its bytes may be, against its own level (UNKNOWN), which takes many times as long.
 """
 
 import argparse
