@@ -63,7 +63,7 @@ def token_axis(path: str, leaf: Any, layouts: Layouts, what: str) -> int:
   if clue is None:
     raise ValueError(
       f"{what}: {path}: nothing tells which of its axes, {tuple(leaf.shape)}, is that of the tokens. Say it:"
-      f" LoraConfig(axes={{{re.escape(path)!r}: 'io'}}), 'i' the tokens', or pass a probe to adapt."
+      f" LoraConfig(axes={{{re.escape(path)!r}: 'io'}}), 'i' the tokens, or pass a probe to adapt."
     )
   return clue.roles.index("o")  # a head: its outputs are the tokens
 

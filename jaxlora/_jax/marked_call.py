@@ -7,13 +7,7 @@ from typing import Any
 import jax
 from jax.extend import core as jex_core
 
-try:
-  from jax.extend.core import Primitive
-  from jax.interpreters import ad, batching, mlir
-
-  _ = ad.primitive_jvps, batching.primitive_batchers, mlir.register_lowering, mlir.lower_fun
-except (ImportError, AttributeError):  # a JAX that moved them: calls are seen no longer, and compute the same
-  Primitive = None  # type: ignore[assignment,misc]
+from jaxlora._jax.call_primitive import Primitive, call_primitive
 
 NAME = "jaxlora_product"
 
@@ -32,7 +26,7 @@ def marked_call(fn: Callable[..., jax.Array], mark: Any, *args: jax.Array) -> ja
     TypeError: where `fn` returns anything but an array.
     ValueError: where it holds arrays of a trace that it does not take as arguments.
   """
-  if Primitive is None:
+  if Primitive is None:  # calls are seen no longer, and compute the same
     return fn(*args)
   traced, like = jax.make_jaxpr(fn, return_shape=True)(*args)
   if not hasattr(like, "shape"):
@@ -45,37 +39,9 @@ def marked_call(fn: Callable[..., jax.Array], mark: Any, *args: jax.Array) -> ja
 
 @functools.cache
 def _marked_call_p() -> Any:
-  primitive = Primitive(NAME)
-  primitive.multiple_results = True
-
-  def impl(*args, call, mark):
-    del mark
-    return jex_core.jaxpr_as_fun(call)(*args)
-
-  def abstract_eval(*args, call, mark):
-    del args, mark
-    return call.out_avals
-
-  def jvp(primals, tangents, *, call, mark):
-    del mark
-    moved = [k for k, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
-
-    def of_moved(*values):
-      full = list(primals)
-      for k, value in zip(moved, values, strict=True):
-        full[k] = value
-      return jex_core.jaxpr_as_fun(call)(*full)
-
-    return jax.jvp(of_moved, [primals[k] for k in moved], [tangents[k] for k in moved])
-
   def batch(args, dims, *, call, mark):
     del mark
     out = jax.vmap(jex_core.jaxpr_as_fun(call), in_axes=tuple(dims))(*args)
     return out, [0] * len(out)
 
-  primitive.def_impl(impl)
-  primitive.def_abstract_eval(abstract_eval)
-  ad.primitive_jvps[primitive] = jvp
-  batching.primitive_batchers[primitive] = batch
-  mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=True))
-  return primitive
+  return call_primitive(NAME, batch)

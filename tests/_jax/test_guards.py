@@ -11,7 +11,17 @@ import jax.interpreters.batching
 import jax.interpreters.mlir
 import pytest
 
-from jaxlora._jax import batched_call, by_platform, called, jaxpr, linear_call, processes, trace_cache
+from jaxlora._jax import (
+  batched_call,
+  by_platform,
+  call_primitive,
+  called,
+  jaxpr,
+  linear_call,
+  marked_call,
+  processes,
+  trace_cache,
+)
 
 
 def again(module):
@@ -27,7 +37,7 @@ def without(module, *names):
   return types.SimpleNamespace(**{name: value for name, value in vars(module).items() if name not in names})
 
 
-@pytest.mark.parametrize("module", [linear_call, by_platform, batched_call])
+@pytest.mark.parametrize("module", [linear_call, by_platform, call_primitive])
 @pytest.mark.parametrize(
   ("holder", "name"),
   [
@@ -52,14 +62,14 @@ def test_a_name_that_moved_is_no_error(module, holder, name, monkeypatch):
   ("module", "lost", "fallback"),
   [
     (linear_call, "jax.interpreters", "Primitive"),
-    (batched_call, "jax.extend.core", "Primitive"),
+    (call_primitive, "jax.extend.core", "Primitive"),
     (by_platform, "jax.interpreters", "Primitive"),
     (called, "jax.experimental.xla_metadata", "set_xla_metadata"),
     (jaxpr, "jax.interpreters", "pe"),
   ],
 )
 def test_a_module_that_is_gone_is_no_error(module, lost, fallback, monkeypatch):
-  if module is batched_call:
+  if module is call_primitive:
     gone = without(jax.extend.core, "Primitive")
     monkeypatch.setitem(sys.modules, lost, gone)
   else:
@@ -75,3 +85,11 @@ def test_layers_are_traced_one_by_one_where_nothing_tells_what_is_traced(monkeyp
 def test_where_jax_has_moved_its_service_nobody_waits(monkeypatch):
   monkeypatch.setattr(processes, "distributed", None)
   assert processes.all_meet("somewhere", 1.0)
+
+
+def test_calls_are_plain_where_there_are_no_primitives(monkeypatch):
+  fn = lambda x: 2 * x
+  for module in (batched_call, marked_call):
+    monkeypatch.setattr(module, "Primitive", None)
+  assert batched_call.batched_call(fn, lambda batched, args: None, 3) == 6
+  assert marked_call.marked_call(fn, None, 3) == 6
