@@ -47,6 +47,7 @@ def call_primitive(name: str, batch: Callable[..., Any]) -> Any:
     return jax.jvp(of_moved, [primals[k] for k in moved], [tangents[k] for k in moved])
 
   primitive.def_impl(impl)
+  primitive.to_lojax = impl  # a newer JAX asks for it where the jaxpr holds what it expands first, as some Pallas calls
   primitive.def_abstract_eval(abstract_eval)
   ad.primitive_jvps[primitive] = jvp
   batching.primitive_batchers[primitive] = batch

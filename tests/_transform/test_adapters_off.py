@@ -88,3 +88,26 @@ def test_policy_critic_and_reference_share_one_base():
   assert memory.argument_size_in_bytes == base + factors + 4 * 8 * size
   assert memory.output_size_in_bytes < factors + 1024
   assert memory.temp_size_in_bytes < base / 2
+
+
+@pytest.mark.parametrize(("adapted", "once"), [(1, 4), (2, 3), (4, 1)])
+def test_what_no_adapter_has_changed_yet_is_computed_once(adapted, once):
+  """Of four layers with two adapters: those below the first adapted one, and its base's own product."""
+  size = 128
+  params = {f"layer_{k}": jax.ShapeDtypeStruct((size, size), jnp.float32) for k in range(4)}
+  x = jax.ShapeDtypeStruct((64, size), jnp.float32)
+  config = jaxlora.LoraConfig(2, targets=[f"layer_{k}" for k in range(4 - adapted, 4)])
+  frozen, factors = jaxlora.split(jaxlora.adapt(params, config, jax.random.key(0)))
+
+  def deep(params, x):
+    for k in range(4):
+      x = jnp.tanh(x @ params[f"layer_{k}"])
+    return x
+
+  policy, reference = jaxlora.wrap(deep), jaxlora.wrap(deep, adapters=False)
+  with_critic = lambda frozen, a, b, x: (policy(jaxlora.join(frozen, a), x), policy(jaxlora.join(frozen, b), x))
+  with_reference = lambda frozen, a, x: (policy(jaxlora.join(frozen, a), x), reference(frozen, x))
+  for both, trees in ((with_critic, (factors, factors)), (with_reference, (factors,))):
+    flops = jax.jit(both).lower(frozen, *trees, x).compile().cost_analysis()["flops"]
+    products = flops / (2 * 64 * size * size)
+    assert 8 - once <= products < 8.5 - once
