@@ -91,6 +91,8 @@ TABLES = {
   "quantized_torch": _benchmark("quantized_torch"),
   "decoding": _benchmark("decoding"),
   "decoding_v5e": _benchmark("decoding", folder="decoding_v5e"),
+  "experts": _benchmark("experts"),
+  **{name: _benchmark("experts", folder=name) for name in ("experts_v5e_8", "experts_v5e_64")},
   **{
     name: _benchmark("compiled", folder=name)
     for chip in ("v5e", "v5p", "v6e", "h100")

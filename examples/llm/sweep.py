@@ -6,6 +6,7 @@ The named groups of runs and what each one shows:
   rates       three learning rates of each method, on validation: from which the groups below take the best
   methods     the base, LoRA rank 8 and full fine-tuning, 3 seeds
   ranks       LoRA at ranks 1 to 64, and rank 64 with rsLoRA's scale, 3 seeds
+  scaling     of those, rank 64 with either scale, and rank 8
   placement   attention alone at as many parameters as rank 8 on every kernel, 3 seeds
   head        the tied head alone: whole, and LoRA's at as many parameters as rank 8 on every kernel, 3 seeds
 
@@ -30,7 +31,14 @@ from lm.training import Schedule
 RECORDED = Path(__file__).with_name("results") / "sweep.json"
 SEEDS = (0, 1, 2)
 LORA, FULL, HEAD_ALONE = Method("lora"), Method("full"), Method("head")
-RATES = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4), "head": (3e-5, 1e-4, 3e-4)}
+LARGE, LARGE_RSLORA = Method("lora", 64), Method("lora", 64, scaling="rslora")
+# By the kind of a method: alpha / rank has about one best rate for all ranks, rsLoRA's scale has not.
+RATES = {
+  "lora": (1e-3, 3e-3, 1e-2),
+  "rslora": (3e-4, 1e-3, 3e-3),
+  "full": (3e-5, 1e-4, 3e-4),
+  "head": (3e-5, 1e-4, 3e-4),
+}
 RANKS = (1, 4, 8, 16, 32, 64)
 ATTENTION_RANK = 21  # on attention alone, as many parameters as rank 8 on every kernel, to 1 %
 HEAD_RANK = 49  # the same of the tied head
@@ -48,32 +56,45 @@ def quantised(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
 def rates(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
   """Three rates a method, on validation."""
   del rates, seeds
-  trained = LORA, FULL, HEAD_ALONE
-  return [Run(method, Schedule(rate, seed=RATE_SEED), "val") for method in trained for rate in RATES[method.name]]
+  trained = LORA, LARGE_RSLORA, FULL, HEAD_ALONE
+  return [Run(method, Schedule(rate, seed=RATE_SEED), "val") for method in trained for rate in RATES[kind(method)]]
 
 
 def methods(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
   """The article's comparison."""
-  trained = [Run(method, Schedule(rates[method.name], seed=seed)) for seed in seeds for method in (LORA, FULL)]
-  return [Run(Method("base"), Schedule(1.0)), *trained]
+  return [Run(Method("base"), Schedule(1.0)), *at_their_rates((LORA, FULL), rates, seeds)]
 
 
 def ranks(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
   """LoRA's size."""
-  sizes = [*(Method("lora", rank) for rank in RANKS), Method("lora", 64, scaling="rslora")]
-  return [Run(method, Schedule(rates["lora"], seed=seed)) for seed in seeds for method in sizes]
+  return at_their_rates([*(Method("lora", rank) for rank in RANKS), LARGE_RSLORA], rates, seeds)
+
+
+def scaling(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
+  """What rsLoRA's scale does at rank 64."""
+  return at_their_rates((LORA, LARGE, LARGE_RSLORA), rates, seeds)
 
 
 def placement(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
   """Which layers."""
   attention = Method("lora", ATTENTION_RANK, targets="attention")
-  return [Run(method, Schedule(rates["lora"], seed=seed)) for seed in seeds for method in (LORA, attention)]
+  return at_their_rates((LORA, attention), rates, seeds)
 
 
 def head(rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
   """What the head alone can do."""
   small = Method("lora", HEAD_RANK, targets=HEAD)
-  return [Run(method, Schedule(rates[method.name], seed=seed)) for seed in seeds for method in (HEAD_ALONE, small)]
+  return at_their_rates((HEAD_ALONE, small), rates, seeds)
+
+
+def kind(method: Method) -> str:
+  """Which rates are tried for a method."""
+  return "rslora" if method.scaling == "rslora" else method.name
+
+
+def at_their_rates(trained: Sequence[Method], rates: dict[str, float], seeds: Sequence[int]) -> list[Run]:
+  """Seed by seed, each method at the best rate of its kind."""
+  return [Run(method, Schedule(rates[kind(method)], seed=seed)) for seed in seeds for method in trained]
 
 
 GROUPS = {
@@ -81,18 +102,19 @@ GROUPS = {
   "rates": rates,
   "methods": methods,
   "ranks": ranks,
+  "scaling": scaling,
   "placement": placement,
   "head": head,
 }
 
 
 def best_rates(out: Path) -> dict[str, float]:
-  """The rate of the lowest validation loss of each method, among the runs of `rates` that are done."""
+  """The rate of the lowest validation loss of each kind of method, among the runs of `rates` that are done."""
   found: dict[str, dict[float, float]] = {name: {} for name in RATES}
   for result in results(out):
     settings = result["settings"]
     if settings["split"] == "val" and settings["schedule"]["seed"] == RATE_SEED:
-      found[settings["method"]["name"]][settings["schedule"]["rate"]] = result["loss"]
+      found[kind(Method(**settings["method"]))][settings["schedule"]["rate"]] = result["loss"]
   return {name: min(losses, key=losses.__getitem__) if losses else RATES[name][1] for name, losses in found.items()}
 
 

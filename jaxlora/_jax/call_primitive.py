@@ -22,7 +22,7 @@ def call_primitive(name: str, batch: Callable[..., Any]) -> Any:
     name: of its equations.
     batch: its batching rule, `batch(args, dims, *, call, **others)`.
   """
-  primitive = Primitive(name)
+  primitive: Any = Primitive(name)
   primitive.multiple_results = True
 
   def impl(*args, call, **others):

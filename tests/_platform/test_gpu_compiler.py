@@ -3,8 +3,11 @@
 Needs nvcc and JAX's plugin, `pip install -e ".[test,bench,compilers-gpu]"`.
 """
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import jaxlora
 from tests.helpers import bench_scripts
 
 for package in ("matplotlib", "tqdm"):
@@ -55,3 +58,27 @@ def test_traced_on_a_cpu_host_is_traced_for_a_gpu(bench, compiled, monkeypatch):
   wrap = bench.contestants.wrap
   monkeypatch.setattr(bench.contestants, "wrap", lambda fn, **options: wrap(fn, platform="gpu", **options))
   assert compiled("jaxlora")[1] == host
+
+
+def test_a_gated_activation_is_made_again_from_what_the_floor_keeps(bench):
+  """`act(g) * u` waits as `g` and `u`: a third array of their size would be kept for it."""
+  chip = bench.chips.CHIPS["h100"]
+  try:
+    target = bench.ahead.Target(chip, bench.chips.device_of(chip))
+  except bench.chips.NoCompilerError as error:
+    pytest.skip(str(error))
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+  layer = {"gate": shape(WIDTH, 3 * WIDTH), "up": shape(WIDTH, 3 * WIDTH), "down": shape(3 * WIDTH, WIDTH)}
+  params, x = [layer] * 3, shape(8, 256, WIDTH)
+
+  def model(params, x):
+    for p in params:
+      x = x + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+  frozen, factors = jaxlora.split(jaxlora.adapt(params, jaxlora.LoraConfig(rank=8), jax.random.key(0)))
+  step = lambda x, factors, frozen: jaxlora.wrap(model)(jaxlora.join(frozen, factors), x)
+  floor = bench.ahead.compile_shapes(target, jax.grad(lambda x, params: model(params, x)), (x, params), ())
+  ours = bench.ahead.compile_shapes(target, jax.grad(step, (0, 1)), (x, factors, frozen), ())
+  kept = [one.memory_analysis().temp_size_in_bytes for one in (floor, ours)]
+  assert kept[1] < 1.2 * kept[0]

@@ -201,6 +201,21 @@ def test_a_step_holds_no_more_than_the_floor_at_once():
   assert temps[1] <= temps[0]
 
 
+@pytest.mark.parametrize(("times", "again"), [(2, False), (4, True)])
+def test_rows_of_tokens_that_meet_several_experts_are_looked_up_again(times, again):
+  """The tokens are kept, and not their copies for each expert that they meet."""
+  rows = jnp.repeat(jnp.arange(6), times)
+  fn = lambda p, x: lax.ragged_dot(jnp.tanh(x)[rows], p["w"], jnp.array([5, 3, 4]))
+  tree, x = adapted({"w": single(1, (3, 5, 7))}, {"w": "sio"}), single(9, (6, 5))
+  helpers.check(fn, tree, (x,), 1e-5)
+  frozen, factors = jaxlora.split(tree)
+  of_factors = lambda factors, x: jax.vjp(lambda factors: jaxlora.wrap(fn)(jaxlora.join(frozen, factors), x), factors)[
+    1
+  ]
+  shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(of_factors, factors, x))]
+  assert (x.shape in shapes, (6 * times, 5) in shapes) == (again, not again)
+
+
 @pytest.mark.parametrize("targets", profiles.some([".*", "up"], "up"))
 def test_experts_of_codes_are_formed_in_their_product_alone(targets):
   """With an adapter and without one: what differentiation keeps are codes."""
@@ -217,13 +232,24 @@ def test_experts_of_codes_are_formed_in_their_product_alone(targets):
   assert not any(leaf.shape[-3:] in ((3, 32, 64), (3, 64, 32)) for leaf in floats)
 
 
-def test_programs_for_accelerators_hold_grouped_products_alone():
-  """One for the base and two thin ones beside it, no copy of the rows for each expert."""
-  tree, x = adapted({"w": single(1, (3, 5, 7))}, {"w": "sio"}), single(2, (4, 5))
-  step = jax.jit(jaxlora.grad(lambda tree, x: jnp.sum(jnp.sin(jaxlora.wrap(ONE, platform="tpu")(tree, x)))))
-  text = step.trace(tree, x).lower(lowering_platforms=("tpu",)).as_text()
-  assert text.count('"chlo.ragged_dot"') == 3 + 3
-  assert "3x4x5" not in text
+@pytest.mark.parametrize(("experts", "grouped"), [(3, 1), (90, 4)])
+def test_programs_for_tpus_compute_the_factors_of_all_experts_side_by_side(experts, grouped):
+  """But for many terms in the forward pass: two thin products beside the base's, and the transpose of one."""
+  tree = jaxlora.adapt({"w": single(1, (experts, 5, 7))}, jaxlora.LoraConfig(rank=3, axes={"w": "sio"}), KEY)
+  fn = lambda p, x: lax.ragged_dot(x, p["w"], jnp.full(experts, 1))
+  step = jax.jit(jaxlora.grad(lambda tree, x: jnp.sum(jnp.sin(jaxlora.wrap(fn, platform="tpu")(tree, x)))))
+  text = step.trace(tree, single(2, (4, 5))).lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count('"chlo.ragged_dot"') == grouped
+  assert f"{experts}x4x5" not in text  # no copy of the rows for each expert
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "none"])
+def test_rows_of_no_group_may_hold_anything(platform):
+  tree, x = adapted({"w": single(1, (3, 5, 7))}, {"w": "sio"}), single(2, (4, 5)).at[3].set(jnp.nan)
+  wrapped = jaxlora.wrap(ONE, **helpers.POLICIES[platform].options)
+  loss = lambda tree, x: jnp.sum(jnp.sin(wrapped(tree, x)))
+  (value, grads), dx = jax.jit(jaxlora.value_and_grad(loss))(tree, x), jax.jit(jax.grad(loss, argnums=1))(tree, x)
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads["w"].a, grads["w"].b, dx)))
 
 
 @pytest.mark.nightly
@@ -253,3 +279,6 @@ def test_experts_whose_roles_disagree_with_their_use_are_an_error():
     ValueError, match=r"experts/kernel: roles 'io'.*ragged_dot_general.*axes=\{'experts/kernel': 'oi'\}"
   ):
     jaxlora.wrap(fn)(tree, single(2, (4, 5)))
+  remedied = jaxlora.LoraConfig(rank=2, targets=".*", axes={"experts/kernel": "oi"})
+  tree = trained(jaxlora.adapt({"experts": {"kernel": single(1, (5, 5))}}, remedied, KEY))
+  helpers.check(fn, tree, (single(2, (4, 5)),), 1e-5)

@@ -18,6 +18,7 @@ MODULES = (
   "compiled_suite",
   "seven_billion",
   "decoding",
+  "experts",
   "ahead",
   "chips",
   "contestants",
@@ -125,6 +126,33 @@ def test_a_way_of_decoding_in_a_step(bench, tmp_path, monkeypatch):
   assert finished.results["floats"]["cycles"] > 0
   assert finished.results["rows"]["index"]["cycles"] > 0
   assert "not run: these are no times" in finished.printed
+
+
+SPARSE = ["--quick", "--quiet", "--d=256", "--hidden=256", "--tokens=256", "--rounds=2"]
+LARGER = ["--d=512", "--hidden=1024", "--tokens=1024"]
+
+
+def test_factors_of_all_experts_are_met_side_by_side_on_a_tpu(bench, tmp_path):
+  """XLA:TPU computes gradients of grouped weights for each expert on all rows: of thin ones that is most of a step."""
+  needs(bench, "v5e:2x2")
+  finished = bench_scripts.finish(bench.experts.main, [*SPARSE, *LARGER, "--chip=v5e:2x2", "--bf16"], tmp_path)
+  rows = finished.results["rows"]
+  floor, ours, grouped = (rows[name] for name in (bench.experts.FLOOR, bench.experts.OURS, bench.experts.GROUPED))
+  assert ours["cycles"] < 1.7 * floor["cycles"] < 0.5 * grouped["cycles"]
+  assert ours["bytes"] < 1.35 * floor["bytes"]
+  assert "not run: these are no times" in finished.printed
+
+
+def test_a_step_of_experts_on_this_host(bench, tmp_path, monkeypatch):
+  monkeypatch.setattr(bench.harness, "calls_per_turn", bench_scripts.one_call)
+  finished = bench_scripts.finish(bench.experts.main, SPARSE, tmp_path)
+  rows = finished.results["rows"]
+  assert rows[bench.experts.OURS]["temp"] < 1.1 * rows[bench.experts.FLOOR]["temp"]
+  assert rows[bench.experts.OURS]["temp"] < 0.9 * rows[bench.experts.GROUPED]["temp"]
+  assert rows[bench.experts.OURS]["flops"] <= rows[bench.experts.GROUPED]["flops"]
+  assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+  assert "A/A control" in finished.printed
+  assert bench.experts.tables(finished.results).count("\n| jaxlora") == 2
 
 
 def test_a_gpu_that_is_not_here(bench, tmp_path):

@@ -247,7 +247,7 @@ def test_the_sweep_goes_on_and_shows_its_table(llm, files, tmp_path, capsys, mon
   monkeypatch.setattr(llm.runs, "prepare", None)
   llm.sweep.main([*args, "--show"])
   assert capsys.readouterr().out == first.out
-  assert llm.sweep.best_rates(tmp_path) == {"lora": 3e-3, "full": 1e-4, "head": 1e-4}
+  assert llm.sweep.best_rates(tmp_path) == {"lora": 3e-3, "rslora": 1e-3, "full": 1e-4, "head": 1e-4}
   assert (tmp_path / "evidence" / "test.png").read_bytes().startswith(b"\x89PNG")
   assert all(text in first.out for text in ("sentence by aspect", "ROUGE-L by aspect", "less LoRA r=8", "ROUGE-1"))
 

@@ -19,15 +19,19 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.explicit import explicitly_sharded
 from jaxlora._base.labelled import Labelled, Result, contract
+from jaxlora._platform.policy import Forms, Policy
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, dropped
 from jaxlora._transform.pairing import Pairing, meeting
 from jaxlora._transform.product import ShardingByLabel
 from jaxlora._transform.rule import Op, rule
 from jaxlora._transform.rules.dot import times
+from jaxlora._transform.thin_derivative import InForms, shrink_by, with_prompt_gradients
 from jaxlora._weight.roles import RANK, factor_axes, laid_along
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How a grouped product meets a weight.
+
+WIDEST = 256  # terms of all experts' factors that a TPU computes side by side in the forward pass, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +42,15 @@ class Grouping:
     rows: label of the input's axis that the groups cut.
     experts: the weight's axis that has a slice for each group.
     batched: the labels that all operands share, in the equation's order.
-    sizes_of_batches: whether the groups' sizes have batches of their own, and not one row for all.
+    sizes_of: how many axes the groups' sizes have ahead of the experts': batches, and others of the input behind them;
+      none where they are one row for all.
     offset: `group_offset` of the equation.
   """
 
   rows: Hashable
   experts: int
   batched: tuple[int, ...]
-  sizes_of_batches: bool
+  sizes_of: int
   offset: Any
 
   def product(self, x: Labelled, w: Labelled, sizes: jax.Array, summed: Sequence[Hashable], result: Result) -> Labelled:
@@ -55,7 +60,7 @@ class Grouping:
     shared = [label for label in x.labels if label in w.labels]
     batch = [label for label in (*self.batched, *shared) if label in shared and label not in summed]
     batch = list(dict.fromkeys(batch))
-    if self.sizes_of_batches and batch != [*self.batched]:
+    if self.sizes_of and batch != [*self.batched]:
       raise Unfactorable("groups whose sizes differ from batch to batch, and a factor that has no axis of the batches")
     places = lambda of, labels: [of.labels.index(label) for label in labels]
     met = [label for label in shared if label in summed]
@@ -78,6 +83,14 @@ class Grouping:
     )
     return Labelled(product, labels)
 
+  def members(self, x: Labelled, sizes: jax.Array) -> Labelled:
+    """Which row is in which expert's group: (batches, rows, experts), without the batches where all have one size."""
+    ends = jnp.cumsum(sizes, -1)[..., None, :]
+    rows = x.array.shape[x.labels.index(self.rows)]
+    row = lax.broadcasted_iota(ends.dtype, (*ends.shape[:-2], rows, 1), ends.ndim - 2)
+    batches = self.batched if self.sizes_of else ()
+    return Labelled((ends - sizes[..., None, :] <= row) & (row < ends), (*batches, self.rows, self.experts))
+
 
 def grouped(op: Op, args: Sequence[Any]) -> tuple[Factored, Pairing, Grouping]:
   """The weight of a grouped product as that meets it, with no axis of role `o` contracted, and how it does."""
@@ -91,7 +104,7 @@ def grouped(op: Op, args: Sequence[Any]) -> tuple[Factored, Pairing, Grouping]:
   pairing, roles, flips = meeting(params, w.shape, w.roles, False)
   w = w.with_roles(roles)
   (rows,), (experts,) = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
-  batches = tuple(pairing.batched), jnp.ndim(sizes) > 1
+  batches = tuple(pairing.batched), jnp.ndim(sizes) - 1
   grouping = Grouping(pairing.input_labels(x.ndim)[rows], int(experts), *batches, op.params["group_offset"])
   return (w.flipped() if flips else w), pairing, grouping
 
@@ -101,14 +114,14 @@ def grouped(op: Op, args: Sequence[Any]) -> tuple[Factored, Pairing, Grouping]:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedShrink:
-  """The first thin product, `h = x A^T` of the experts' A, as a function of arrays: equal for products that are alike.
+class ThinProduct:
+  """`x A^T` or `h B` with the factors of each row's expert, as a function of arrays.
 
   Attributes:
     grouping: which axes have groups.
-    labels, factor: of the axes of `x` and of A.
+    labels, factor: of the axes of the input and of the factor.
     summed: the labels that are summed.
-    result: what `h` is to be.
+    result: what the product is to be.
   """
 
   grouping: Grouping
@@ -117,9 +130,48 @@ class GroupedShrink:
   summed: tuple[Hashable, ...]
   result: Result
 
-  def __call__(self, x: jax.Array, a: jax.Array, sizes: jax.Array) -> Labelled:
-    u, first = Labelled(x, self.labels), Labelled(a, self.factor)
-    return self.grouping.product(u, first, sizes, self.summed, self.result)
+  def __call__(self, x: jax.Array, factor: jax.Array, sizes: jax.Array) -> Labelled:
+    return self.grouping.product(
+      Labelled(x, self.labels), Labelled(factor, self.factor), sizes, self.summed, self.result
+    )
+
+  def side_by_side(self, x: jax.Array, factor: jax.Array, sizes: jax.Array) -> Labelled:
+    """The same as one plain product with the factors of all experts, of which each row has its own alone."""
+    experts = self.grouping.experts
+    u, w = Labelled(x, self.labels), Labelled(factor, self.factor)
+    member = self.grouping.members(u, sizes)
+    within = dataclasses.replace(member, array=member.array.any(-1), labels=member.labels[:-1])
+    if RANK in self.summed:
+      wide = Labelled(u.array[..., None], (*u.labels, experts))
+      y = contract(_where(member, wide), w, [*self.summed, experts], self.result)
+      y = _where(within, y)
+    else:
+      y = _where(member, contract(_where(within, u), w, self.summed, self.result))
+      axis = y.labels.index(experts)
+      y = Labelled(y.array.sum(axis), (*y.labels[:axis], *y.labels[axis + 1 :]))
+    return y
+
+  def in_forms(self, policy: Policy, experts: int, rank: int) -> "ThinProduct | InForms":
+    """The product in the forms that programs are given: side by side, but for some on TPUs.
+
+    XLA multiplies all rows by every expert, each with a copy of the rows that is zero elsewhere: on CPUs and GPUs, and
+    on TPUs in the derivative along the factors. Side by side there is one product, and no copy. A TPU's products of the
+    forward pass are kernels that meet each row's expert alone; their `rank` terms fill 128 lanes, and nothing fuses
+    with them: they are better for many terms.
+    """
+    grouping = self.grouping
+    one_form = grouping.offset is not None or grouping.sizes_of > len(grouping.batched) or self.result.sharding
+    if one_form or grouping.experts not in self.factor:
+      return self
+    each = Forms(flat=self.side_by_side, in_tiles=self.side_by_side)
+    forward = each if experts * rank <= WIDEST else each._replace(in_tiles=self)
+    return InForms(self, policy, forward, each)
+
+
+def _where(mask: Labelled, x: Labelled) -> Labelled:
+  """`x`, zero where the mask is false: whatever is in rows of no group, NaN or not, goes nowhere."""
+  chosen = laid_along(mask.array[..., None], (*mask.labels, RANK), x.labels)
+  return Labelled(jnp.where(chosen, x.array, jnp.zeros((), x.array.dtype)), x.labels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,17 +211,21 @@ def _ragged_dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
       raise Unfactorable("integers meet a weight along the axes that its variant scales")
     x, recipe = times(x, gain_of_rows(w, grouping, Labelled(x, labels), sizes, tuple(pairing.contracted), labels)), None
+  x, *factors = with_prompt_gradients((x, w.a, w.b), op.policy)
+  w = w.replace(a=factors[0], b=factors[1])
   base = op.bind(x, w.base, sizes)[0]
   u, recipe = dropped(x, w, op.use, recipe)
   sharded = explicitly_sharded(x) or explicitly_sharded(op.result)
   sharding = ShardingByLabel.of(op.result, wanted) if sharded else None
   inputs = tuple(d for d in pairing.contracted if w.roles[d] == "i")
   thin = Result(wider_dtype(u.dtype, base.dtype), pairing.precision, sharding, op.looping)
-  first = GroupedShrink(grouping, labels, factor_axes(w.roles, "i"), inputs, thin)
-  h = op.shrink(first, u, w.a, recipe, sizes)
-  stack = [d for d in pairing.contracted if w.roles[d] == "s"]
-  second = Labelled(w.b, factor_axes(w.roles, "o"))
-  delta = grouping.product(h, second, sizes, [RANK, *stack], thin._replace(dtype=base.dtype))
+  sides = w.shape[grouping.experts], w.rank
+  first = ThinProduct(grouping, labels, factor_axes(w.roles, "i"), inputs, thin)
+  h = op.shrink(first.in_forms(op.policy, *sides), u, w.a, recipe, sizes)
+  stack = tuple(d for d in pairing.contracted if w.roles[d] == "s")
+  last = thin._replace(dtype=base.dtype)
+  second = ThinProduct(grouping, h.labels, factor_axes(w.roles, "o"), (RANK, *stack), last)
+  delta = shrink_by(second.in_forms(op.policy, *sides), h.array, w.b, None, sizes)
   result = op.policy.sum(base, delta.ordered(wanted), op.looping)
   if w.gain is not None and w.gained == "o":
     x_labels = Labelled(x, labels)
