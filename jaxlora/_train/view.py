@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxlora._base.paths import unboxed
+from jaxlora._base.paths import opened, unboxed
 from jaxlora._weight.checks import check_parts
 from jaxlora._weight.tree import adapted_leaves, is_half_leaf, map_adapted
 from jaxlora._weight.weight import is_adapted, parts, trained_parts, with_parts
@@ -30,6 +30,11 @@ def trainable_half(tree: Any) -> Any:
 def check_trainable(tree: Any, what: str) -> None:
   """Raises unless the tree has an adapted leaf, and the trained parts of all of them."""
   leaves = adapted_leaves(tree)
+  if not leaves and adapted_leaves(opened(tree)):
+    raise ValueError(
+      f"{what}: found a module of jaxlora.nnx, expected a tree. A module has NNX's own optimizer:"
+      " nnx.Optimizer(module, tx, wrt=jaxlora.nnx.Trainable)."
+    )
   if not leaves:
     raise ValueError(f"{what}: the tree has no adapted leaf. Make one with jaxlora.adapt(params, config, key).")
   for path, node in leaves:

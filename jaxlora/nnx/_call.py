@@ -10,6 +10,7 @@ from jaxlora._transform.wrap import wrap
 from jaxlora.nnx._changes import Changes
 from jaxlora.nnx._level import check_level
 from jaxlora.nnx._opened import open_in_place
+from jaxlora.nnx._variables import drops
 from jaxlora.nnx._view import frozen_base
 from jaxlora.nnx._walk import factors_of, is_object
 
@@ -45,6 +46,6 @@ def call(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
   pure.__name__ = type(module).__name__
   factors = [held for *_, held in factors_of(module)]
   options = factors[0].options._asdict()
-  drawing = next((held for held in factors if held.drops()), None)
+  drawing = next((held for held in factors if drops(held)), None)
   key = None if drawing is None else drawing.rngs()
   return changes.apply(wrap(pure, dropout_key=key, **options)(own, dict(states), plain_leaves))

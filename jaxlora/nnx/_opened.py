@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from jaxlora._weight.partitioned import named_box
-from jaxlora.nnx._variables import holds_weight
+from jaxlora.nnx._variables import holds_weight, node_of
 from jaxlora.nnx._walk import FACTORS, every_object, factors_of, paths_of, plain_class
 
 
@@ -47,7 +47,7 @@ def open_in_place(module: Any, base: Callable[[Any, str], Any] = lambda base, pa
   for _, _, variable, factors in list(factors_of(module)):
     if not holds_weight(variable):  # of a weight that two modules share the first has done it
       path = paths[id(variable)]
-      variable.set_raw_value(factors.node(base(variable.get_raw_value(), path)))
+      variable.set_raw_value(node_of(factors, base(variable.get_raw_value(), path)))
       named_box(variable)
       adapted.append(path)
   for node in every_object(module).values():

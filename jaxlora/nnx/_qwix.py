@@ -13,6 +13,7 @@ from jaxlora.nnx._walk import attributes, every_object, owned_variables, paths_o
 from jaxlora.peft._lora_leaves import from_lora_leaves
 from jaxlora.peft._records import PeftError
 from jaxlora.peft._roles import Axes
+from jaxlora.quant._qwix import from_qwix as quantised_by_qwix
 
 _A, _B = "_lora_a", "_lora_b"
 _LEFT = ("qwix_path", "qwix_rngs", "disable_quant_stats_update")  # qwix's own attributes of every module
@@ -24,7 +25,8 @@ def from_qwix(module: Any, *, alpha: float, axes: Axes = None, **options: Any) -
       W' = W + alpha / rank * A B
 
   Args:
-    module: a module of NNX with `kernel_lora_a` and `kernel_lora_b` beside `kernel`; it is not changed.
+    module: a module of NNX with `kernel_lora_a` and `kernel_lora_b` beside `kernel`; it is not changed. Weights that
+      qwix has quantised stay codes, as `jaxlora.quant.from_qwix` takes them; activations are not quantised.
     alpha: of qwix's rule, which the module does not hold.
     axes: regex over paths -> roles, one letter per axis, for weights whose roles the factors' shapes do not tell.
     **options: as for `from_tree`.
@@ -34,8 +36,8 @@ def from_qwix(module: Any, *, alpha: float, axes: Axes = None, **options: Any) -
 
   Raises:
     TypeError: if it is no module of NNX.
-    ValueError: naming the leaf: a factor without the other one or without its weight, factors that do not fit, a weight
-      that qwix has quantised; or if there are no factors.
+    ValueError: naming the leaf: a factor without the other one or without its weight, factors that do not fit, codes
+      that have no format here; or if there are no factors.
 
   Example:
     >>> from flax import nnx
@@ -74,14 +76,13 @@ def from_qwix(module: Any, *, alpha: float, axes: Axes = None, **options: Any) -
 def _take(node: Any, name: str, path: str, alpha: float, axes: Axes, problems: list[str]) -> None:
   """Puts a weight together with its factors, which leave the module."""
   held = {part: vars(node).get(part) for part in (name, name + _A, name + _B)}
+  if _is_quantised(held[name]):
+    held[name] = nnx.Param(quantised_by_qwix({path: held[name]})[path])
   if missing := [part for part, variable in held.items() if variable is None]:
     problems.append(f"{path}: {listed(missing)} missing, expected the weight and both factors")
   elif strange := [part for part, variable in held.items() if not isinstance(variable, nnx.Variable)]:
     kinds = {type(held[part]).__name__ for part in strange}
-    problems.append(
-      f"{path}: found {listed(sorted(kinds))}, expected Variables; a base that qwix quantised is taken by"
-      " jaxlora.quant.from_qwix"
-    )
+    problems.append(f"{path}: found {listed(sorted(kinds))}, expected Variables, or codes of qwix")
   else:
     *modules, last = path.split("/")
     leaves: Any = {last + part.removeprefix(name): variable.get_raw_value() for part, variable in held.items()}
@@ -95,9 +96,15 @@ def _take(node: Any, name: str, path: str, alpha: float, axes: Axes, problems: l
     for key in path.split("/"):
       weight = weight[key]
     held[name].set_raw_value(weight)
+    setattr(node, name, held[name])
     for part in (name + _A, name + _B, f"{name}_lora_einsum_str"):
       if part in vars(node):
         delattr(node, part)
+
+
+def _is_quantised(value: Any) -> bool:
+  """Whether this is a weight in codes of qwix, in the box that its modules keep them in."""
+  return type(value).__module__.startswith("qwix.") and hasattr(value, "array")
 
 
 def to_qwix(model: Any, onto: Any, *, alpha: float) -> Any:

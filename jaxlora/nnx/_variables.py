@@ -80,17 +80,22 @@ class Factors(nnx.Module):
       self.deterministic = False
       self.rngs = nnx.RngStream(jax.random.key(0) if key is None else key, tag="dropout")
 
-  def node(self, base: Any) -> Any:
-    """The adapted weight, or half of one where the base is `None`."""
-    held = {name: getattr(self, name).get_raw_value() for name in self.names}
-    if self.about is None:
-      return FullWeight(base=base, **held)
-    about = self.about._replace(dropout=0.0) if getattr(self, "deterministic", False) else self.about
-    return LoraWeight(base, held.pop("a"), held.pop("b"), **about._asdict(), extra=held)
 
-  def drops(self) -> bool:
-    """Whether a call draws masks."""
-    return not getattr(self, "deterministic", True)
+# Functions, and no methods: `nnx.tabulate` runs every method of every module as a part of the model.
+
+
+def node_of(held: Factors, base: Any) -> Any:
+  """The adapted weight, or half of one where the base is `None`."""
+  own = {name: getattr(held, name).get_raw_value() for name in held.names}
+  if held.about is None:
+    return FullWeight(base=base, **own)
+  about = held.about._replace(dropout=0.0) if getattr(held, "deterministic", False) else held.about
+  return LoraWeight(base, own.pop("a"), own.pop("b"), **about._asdict(), extra=own)
+
+
+def drops(held: Factors) -> bool:
+  """Whether a call draws masks."""
+  return not getattr(held, "deterministic", True)
 
 
 # What names the axes of a Variable, and with that of its optimizer state.

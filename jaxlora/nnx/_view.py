@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.coded import is_coded
 from jaxlora._weight.weight import FullWeight
+from jaxlora.nnx._variables import node_of
 
 
 def view(variable: nnx.Variable, factors: Any, name: str) -> Any:
@@ -17,7 +18,7 @@ def view(variable: nnx.Variable, factors: Any, name: str) -> Any:
   raw = variable.get_raw_value()
   if not isinstance(raw, jax.Array) and not is_coded(raw):  # a spec or the like, in the place of the array
     return variable
-  node = factors.node(frozen_base(raw, name))
+  node = node_of(factors, frozen_base(raw, name))
   value = node.value if isinstance(node, FullWeight) else node.materialize()
   return _view_class(type(variable))._new(value, variable.get_metadata())
 

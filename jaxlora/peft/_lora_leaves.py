@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._adapt.config import LoraConfig
+from jaxlora._base.coded import is_coded
 from jaxlora._base.paths import components, flatten
 from jaxlora._base.patterns import first_match
 from jaxlora._weight.weight import LoraWeight
@@ -33,7 +34,7 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
 
   Args:
     tree: nested dictionaries, such as a Linen model's parameters or `nnx.to_pure_dict(nnx.state(model))`. Weights may
-      be missing, as in a checkpoint of the factors alone.
+      be codes, or missing, as in a checkpoint of the factors alone.
     alpha: of qwix's rule, which its trees do not hold; nnx has none.
     axes: regex -> roles, one letter per axis, for weights whose roles the factors' shapes do not tell.
 
@@ -41,7 +42,8 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
     Nested dictionaries with `LoraWeight`s, and `jax.ShapeDtypeStruct`s for the weights that are missing.
 
   Raises:
-    PeftError: listing factors that do not fit their weights, or whose scale or roles nothing tells.
+    PeftError: listing factors that do not fit their weights, or whose scale or roles nothing tells, and weights in
+      qwix's codes: `jaxlora.quant.from_qwix` takes those.
 
   Example:
     >>> import jax.numpy as jnp, jaxlora.peft
@@ -51,7 +53,7 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
 
   Source: `qwix/_src/providers/lora.py` of qwix 0.1.8, `flax/nnx/nn/lora.py` of flax 0.12.
   """
-  leaves = dict(flatten(tree)[0])
+  leaves = dict(flatten(tree, is_leaf=lambda node: is_coded(node) or _is_qwixs(node))[0])
   patterns = LoraConfig(axes=axes).axes
   pairs: dict[str, dict[str, Any]] = {}  # by the path of the weight
   plain: dict[str, Any] = {}
@@ -61,7 +63,12 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
       plain[_unwrapped(path, wrapped)] = leaf
     else:
       pairs.setdefault(_weight_of(path, leaves, wrapped), {})[half] = (path, leaf)
-  problems: list[str] = []
+  problems = [
+    f"{path}: found {type(leaf).__name__}, which qwix quantised; take it in first, jaxlora.quant.from_qwix(tree)"
+    for path, leaf in plain.items()
+    if _is_qwixs(leaf)
+  ]
+  raise_problems("from_lora_leaves", problems)
   for weight, halves in pairs.items():
     if len(halves) < 2:
       problems.append(f"{weight}: found {next(iter(halves.values()))[0]} alone; expected both factors")
@@ -80,6 +87,11 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
       problems.append(f"{weight}: {error}")
   raise_problems("from_lora_leaves", problems)
   return _nested(plain)
+
+
+def _is_qwixs(node: Any) -> bool:
+  """Whether this is an array in qwix's codes, or its box."""
+  return type(node).__module__.startswith("qwix.")
 
 
 def _factor_of(path: str) -> str | None:

@@ -54,5 +54,11 @@ def _converted(path: str, node: Any) -> QuantizedArray:
       f"from_qwix: {path}: codes of {kind}, expected one of {', '.join(map(repr, _FORMATS))}. Dequantise it with qwix,"
       " and quantise it here (jaxlora.quantize)."
     )
-  offset = None if node.zero_point is None else -node.zero_point.astype(jnp.float32) * node.scale.astype(jnp.float32)
-  return QuantizedArray(node.qvalue, node.scale, offset, _FORMATS[kind], str(node.scale.dtype))
+  codes, scale, zero_point = (_out_of_variable(part) for part in (node.qvalue, node.scale, node.zero_point))
+  offset = None if zero_point is None else -zero_point.astype(jnp.float32) * scale.astype(jnp.float32)
+  return QuantizedArray(codes, scale, offset, _FORMATS[kind], str(scale.dtype))
+
+
+def _out_of_variable(part: Any) -> Any:
+  """An array; modules of NNX keep each in a Variable."""
+  return part.get_raw_value() if hasattr(part, "get_raw_value") else part

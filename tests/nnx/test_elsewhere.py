@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -88,6 +89,24 @@ def test_copies_displays_and_abstract_modules(capsys):
   np.testing.assert_array_equal(nnx.merge(graph, factors, rest)(X), model(X))
   shapes = nnx.eval_shape(lambda: jaxlora.nnx.adapt(Net(nnx.Rngs(0)), CONFIG, KEY))
   assert nnx.state(shapes, Trainable)["up"]["jaxlora"]["kernel"]["a"].shape == (2, 5)
+
+
+def test_tabulate_counts_factors_in_a_column_of_their_own():
+  pytest.importorskip("rich", reason="nnx.tabulate needs rich")
+  model = jaxlora.nnx.adapt(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), jaxlora.LoraConfig(rank=2, dropout=0.1), KEY)
+  text = nnx.tabulate(model, jnp.ones((3, 4)), console_kwargs={"width": 200})
+  assert ("Trainable" in text, "18" in text, "25" in text) == (True, True, True)
+
+
+def test_the_optimizer_of_trees_names_the_one_of_modules():
+  model = jaxlora.nnx.adapt(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), jaxlora.LoraConfig(rank=2), KEY)
+  with pytest.raises(ValueError, match=r"nnx\.Optimizer\(module, tx, wrt=jaxlora\.nnx\.Trainable\)"):
+    jaxlora.optimizer(optax.adam(1e-3)).init(model)
+  optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=Trainable)
+  before = leaves(model)
+  grads = nnx.grad(lambda model: model(jnp.ones((3, 4))).sum(), argnums=nnx.DiffState(0, Trainable))(model)
+  optimizer.update(model, grads)
+  assert any((old != new).any() for old, new in zip(before, leaves(model), strict=True))
 
 
 @pytest.mark.parametrize("key", ["out_sharding", "sharding_names"])

@@ -8,6 +8,7 @@ import pytest
 
 import jaxlora
 import jaxlora.nnx
+import jaxlora.peft
 from tests import helpers
 
 pytestmark = [pytest.mark.usefixtures("lenient"), pytest.mark.filterwarnings("default")]
@@ -101,9 +102,9 @@ class Plain(nnx.Module):
     return self.heads(nnx.relu(self.one(x)))
 
 
-def of_qwix():
+def of_qwix(**options):
   qwix = pytest.importorskip("qwix", reason="the modules are qwix's")
-  provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=8.0)
+  provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=8.0, **options)
   return qwix.apply_lora_to_model(Plain(nnx.Rngs(0)), provider, X, rngs=nnx.Rngs(1))
 
 
@@ -132,3 +133,29 @@ def test_qwixs_modules_come_in_and_go_out():
   one = jaxlora.nnx.adapt(Plain(nnx.Rngs(0)), jaxlora.LoraConfig(rank=2, targets="one/kernel"), jax.random.key(0))
   with pytest.raises(ValueError, match="to_qwix: heads/kernel_lora_a, heads/kernel_lora_b in one of the two"):
     jaxlora.nnx.to_qwix(one, blank, alpha=8.0)
+
+
+@pytest.mark.nightly  # seconds
+@pytest.mark.parametrize("codes", ["int8", "nf4"])
+def test_weights_that_qwix_quantised_stay_codes(codes):
+  theirs = of_qwix(weight_qtype=codes)
+  blank = nnx.clone(theirs)
+  expected = moved(theirs)(X)
+  ours = jaxlora.nnx.from_qwix(theirs, alpha=8.0)
+  helpers.assert_close(ours(X), expected, 1e-5)
+  assert isinstance(jaxlora.nnx.to_tree(ours).heads.kernel.get_raw_value().base, jaxlora.QuantizedArray)
+  helpers.assert_close(jaxlora.nnx.to_qwix(ours, blank, alpha=8.0)(X), expected, 1e-5)
+
+
+@pytest.mark.nightly  # seconds
+def test_a_tree_in_qwixs_codes_says_how_it_is_taken():
+  theirs = moved(of_qwix(weight_qtype="int8"))
+  names = ("kernel", "kernel_lora_a", "kernel_lora_b")
+  tree = {"one": {name: getattr(theirs.one, name) for name in names}}
+  tree["one"] |= {name: tree["one"][name].get_raw_value() for name in names[1:]}
+  with pytest.raises(jaxlora.peft.PeftError, match=r"one/kernel: found WithAux.*jaxlora\.quant\.from_qwix\(tree\)"):
+    jaxlora.peft.from_lora_leaves(tree, alpha=8.0)
+  adapted = jaxlora.peft.from_lora_leaves(jaxlora.quant.from_qwix(tree), alpha=8.0)["one"]["kernel"]
+  assert isinstance(adapted.base, jaxlora.QuantizedArray)
+  floats = adapted.base.dequantize() + 4 * tree["one"]["kernel_lora_a"] @ tree["one"]["kernel_lora_b"]
+  helpers.assert_close(jaxlora.wrap(lambda p, x: x @ p["kernel"])({"kernel": adapted}, X), X @ floats, 1e-5)
