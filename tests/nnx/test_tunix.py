@@ -1,7 +1,7 @@
 """Models of Tunix, in its own code: adapted as they are, and with the factors that qwix puts into them.
 
-In CI's leg of interchange, of `pip install --no-deps google-tunix`: loading the package itself would load its trainers, and
-with them a dozen packages, of which the models need none.
+In CI's leg of interchange, of `pip install --no-deps google-tunix`: loading the package itself would load its trainers,
+and with them a dozen packages, of which the models need none.
 """
 
 import importlib
