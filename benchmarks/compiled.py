@@ -223,6 +223,7 @@ def make_parser() -> argparse.ArgumentParser:
   harness.add_layers(parser)
   add_sizes(parser)
   parser.add_argument("--mixed", action="store_true", help="computation in bfloat16, parameters in float32")
+  parser.add_argument("--llama", action="store_true", help="blocks of Llama's shape: seven kernels, gated, no biases")
   parser.add_argument("--chip", choices=list(CHIPS), default="v5e:2x2", help="the chip to compile for")
   parser.add_argument("--fits", action="store_true", help="find the largest batch, of a model of a billion parameters")
   parser.add_argument("--only", type=beginnings, help="contestants whose names begin so: jaxlora,qwix")
@@ -235,7 +236,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
   if parser.parse_known_args(argv)[0].fits:
     parser.set_defaults(d=2048, layers=16, seq=2048, vocabulary=32768)
   args = harness.parse(parser, argv, d=128, layers=2, rounds=3)
-  harness.rename(parser, args, f"compiled_{'fits_' * args.fits}{CHIPS[args.chip].short}")
+  harness.rename(parser, args, f"compiled_{'fits_' * args.fits}{'llama_' * args.llama}{CHIPS[args.chip].short}")
   return parser, args
 
 

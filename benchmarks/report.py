@@ -96,7 +96,7 @@ TABLES = {
   **{
     name: _benchmark("compiled", folder=name)
     for chip in ("v5e", "v5p", "v6e", "h100")
-    for name in (f"compiled_{chip}", f"compiled_fits_{chip}")
+    for name in (f"compiled_{chip}", f"compiled_fits_{chip}", f"compiled_llama_{chip}")
   },
   **{
     f"compiled_forward_{chip}": _benchmark("compiled_forward", folder=f"compiled_forward_{chip}")

@@ -45,7 +45,7 @@ class Settings(NamedTuple):
     """The model of these sizes."""
     dtype = jnp.bfloat16 if self.bf16 or self.mixed else jnp.float32
     if self.llama:
-      heads, hidden = self.width // models.HEAD_WIDTH, 8 * self.width // 3
+      heads, hidden = self.width // models.HEAD_WIDTH, 128 * -(-8 * self.width // (3 * 128))
       return Llama(self.vocabulary, self.width, self.layers, heads, hidden, True, dtype, self.scan, self.remat)
     held = jnp.float32 if self.mixed else None
     sizes = (self.vocabulary, self.width, self.layers, self.seq)

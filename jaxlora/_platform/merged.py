@@ -23,7 +23,7 @@ from jaxlora._jax.sizes import elements
 from jaxlora._platform.joint import Matrices, joined
 from jaxlora._platform.kept_sum import plain_sum
 
-_TOKENS = 4  # a copy of the weights costs little where there are so many times more tokens than the inputs of one
+_TOKENS = 2  # a copy of the weights costs little where there are so many times more tokens than the inputs of one
 
 _ALL = "all free axes"  # the label of the free axes of all weights together
 

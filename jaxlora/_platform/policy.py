@@ -16,7 +16,7 @@ from jaxlora._platform.codes import LookUp, by_selects, look_up_by_compiler
 from jaxlora._platform.expand import expand
 from jaxlora._platform.kept_sum import kept_sum, plain_sum, sum_once
 from jaxlora._platform.regions import Region, find_regions
-from jaxlora._platform.wait import Wait, at_once, by_barrier, by_compiler, codes_by_compiler, on_cpus
+from jaxlora._platform.wait import Wait, at_once, by_barrier, by_compiler, codes_by_compiler, on_cpus, on_gpus
 
 
 class Forms(NamedTuple):
@@ -197,14 +197,14 @@ GPU = dataclasses.replace(
   add=plain_sum,
   add_once=plain_sum,
   expand=contract,
-  wait=by_barrier,
+  wait=on_gpus,
   wait_softmax=at_once,
   widens_bases=False,
   banks=_ACCELERATED,
   tiled=(),
   merges=(EVERYWHERE,),
 )
-TPU = dataclasses.replace(GPU, name="tpu", merges=(), tiled=(EVERYWHERE,))
+TPU = dataclasses.replace(GPU, name="tpu", wait=by_barrier, merges=(), tiled=(EVERYWHERE,))
 # The plain form everywhere: `x W + (x A) B`, and JAX's own differentiation.
 NONE = Policy(
   name="none",

@@ -12,7 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxlora._jax.by_platform import Form, by_platform
+from jaxlora._jax.by_platform import EVERYWHERE, Form, by_platform
 from jaxlora._jax.jaxpr import without_dead_code
 from jaxlora._jax.linear_call import Transposes, linear_call
 
@@ -70,9 +70,25 @@ def by_barrier(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[
   return lax.optimization_barrier((list(residuals), list(cotangents)))[0]
 
 
+def _by_barrier_of_elements(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  return by_barrier(residuals, [c if 0 in jnp.shape(c) else _first_element(c) for c in cotangents])
+
+
+_ONE_ELEMENT = Form(_by_barrier_of_elements, single_device=True)
+
+
+def on_gpus(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+  """Waits by a barrier, in programs of one device for a single element of each cotangent.
+
+  What a barrier takes is an array of its own: nothing could be fused with what makes a whole cotangent. An element of a
+  sharded one would have to reach all devices.
+  """
+  return by_platform(by_barrier, {EVERYWHERE: _ONE_ELEMENT}, list(residuals), list(cotangents))
+
+
 def by_compiler(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
   """Waits as the compiler that the program is lowered for wants it: by a barrier, which XLA's CPU backend drops."""
-  return _on_cpus(by_barrier, residuals, cotangents)
+  return _on_cpus(by_barrier, residuals, cotangents, gpus=_ONE_ELEMENT)
 
 
 def on_cpus(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
@@ -86,7 +102,11 @@ def codes_by_compiler(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Se
 
 
 def _on_cpus(
-  elsewhere: Wait, residuals: Sequence[Any], cotangents: Sequence[Any], here: Wait | None = None
+  elsewhere: Wait,
+  residuals: Sequence[Any],
+  cotangents: Sequence[Any],
+  here: Wait | None = None,
+  gpus: Form | None = None,
 ) -> Sequence[Any]:
   """XLA's CPU backend drops barriers before it fuses and schedules; it is given arithmetic.
 
@@ -94,8 +114,10 @@ def _on_cpus(
   """
   if any(0 in jnp.shape(cotangent) for cotangent in cotangents):  # nothing to wait for: no element to depend on
     return residuals
-  form = Form(here or _by_arithmetic, single_device=True)
-  return by_platform(elsewhere, {"cpu": form}, list(residuals), list(cotangents))
+  forms = {"cpu": Form(here or _by_arithmetic, single_device=True)}
+  if gpus is not None:
+    forms |= {"cuda": gpus, "rocm": gpus}
+  return by_platform(elsewhere, forms, list(residuals), list(cotangents))
 
 
 def by_first_element(wait: Wait, values: Any, x: jax.Array) -> Any:
