@@ -62,7 +62,10 @@ TABLES = {
   "sentence_encoder": _study("sentence_encoder", "sentences.results:tables"),
   "summarize": _study("summarize", "summaries.tables:tables"),
   "dpo": _study("dpo", "preferences.tables:tables"),
-  "llm_quantised": Table("examples/llm/sweep.py", "sweep.json", "lm.recorded:quantised"),
+  **{
+    f"llm_{name}": Table("examples/llm/sweep.py", "sweep.json", f"lm.recorded:{name}")
+    for name in ("quantised", "rates", "scaling")
+  },
   "train_step": _benchmark("train_step"),
   "door": Table(
     "benchmarks/train_step.py",

@@ -83,9 +83,12 @@ def test_tables_are_made_of_what_is_recorded(llm):
   """What is written down has the figures of all pairs, not their text; its tables are those of the runs."""
   runs = [
     result(label, seed, gain, **{"written": ["text"]})
-    for label, gain in (("LoRA r=8", 0), ("other", 2))
+    for label, gain in (("LoRA r=8", 0), ("LoRA r=8, nf4 base", 2), ("LoRA r=64", 3), ("LoRA r=64, rslora", 4))
     for seed in (0, 1)
   ]
+  chosen = result("LoRA r=8", 100, 0, rate=3e-3)
+  chosen["settings"]["split"] = "val"
+  runs += [result("first sentence", 0, -5, "base"), chosen]
   told = {
     "hardware": {"cpu": "any", "cores": 2, "backend": "cpu"},
     "versions": {"jax": "1", "flax": "2", "python": "3"},
@@ -94,8 +97,14 @@ def test_tables_are_made_of_what_is_recorded(llm):
   assert "text" not in str(kept)
   assert kept["runs"][0]["each"] == runs[0]["each"]
   text = llm.recorded.quantised(kept)
-  assert "| other | 2 | +2.0 (+2.0 to +2.0) |" in text
-  assert text.count("| LoRA r=8 |") == 1
+  assert "| LoRA r=8, nf4 base | 2 | +2.0 (+2.0 to +2.0) |" in text
+  assert text.count("| LoRA r=8 |") == text.count("| first sentence |") == 1
+  assert "r=64" not in text
+  text = llm.recorded.scaling(kept)
+  assert ("| less LoRA r=64 |" in text, "| LoRA r=64, rslora | 2 | +1.0 (+1.0 to +1.0) |" in text) == (True, True)
+  assert "nf4" not in text
+  text = llm.recorded.rates(kept)
+  assert ("| LoRA r=8 | val | 0.003 |" in text, "r=64" in text) == (True, False)
 
 
 def test_forgetting_is_told_of_the_same_text_alone(llm):
