@@ -78,6 +78,7 @@ TABLES = {
   "train_step_suite_brief": _benchmark("train_step", "brief_suite", "train_step_suite"),
   "forward": _benchmark("forward"),
   "memory": _benchmark("memory"),
+  "head_loss": _benchmark("head_loss"),
   "variants": _benchmark("variants"),
   "serving": _benchmark("serving"),
   "compile_time": _benchmark("compile_time"),

@@ -201,21 +201,6 @@ def test_a_step_holds_no_more_than_the_floor_at_once():
   assert temps[1] <= temps[0]
 
 
-@pytest.mark.parametrize(("times", "again"), [(2, False), (4, True)])
-def test_rows_of_tokens_that_meet_several_experts_are_looked_up_again(times, again):
-  """The tokens are kept, and not their copies for each expert that they meet."""
-  rows = jnp.repeat(jnp.arange(6), times)
-  fn = lambda p, x: lax.ragged_dot(jnp.tanh(x)[rows], p["w"], jnp.array([5, 3, 4]))
-  tree, x = adapted({"w": single(1, (3, 5, 7))}, {"w": "sio"}), single(9, (6, 5))
-  helpers.check(fn, tree, (x,), 1e-5)
-  frozen, factors = jaxlora.split(tree)
-  of_factors = lambda factors, x: jax.vjp(lambda factors: jaxlora.wrap(fn)(jaxlora.join(frozen, factors), x), factors)[
-    1
-  ]
-  shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(of_factors, factors, x))]
-  assert (x.shape in shapes, (6 * times, 5) in shapes) == (again, not again)
-
-
 @pytest.mark.parametrize("targets", profiles.some([".*", "up"], "up"))
 def test_experts_of_codes_are_formed_in_their_product_alone(targets):
   """With an adapter and without one: what differentiation keeps are codes."""

@@ -133,14 +133,23 @@ LARGER = ["--d=512", "--hidden=1024", "--tokens=1024"]
 
 
 def test_factors_of_all_experts_are_met_side_by_side_on_a_tpu(bench, tmp_path):
-  """XLA:TPU computes gradients of grouped weights for each expert on all rows: of thin ones that is most of a step."""
+  """Grouped thin products cost most of a step where XLA:TPU computes their gradients for each expert on all rows, and
+  copies and sums where it has a kernel for them, which counts no cycles.
+  """
   needs(bench, "v5e:2x2")
   finished = bench_scripts.finish(bench.experts.main, [*SPARSE, *LARGER, "--chip=v5e:2x2", "--bf16"], tmp_path)
   rows = finished.results["rows"]
   floor, ours, grouped = (rows[name] for name in (bench.experts.FLOOR, bench.experts.OURS, bench.experts.GROUPED))
-  assert ours["cycles"] < 1.7 * floor["cycles"] < 0.5 * grouped["cycles"]
-  assert ours["bytes"] < 1.35 * floor["bytes"]
+  assert ours["cycles"] < 1.7 * floor["cycles"]
+  assert ours["bytes"] < min(1.35 * floor["bytes"], grouped["bytes"])
+  assert ours["temp"] <= grouped["temp"]
   assert "not run: these are no times" in finished.printed
+
+
+def test_a_token_meets_no_more_experts_than_there_are(bench, capsys):
+  with pytest.raises(SystemExit):
+    bench.experts.main(["--quiet", "--experts=4", "--top=5"])
+  assert "--top 5: there are 4 experts" in capsys.readouterr().err
 
 
 def test_a_step_of_experts_on_this_host(bench, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ for package in ("matplotlib", "tqdm"):
 
 # Packages whose versions the tables of compiled figures name, whether or not they are installed here.
 NAMED = dict.fromkeys(("jax", "flax", "qwix", "libtpu"), "1.2.3")
-SCRIPTS = ("compiled_suite", "seven_billion", "quantized_torch", "decoding")
+SCRIPTS = ("compiled_suite", "seven_billion", "quantized_torch", "decoding", "head_loss")
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,19 @@ def test_decoding_of_a_token(bench, tmp_path, monkeypatch):
   table = decoding.tables(finished.results)
   assert "one token and a weight of 256 x 64" in table
   assert "A/A control" in table
+  assert all(f"\n| {name} | " in table for name in rows)
+
+
+def test_losses_of_a_large_head(bench, tmp_path, monkeypatch):
+  monkeypatch.setattr(bench.harness, "calls_per_turn", bench_scripts.one_call)
+  finished = finish(bench, tmp_path, "head_loss", "--quick", "--rounds=1", "--seq=256")
+  rows = finished.results["rows"]
+  for head in bench.head_loss.HEADS:
+    plain, chunked = (rows[f"{head}, {loss}"] for loss in ("plain", "chunked"))
+    assert plain["over_plain"]["median"] == 1
+    assert chunked["temp"] < plain["temp"]
+  table = bench.head_loss.tables(finished.results)
+  assert ("2 x 256 tokens, 2,048 words" in table, "A/A control" in table) == (True, True)
   assert all(f"\n| {name} | " in table for name in rows)
 
 
