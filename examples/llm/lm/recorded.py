@@ -34,7 +34,7 @@ def quantised(results: dict[str, Any]) -> str:
 
 
 def scaling(results: dict[str, Any]) -> str:
-  """Ranks 8 and 64 with alpha / rank, and 64 with rsLoRA's alpha / sqrt(rank), each at its best rate."""
+  """Ranks 8 and 64 with alpha / rank, and 64 with rsLoRA's alpha / sqrt(rank)."""
   return _compared(results, ("LoRA r=64", "LoRA r=64, rslora", "LoRA r=8"))
 
 
