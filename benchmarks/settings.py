@@ -45,7 +45,8 @@ class Settings(NamedTuple):
     """The model of these sizes."""
     dtype = jnp.bfloat16 if self.bf16 or self.mixed else jnp.float32
     if self.llama:
-      heads, hidden = self.width // models.HEAD_WIDTH, 128 * -(-8 * self.width // (3 * 128))
+      heads = self.width // models.HEAD_WIDTH
+      hidden = 128 * -(-8 * self.width // (3 * 128))  # 8/3 of the width, in whole tiles as published models have it
       return Llama(self.vocabulary, self.width, self.layers, heads, hidden, True, dtype, self.scan, self.remat)
     held = jnp.float32 if self.mixed else None
     sizes = (self.vocabulary, self.width, self.layers, self.seq)

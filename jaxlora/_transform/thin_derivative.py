@@ -47,6 +47,8 @@ class InForms:
 
   def of_input(self, dx: jax.Array, a: jax.Array, rest: Sequence[jax.Array]) -> Any:
     """`product(dx, a)`, whose transpose has the forms."""
+    if self.forms == _ONE_FORM:
+      return self.product(dx, a, *rest)
     along = lambda product: lambda kept, dx: product(dx, kept[0], *kept[1])
     return self._late(along, self.forms, (a, tuple(rest)), dx, None)
 
@@ -149,6 +151,9 @@ def with_prompt_gradients(values: Sequence[jax.Array], policy: Policy) -> Sequen
 
   XLA's TPU backend may else leave the gradients of factors to the end of the step, and keep what they are made of.
   """
+  forms = policy.transposes(Forms(in_tiles=_all_at_once))
+  if not forms:
+    return values
 
   @jax.custom_jvp
   def same(*values):
@@ -156,7 +161,7 @@ def with_prompt_gradients(values: Sequence[jax.Array], policy: Policy) -> Sequen
 
   def jvp(primals, tangents):
     steps = [step for step in tangents if not isinstance(step, SymbolicZero)]
-    moved = iter(late(lambda _, steps: steps, (), steps, at_once, policy.transposes(Forms(in_tiles=_all_at_once))))
+    moved = iter(late(lambda _, steps: steps, (), steps, at_once, forms))
     return same(*primals), tuple(step if isinstance(step, SymbolicZero) else next(moved) for step in tangents)
 
   same.defjvp(jvp, symbolic_zeros=True)

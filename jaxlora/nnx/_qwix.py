@@ -10,7 +10,7 @@ from jaxlora._weight.weight import LoraWeight
 from jaxlora.nnx._adapt import from_tree
 from jaxlora.nnx._opened import opened
 from jaxlora.nnx._walk import attributes, every_object, owned_variables, paths_of
-from jaxlora.peft._lora_leaves import from_lora_leaves
+from jaxlora.peft._lora_leaves import from_lora_leaves, is_qwixs
 from jaxlora.peft._records import PeftError
 from jaxlora.peft._roles import Axes
 from jaxlora.quant._qwix import from_qwix as quantised_by_qwix
@@ -76,35 +76,36 @@ def from_qwix(module: Any, *, alpha: float, axes: Axes = None, **options: Any) -
 def _take(node: Any, name: str, path: str, alpha: float, axes: Axes, problems: list[str]) -> None:
   """Puts a weight together with its factors, which leave the module."""
   held = {part: vars(node).get(part) for part in (name, name + _A, name + _B)}
-  if _is_quantised(held[name]):
-    held[name] = nnx.Param(quantised_by_qwix({path: held[name]})[path])
-  if missing := [part for part, variable in held.items() if variable is None]:
+  if missing := [part for part, value in held.items() if value is None]:
     problems.append(f"{path}: {listed(missing)} missing, expected the weight and both factors")
-  elif strange := [part for part, variable in held.items() if not isinstance(variable, nnx.Variable)]:
-    kinds = {type(held[part]).__name__ for part in strange}
+    return
+  if strange := [value for value in held.values() if not (isinstance(value, nnx.Variable) or is_qwixs(value))]:
+    kinds = {type(value).__name__ for value in strange}
     problems.append(f"{path}: found {listed(sorted(kinds))}, expected Variables, or codes of qwix")
-  else:
-    *modules, last = path.split("/")
-    leaves: Any = {last + part.removeprefix(name): variable.get_raw_value() for part, variable in held.items()}
+    return
+  *modules, last = path.split("/")
+  try:
+    leaves: Any = {last + part.removeprefix(name): _raw(value, path) for part, value in held.items()}
     for key in reversed(modules):
       leaves = {key: leaves}
-    try:
-      weight: Any = from_lora_leaves(leaves, alpha=alpha, axes=axes)
-    except (PeftError, ValueError) as error:
-      problems.append(f"{path}: {error}")
-      return
-    for key in path.split("/"):
-      weight = weight[key]
+    weight: Any = from_lora_leaves(leaves, alpha=alpha, axes=axes)
+  except (PeftError, ValueError) as error:
+    problems.append(f"{path}: {error}")
+    return
+  for key in path.split("/"):
+    weight = weight[key]
+  if isinstance(held[name], nnx.Variable):
     held[name].set_raw_value(weight)
-    setattr(node, name, held[name])
-    for part in (name + _A, name + _B, f"{name}_lora_einsum_str"):
-      if part in vars(node):
-        delattr(node, part)
+  else:
+    setattr(node, name, nnx.Param(weight))
+  for part in (name + _A, name + _B, f"{name}_lora_einsum_str"):
+    if part in vars(node):
+      delattr(node, part)
 
 
-def _is_quantised(value: Any) -> bool:
-  """Whether this is a weight in codes of qwix, in the box that its modules keep them in."""
-  return type(value).__module__.startswith("qwix.") and hasattr(value, "array")
+def _raw(value: Any, path: str) -> Any:
+  """The value of a Variable, or qwix's codes as a quantised array."""
+  return value.get_raw_value() if isinstance(value, nnx.Variable) else quantised_by_qwix({path: value})[path]
 
 
 def to_qwix(model: Any, onto: Any, *, alpha: float) -> Any:

@@ -53,7 +53,7 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
 
   Source: `qwix/_src/providers/lora.py` of qwix 0.1.8, `flax/nnx/nn/lora.py` of flax 0.12.
   """
-  leaves = dict(flatten(tree, is_leaf=lambda node: is_coded(node) or _is_qwixs(node))[0])
+  leaves = dict(flatten(tree, is_leaf=lambda node: is_coded(node) or is_qwixs(node))[0])
   patterns = LoraConfig(axes=axes).axes
   pairs: dict[str, dict[str, Any]] = {}  # by the path of the weight
   plain: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
   problems = [
     f"{path}: found {type(leaf).__name__}, which qwix quantised; take it in first, jaxlora.quant.from_qwix(tree)"
     for path, leaf in plain.items()
-    if _is_qwixs(leaf)
+    if is_qwixs(leaf)
   ]
   raise_problems("from_lora_leaves", problems)
   for weight, halves in pairs.items():
@@ -89,7 +89,7 @@ def from_lora_leaves(tree: Any, *, alpha: float | None = None, axes: Axes = None
   return _nested(plain)
 
 
-def _is_qwixs(node: Any) -> bool:
+def is_qwixs(node: Any) -> bool:
   """Whether this is an array in qwix's codes, or its box."""
   return type(node).__module__.startswith("qwix.")
 

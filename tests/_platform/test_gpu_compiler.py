@@ -25,20 +25,25 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def compiled(bench):
-  """A function from a contestant's name to its step for an H100. Compiled, not run."""
+def target(bench):
+  """An H100 that is not here."""
   chip = bench.chips.CHIPS["h100"]
   try:
-    target = bench.ahead.Target(chip, bench.chips.device_of(chip))
+    return bench.ahead.Target(chip, bench.chips.device_of(chip))
   except bench.chips.NoCompilerError as error:
     pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def compiled(bench, target):
+  """A function from a contestant's name to its step for an H100. Compiled, not run."""
   settings = bench.settings.Settings(WIDTH, 2, 10, 256, 8, bf16=True, vocabulary=1024)
   base = bench.settings.base_shapes(settings)
   by_name = {one.name: one for one in bench.contestants.contestants()}
 
   def of(name):
     step = bench.ahead.compile_for(target, by_name[name], base)
-    return step, bench.ahead.figures(step, chip, settings)
+    return step, bench.ahead.figures(step, target.chip, settings)
 
   return of
 
@@ -60,13 +65,8 @@ def test_traced_on_a_cpu_host_is_traced_for_a_gpu(bench, compiled, monkeypatch):
   assert compiled("jaxlora")[1] == host
 
 
-def test_a_gated_activation_is_made_again_from_what_the_floor_keeps(bench):
+def test_a_gated_activation_is_made_again_from_what_the_floor_keeps(bench, target):
   """`act(g) * u` waits as `g` and `u`: a third array of their size would be kept for it."""
-  chip = bench.chips.CHIPS["h100"]
-  try:
-    target = bench.ahead.Target(chip, bench.chips.device_of(chip))
-  except bench.chips.NoCompilerError as error:
-    pytest.skip(str(error))
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
   layer = {"gate": shape(WIDTH, 3 * WIDTH), "up": shape(WIDTH, 3 * WIDTH), "down": shape(3 * WIDTH, WIDTH)}
   params, x = [layer] * 3, shape(8, 256, WIDTH)
