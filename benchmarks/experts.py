@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ahead import Target, compile_shapes
 from chips import CHIPS, Chip, NoCompilerError, device_of, stay_on_the_host
 import harness
+from here import Step, compile_here, runs_of
 import hlo
 import jax
 from jax import lax
@@ -89,13 +90,6 @@ def model(params: Params, x: jax.Array, sizes: Sizes) -> jax.Array:
   return x
 
 
-class Step(NamedTuple):
-  """A step and its arguments."""
-
-  step: Callable[..., Any]
-  args: tuple[Any, ...]
-
-
 def steps(sizes: Sizes, params: Params, x: jax.Array) -> dict[str, Step]:
   """The gradients of each contestant, by its name."""
 
@@ -144,17 +138,21 @@ def figures(compiled: Any, chip: Chip, sizes: Sizes) -> dict[str, Any]:
 
 def compare(sizes: Sizes, rounds: int, tick: Callable[[str], Any]) -> dict[str, Any]:
   """Times of each step on this host, and the compiler's figures."""
-  rows, runs = {}, {}
-  for name, one in steps(sizes, *make(sizes)).items():
-    tick(f"compiling {name}")
-    compiled = jax.jit(one.step).lower(*one.args).compile()
-    rows[name] = {"flops": compiled.cost_analysis()["flops"], "temp": compiled.memory_analysis().temp_size_in_bytes}
-    runs[name] = functools.partial(compiled, *one.args)
+  named = steps(sizes, *make(sizes))
+  compiled = compile_here(named, tick)
+  runs = runs_of(compiled, named)
   runs = harness.with_control(runs, FLOOR, runs[FLOOR])
   seconds = harness.interleave(runs, rounds, harness.calls_per_turn(runs), lambda calls: tick("timing"))
   over = harness.ratios(seconds, FLOOR)
-  for name, row in rows.items():
-    row.update(seconds=harness.summarize(seconds[name]), over_floor=over[name])
+  rows = {
+    name: {
+      "flops": one.cost_analysis()["flops"],
+      "temp": one.memory_analysis().temp_size_in_bytes,
+      "seconds": harness.summarize(seconds[name]),
+      "over_floor": over[name],
+    }
+    for name, one in compiled.items()
+  }
   return {"rows": rows, "control": over[FLOOR + harness.CONTROL], "chip": None}
 
 

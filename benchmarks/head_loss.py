@@ -5,12 +5,11 @@ frozen, adapted, or trained whole. The plain loss is optax's on `hidden @ head`;
 `jaxlora.losses.chunked_cross_entropy`. Times are measured in interleaved rounds, each over its own plain loss.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
-import functools
 from typing import Any, NamedTuple
 
 import harness
+from here import Step, compile_here, runs_of
 import jax
 import optax
 
@@ -32,14 +31,7 @@ class Sizes(NamedTuple):
   rank: int
 
 
-class Loss(NamedTuple):
-  """The value and the gradient of a loss, and their arguments."""
-
-  step: Callable[..., Any]
-  args: tuple[Any, ...]
-
-
-def losses(sizes: Sizes) -> dict[str, Loss]:
+def losses(sizes: Sizes) -> dict[str, Step]:
   """Both losses of each head, by `HEAD, LOSS`."""
   keys = jax.random.split(jax.random.key(0), 4)
   hidden = jax.random.normal(keys[0], (sizes.batch, sizes.seq, sizes.width))
@@ -54,11 +46,11 @@ def losses(sizes: Sizes) -> dict[str, Loss]:
   def chunked(params: Any, hidden: jax.Array) -> jax.Array:
     return chunked_cross_entropy(hidden, params["kernel"], labels)[0]
 
-  def both(head: str, given: Callable[..., Any], moving: int, *args: Any) -> dict[str, Loss]:
+  def both(head: str, given: Callable[..., Any], moving: int, *args: Any) -> dict[str, Step]:
     """Both losses of `given(loss)`, differentiated along its first arguments."""
-    step = lambda loss: jax.jit(jax.value_and_grad(given(loss), tuple(range(moving))))
+    step = lambda loss: jax.value_and_grad(given(loss), tuple(range(moving)))
     wrapped = jaxlora.wrap(plain) if head == "adapted" else plain
-    return {f"{head}, {PLAIN}": Loss(step(wrapped), args), f"{head}, {CHUNKED}": Loss(step(chunked), args)}
+    return {f"{head}, {PLAIN}": Step(step(wrapped), args), f"{head}, {CHUNKED}": Step(step(chunked), args)}
 
   last = lambda loss: lambda hidden, params: loss(params, hidden)
   joined = lambda loss: lambda hidden, factors, frozen: loss(jaxlora.join(frozen, factors), hidden)
@@ -72,12 +64,10 @@ def losses(sizes: Sizes) -> dict[str, Loss]:
 
 def compare(sizes: Sizes, rounds: int, tick: Callable[[str], Any]) -> dict[str, Any]:
   """Figures of each loss, by its name."""
-  rows, runs = {}, {}
-  for name, one in losses(sizes).items():
-    tick(f"compiling {name}")
-    compiled = one.step.lower(*one.args).compile()
-    rows[name] = {"temp": compiled.memory_analysis().temp_size_in_bytes}
-    runs[name] = functools.partial(compiled, *one.args)
+  named = losses(sizes)
+  compiled = compile_here(named, tick)
+  rows = {name: {"temp": one.memory_analysis().temp_size_in_bytes} for name, one in compiled.items()}
+  runs = runs_of(compiled, named)
   control = f"{HEADS[0]}, {PLAIN}"
   runs = harness.with_control(runs, control, runs[control])
   seconds = harness.interleave(runs, rounds, harness.calls_per_turn(runs), lambda calls: tick("timing"))
@@ -126,7 +116,7 @@ def plot(results: dict[str, Any], path: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison; returns what head_loss.json holds."""
-  parser: argparse.ArgumentParser = harness.make_parser(__file__, __doc__, "--batch 4 --seq 1024 --d 576")
+  parser = harness.make_parser(__file__, __doc__, "--batch 4 --seq 1024 --d 576")
   count = harness.positive(int)
   parser.add_argument("--batch", type=count, default=4, help="sequences (default: 4)")
   parser.add_argument("--seq", type=count, default=1024, help="tokens of each (default: 1024)")
