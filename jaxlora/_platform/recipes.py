@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlora._jax.by_platform import EVERYWHERE, Form, by_platform
 from jaxlora._jax.primitives import COMPARISONS, KEEPS_OPERANDS, KEEPS_RESULT, LINEAR
 from jaxlora._jax.sizes import elements
 
 REGION = "region"  # in the place of a primitive's name; differentiating one keeps its operands
 _KEEPS_OPERANDS = KEEPS_OPERANDS | {REGION}
 ELEMENTWISE = LINEAR | _KEEPS_OPERANDS | KEEPS_RESULT | COMPARISONS
+LOOKUP = "gather"  # differentiating one keeps its indices
+SEVERAL = 2  # rows are looked up again where each is so often among them
 SMALL = 8  # an operand with a share of less than 1/8 of the input's elements costs nothing to keep
 
 
@@ -57,8 +60,8 @@ class Origins:
   def note(
     self, name: str, bind: Callable[[Sequence[Any]], list[Any]], operands: Sequence[Any], out: list[Any]
   ) -> None:
-    """Takes down what made the results `out`, if it was elementwise."""
-    if name not in ELEMENTWISE:
+    """Takes down what made the results `out`, if it was elementwise, or looked rows up."""
+    if name not in ELEMENTWISE and name != LOOKUP:
       return
     for k, value in enumerate(out):
       if isinstance(value, jax.core.Tracer):  # outside of any trace nothing is differentiated
@@ -85,10 +88,11 @@ class _Cook:
     self.value = value
     self.elements = elements(jnp.shape(value))
     self.leaves: list[Any] = []
+    self.looks_up = False
 
   def recipe(self) -> Recipe | None:
     steps = self.back(self.value)
-    if steps is None or not any(self.is_large(leaf) and _is_float(leaf) for leaf in self.leaves):
+    if steps is None or not any(self.is_large(leaf) and _is_float(leaf) for leaf in self.leaves) | self.looks_up:
       return None
     return Recipe(tuple(map(jnp.asarray, self.leaves)), lambda leaves: _evaluate(steps, leaves), self.wait)
 
@@ -103,9 +107,24 @@ class _Cook:
     if name in LINEAR and len(large) == 1 and not (name == "div" and large == [1]):
       operands[large[0]] = self.back(origin.operands[large[0]])
       return None if operands[large[0]] is None else _Step(origin, operands)
+    if name == LOOKUP:
+      return self.looked_up(origin)
     if name in _KEEPS_OPERANDS and large:
       return _Step(origin, [self.kept(origin.operands[k]) if k in large else step for k, step in enumerate(operands)])
     return None
+
+  def looked_up(self, origin: Origin) -> _Step | None:
+    """The steps to rows of an array that is smaller, in which each is several times: that is kept instead.
+
+    By programs of one device alone: on a mesh the rows would be sent once more, and are kept.
+    """
+    source, indices = origin.operands
+    if SEVERAL * elements(jnp.shape(source)) > elements(jnp.shape(origin.value)):
+      return None
+    self.looks_up = True
+    again = Form(lambda source, indices, rows: origin.again([source, indices]), single_device=True)
+    either = lambda operands: by_platform(_last, {EVERYWHERE: again}, *operands)
+    return _Step(origin._replace(again=either), [self.leaf(source), self.leaf(indices), self.leaf(origin.value)])
 
   def kept(self, value: Any) -> _Step | int:
     """A large value that is kept, or what a region made it of: `act(g) * u` is made again from `g` and `u`.
@@ -135,6 +154,10 @@ class _Cook:
 
   def is_large(self, value: Any) -> bool:
     return elements(jnp.shape(value)) * SMALL > self.elements
+
+
+def _last(*values: Any) -> Any:
+  return values[-1]
 
 
 def _is_float(value: Any) -> bool:

@@ -201,6 +201,45 @@ def test_a_step_holds_no_more_than_the_floor_at_once():
   assert temps[1] <= temps[0]
 
 
+def looked_up(times, tokens=6):
+  """Experts on the rows of tokens, each token `times` times; and its gradient step."""
+  rows = jnp.repeat(jnp.arange(tokens), times)
+  fn = lambda p, x: lax.ragged_dot(jnp.tanh(x)[rows], p["w"], jnp.array([5, 3, 4]))
+  step = jax.grad(lambda tree, x: jnp.sum(jnp.sin(jaxlora.wrap(fn)(tree, x))), allow_int=True)
+  return fn, step
+
+
+def lookups(step, *args):
+  return jax.jit(step).lower(*args).as_text().count('"stablehlo.gather"')
+
+
+@pytest.mark.parametrize(("times", "gathers"), [(1, 1), (2, 2), (4, 2)])
+def test_rows_of_tokens_that_meet_several_experts_are_looked_up_again(times, gathers):
+  """The backward pass of a program of one device makes them again of the tokens; that of several is given them."""
+  fn, step = looked_up(times)
+  tree, x = adapted({"w": single(1, (3, 5, 7))}, {"w": "sio"}), single(9, (6, 5))
+  helpers.check(fn, tree, (x,), 1e-5)
+  assert lookups(step, tree, x) == gathers
+  assert lookups(step, *helpers.on_devices(2, tree, x)) == 1
+
+
+def test_rows_that_are_looked_up_again_are_not_kept_in_a_scan_either():
+  """Both passes of each layer's loop hold one layer's rows at a time, so that temp hardly grows with the layers."""
+  rows = jnp.repeat(jnp.arange(64), 8)
+  sizes = jnp.array([200, 100, 212])
+
+  def fn(p, x):
+    layer = lambda x, w: (x + lax.ragged_dot(jnp.tanh(x)[rows], w, sizes)[::8], None)
+    return lax.scan(layer, x, p["w"])[0]
+
+  def temp(layers):
+    tree, x = adapted({"w": single(1, (layers, 3, 32, 32))}, {"w": "ssio"}), single(9, (64, 32))
+    return helpers.temp_bytes(sine_step(fn), tree, x)
+
+  rows_of_a_layer = 4 * 64 * 8 * 32
+  assert temp(9) - temp(1) < 0.75 * 8 * rows_of_a_layer
+
+
 @pytest.mark.parametrize("targets", profiles.some([".*", "up"], "up"))
 def test_experts_of_codes_are_formed_in_their_product_alone(targets):
   """With an adapter and without one: what differentiation keeps are codes."""
