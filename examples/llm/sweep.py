@@ -108,10 +108,10 @@ GROUPS = {
 }
 
 
-def best_rates(out: Path) -> dict[str, float]:
+def best_rates(out: Path, known: Sequence[dict[str, Any]] = ()) -> dict[str, float]:
   """The rate of the lowest validation loss of each kind of method, among the runs of `rates` that are done."""
   found: dict[str, dict[float, float]] = {name: {} for name in RATES}
-  for result in results(out):
+  for result in (*known, *results(out)):
     settings = result["settings"]
     if settings["split"] == "val" and settings["schedule"]["seed"] == RATE_SEED:
       found[kind(Method(**settings["method"]))][settings["schedule"]["rate"]] = result["loss"]
@@ -146,6 +146,11 @@ def make_parser() -> argparse.ArgumentParser:
     action="store_true",
     help=f"write the figures into {RECORDED.name}, too, from which the README's tables are made",
   )
+  parser.add_argument(
+    "--continue-recorded",
+    action="store_true",
+    help=f"count the runs in {RECORDED.name} as done: they choose rates, are not run again, and --record keeps them",
+  )
   parser.add_argument("--quiet", action="store_true", help="no progress bars")
   return parser
 
@@ -160,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   for name in ("seeds", "items"):
     if getattr(args, name) < 1:
       parser.error(f"--{name}: found {getattr(args, name)}, expected a whole number of at least 1")
+  known = recorded.read(RECORDED) if args.continue_recorded else []
   if not args.show:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -172,13 +178,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
       parser.error(str(error))
     for name in () if args.fill else names:
-      runs = GROUPS[name](best_rates(args.out), range(args.seeds))
+      runs = GROUPS[name](best_rates(args.out, known), range(args.seeds))
+      runs = [run for run in runs if run.settings not in [result["settings"] for result in known]]
       for number, run in enumerate(runs, 1):
         print(f"{name}, run {number} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
         do(setup, run, args.out, args.quiet)
   print(report(args.out))
   if args.record:
-    recorded.write(RECORDED, [*evidence.load(args.out, "test")["baselines"], *results(args.out)])
+    found = [*evidence.load(args.out, "test")["baselines"], *results(args.out)]
+    recorded.write(RECORDED, recorded.merged(known, found))
 
 
 def report(out: Path) -> str:

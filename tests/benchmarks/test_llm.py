@@ -252,6 +252,29 @@ def test_the_sweep_goes_on_and_shows_its_table(llm, files, tmp_path, capsys, mon
   assert all(text in first.out for text in ("sentence by aspect", "ROUGE-L by aspect", "less LoRA r=8", "ROUGE-1"))
 
 
+def test_recorded_runs_are_not_run_again(llm, files, tmp_path, capsys, monkeypatch):
+  """Elsewhere, with an output folder of its own: they choose the rates, and stay recorded."""
+  run = llm.runs.Run(llm.sweep.FULL, schedule(llm, steps=1, seed=llm.sweep.RATE_SEED), "val")
+  other = llm.runs.Run(llm.sweep.FULL, schedule(llm, steps=1, seed=0))
+  told = {"settings": run.settings, "label": "full fine-tuning", "loss": 1.0}
+  file = tmp_path / "sweep.json"
+  file.write_text(json.dumps({"runs": [told]}))
+  monkeypatch.setattr(llm.sweep, "RECORDED", file)
+  chosen = []
+
+  def rates(found, seeds):
+    chosen.append(found["full"])
+    return [run, other]
+
+  monkeypatch.setitem(llm.sweep.GROUPS, "rates", rates)
+  args = [f"--model={files[0]}", f"--data={files[1]}", f"--out={tmp_path / 'out'}", "--items=3", "--quiet"]
+  llm.sweep.main([*args, "--only=rates", "--continue-recorded", "--record"])
+  assert "run 1 of 1" in capsys.readouterr().err
+  assert chosen == [run.schedule.rate]
+  assert told in json.loads(file.read_text())["runs"]
+  assert other.settings in [found["settings"] for found in llm.recorded.read(file)]
+
+
 def test_what_finished_results_do_not_say_is_added_from_their_adapters(llm, files, finished, tmp_path, capsys):
   _, _, out = finished
   folder = shutil.copytree(out, tmp_path / "out")

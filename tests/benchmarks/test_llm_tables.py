@@ -107,6 +107,32 @@ def test_tables_are_made_of_what_is_recorded(llm):
   assert ("| LoRA r=8 | val | 0.003 |" in text, "r=64" in text) == (True, False)
 
 
+def test_the_methods_are_told_with_the_base_and_the_machines(llm):
+  told = lambda cpu: {
+    "hardware": {"cpu": cpu, "cores": 2, "backend": "cpu"},
+    "versions": {"jax": "1", "flax": "2", "python": "3"},
+  }
+  base = result("base, instructed", 0, -3, "base", **told("one"))
+  base["settings"]["schedule"] = {"rate": 1.0, "seed": 0}
+  others = [result(label, 0, gain, **told("two")) for label, gain in (("LoRA r=8", 0), ("full fine-tuning", 1))]
+  text = llm.recorded.methods(llm.recorded.compact([*others, base, result("first sentence", 0, -9, "base")]))
+  first, rest = text.split("\n", 1)
+  assert ("(one)" in first, "(two)" in first) == (True, True)
+  rows = [line.split(" | ")[0] for line in rest.splitlines() if line.startswith("| ")]
+  assert [row[2:] for row in rows[1:5]] == ["first sentence", "base, instructed", "LoRA r=8", "full fine-tuning"]
+  assert "| full fine-tuning | 1 | +1.0 (+1.0 to +1.0) |" in rest
+  assert "| base, instructed | 1 | -3.0 (-3.0 to -3.0) |" in rest
+
+
+def test_recorded_runs_are_joined_by_later_ones(llm, tmp_path):
+  known = [result("LoRA r=8", seed, 0) for seed in (0, 1)]
+  again = result("LoRA r=8", 1, 5)
+  other = result("full fine-tuning", 0, 2)
+  joined = llm.recorded.merged(known, [again, other])
+  assert joined == [known[0], again, other]
+  assert llm.recorded.read(tmp_path / "none.json") == []
+
+
 def test_forgetting_is_told_of_the_same_text_alone(llm):
   text = lambda loss, digest="a": {"plain_text": {"loss": loss, "digest": digest}}
   base = result("base, instructed", 0, 0, "base", **text(2.0))

@@ -1,6 +1,7 @@
 """The figures of finished runs in one small file, and the tables of the README that are made of it."""
 
 from collections.abc import Sequence
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import harness
 from . import comparisons, tables
 
 _LOSSES = ("loss_sums", "loss_counts")
-_KEPT = ("settings", "label", "trained", *tables.COLUMNS, "each", *_LOSSES, "aspects", "versions", "hardware")
+_KEPT = ("settings", "label", "trained", *tables.COLUMNS, "each", *_LOSSES, "aspects", "plain_text", "versions", "hardware")
 
 
 def compact(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -23,6 +24,17 @@ def compact(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
   return {"runs": runs}
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+  """The runs that are recorded; none where nothing is."""
+  return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def merged(known: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The runs of both; of one that is in both, the latter."""
+  key = lambda run: json.dumps([run["label"], run["settings"]], sort_keys=True)
+  return list({key(run): run for run in (*known, *found)}.values())
+
+
 def write(path: Path, found: Sequence[dict[str, Any]]) -> None:
   """Writes what tables need of finished runs and of baselines."""
   harness.write(path, compact(found))
@@ -30,12 +42,17 @@ def write(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 def quantised(results: dict[str, Any]) -> str:
   """LoRA on floats, on NF4 and on INT8 codes: scores and losses, then their differences with intervals."""
-  return _compared(results, ("LoRA r=8", "LoRA r=8, int8 base", "LoRA r=8, nf4 base"))
+  return _compared(results, ("LoRA r=8", "LoRA r=8, int8 base", "LoRA r=8, nf4 base"), "LoRA r=8")
+
+
+def methods(results: dict[str, Any]) -> str:
+  """The base, LoRA and full fine-tuning."""
+  return _compared(results, (comparisons.BASE, "LoRA r=8", comparisons.FULL), "LoRA r=8")
 
 
 def scaling(results: dict[str, Any]) -> str:
   """Ranks 8 and 64 with alpha / rank, and 64 with rsLoRA's alpha / sqrt(rank)."""
-  return _compared(results, ("LoRA r=64", "LoRA r=64, rslora", "LoRA r=8"))
+  return _compared(results, ("LoRA r=64, rslora", "LoRA r=64", "LoRA r=8"), "LoRA r=64")
 
 
 def rates(results: dict[str, Any]) -> str:
@@ -44,15 +61,16 @@ def rates(results: dict[str, Any]) -> str:
   return "\n\n".join([_conditions(found, "validation"), harness.markdown(*tables.by_label(found))])
 
 
-def _compared(results: dict[str, Any], labels: Sequence[str]) -> str:
-  """The test runs with these labels beside the baselines, then what they differ from the first by."""
+def _compared(results: dict[str, Any], labels: Sequence[str], reference: str) -> str:
+  """The test runs with these labels below the baselines, then what they differ from the reference by."""
   found = [run for run in results["runs"] if run["settings"]["split"] == "test"]
-  shown = [run for run in found if "training" not in run or run["label"] in labels]
-  trained = [run for run in shown if "training" in run]
-  less, rows = comparisons.differences(comparisons.by_seed(trained, "test"), labels[0])
-  parts = [_conditions(trained, "test"), harness.markdown(*tables.by_label(shown)), harness.markdown(less, rows)]
-  return "\n\n".join(parts)
+  baselines = [run for run in found if "schedule" not in run["settings"]]
+  shown = [run for label in labels for run in found if run["label"] == label]
+  less, rows = comparisons.differences(comparisons.by_seed(shown, "test"), reference)
+  table = tables.by_label([*baselines, *shown])
+  return "\n\n".join([_conditions(shown, "test"), harness.markdown(*table), harness.markdown(less, rows)])
 
 
 def _conditions(found: Sequence[dict[str, Any]], split: str) -> str:
-  return f"{len(found[0]['aspects'])} {split} pairs; 95 % intervals. {harness.conditions(found[0])}."
+  machines = "; ".join(dict.fromkeys(map(harness.conditions, found)))
+  return f"{len(found[0]['aspects'])} {split} pairs; 95 % intervals. {machines}."
