@@ -78,14 +78,14 @@ def _once(names: Sequence[Any]) -> list[Any]:
 # Functions that leave it to the compiler.
 
 
-def placed_by_compiler(fn: Callable[..., Any], like: int | None = None) -> Callable[..., Any]:
+def placed_by_compiler(fn: Callable[..., Any], like: Callable[..., Any] | None = None) -> Callable[..., Any]:
   """A function of arrays and of other values in which no type carries a sharding.
 
   So decompositions, which JAX refuses to make of split matrices.
 
   Args:
     fn: the function.
-    like: which argument its result lies as; `None` for results that are whole.
+    like: of the same arguments, the array that the result lies as; `None` for results that are whole.
   """
 
   @functools.wraps(fn)
@@ -99,7 +99,7 @@ def placed_by_compiler(fn: Callable[..., Any], like: int | None = None) -> Calla
     def on(arrays: dict[int, Any]) -> Any:
       return fn(*jax.tree.unflatten(treedef, [arrays.get(k, leaf) for k, leaf in enumerate(leaves)]), **options)
 
-    spec = PartitionSpec() if like is None else PartitionSpec(*_names(args[like]))
+    spec = PartitionSpec() if like is None else PartitionSpec(*_names(like(*args)))
     return jax.sharding.auto_axes(on, out_sharding=NamedSharding(mesh, spec))(arrays)
 
   return call

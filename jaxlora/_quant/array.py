@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._base.coded import is_coded
+from jaxlora._base.explicit import placed_by_compiler
 from jaxlora._base.export import serialised_dataclass
 from jaxlora._base.programs import one_program
 from jaxlora._platform.codes import LookUp, by_selects
@@ -99,7 +100,7 @@ class QuantizedArray(Node):
     Args:
       look_up: how codes become the values that a book has for them.
     """
-    return _dequantized(self, look_up)
+    return _placed(self, look_up)
 
   def __repr__(self) -> str:
     if not hasattr(self.codes, "shape") or not hasattr(self.scales, "shape"):  # of labels, say
@@ -117,6 +118,9 @@ def _dequantized(x: QuantizedArray, look_up: LookUp) -> jax.Array:
   if x.offset is not None:
     values = values + spread(_floats(x.offset, look_up), x.shape)
   return jnp.broadcast_to(values, x.shape).astype(x.dtype)
+
+
+_placed = placed_by_compiler(_dequantized, like=lambda x, look_up: x.codes)
 
 
 def _floats(part: Any, look_up: LookUp) -> jax.Array:

@@ -16,6 +16,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
+from jaxlora._base.explicit import explicit_mesh
 from jaxlora._base.memory import Space, on_device, space_of
 from jaxlora._jax.jaxpr import bind
 from jaxlora._jax.primitives import CASTS, NEGATIONS, ROUNDINGS, SCALINGS
@@ -115,7 +116,9 @@ class Coded:
 
   @property
   def like(self) -> jax.ShapeDtypeStruct:
-    """The type of the array."""
+    """The type of the array; where types carry shardings, with that of its codes."""
+    if explicit_mesh(*jax.tree.leaves(self.node)) is not None:
+      return jax.eval_shape(Coded.dequantize, self)
     return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
   @property

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlora._base.memory import moved as moved_to
 from jaxlora._jax.jaxpr import bind
-from jaxlora._jax.primitives import IDENTITIES, PLACEMENTS, TRANSFERS
+from jaxlora._jax.primitives import IDENTITIES, PLACEMENTS, RESHARDS, TRANSFERS
 from jaxlora._platform.policy import Policy
 from jaxlora._quant.array import QuantizedArray
 from jaxlora._transform.coded import ELEMENTWISE, Coded, product_with
@@ -99,6 +99,8 @@ def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded,
     args, w = [here if arg is w else arg for arg in args], here
   if name in PLACEMENTS:
     return [placed(w, params.get("sharding"))]
+  if name in RESHARDS:
+    return _resharded(eqn, params, w)
   if name in ELEMENTWISE:
     return [w.later(eqn, params, args)]
   if name == "gather" and args[0] is w and w.moves:
@@ -112,6 +114,14 @@ def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded,
     if None not in nodes:
       return [w.moved(node) for node in nodes]
   return [w.later(eqn, params, args)] if name in LAYOUT else _split(eqn, params, w)
+
+
+def _resharded(eqn: Any, params: dict[str, Any], w: Coded) -> list[Any] | None:
+  """An array whose type is to say another sharding: each part lies along it; `None` where one could not."""
+  if not isinstance(w.node, QuantizedArray) or not w.moves:
+    return None
+  along = lambda part: bind(eqn, [part], dst_sharding=_along(part, w=w, sharding=params["dst_sharding"]))[0]
+  return [jax.tree.map(along, w)]
 
 
 def _split(eqn: Any, params: dict[str, Any], w: Coded) -> list[Any]:

@@ -139,7 +139,7 @@ def _formed(path: str, terms: Sequence[Term], plan: Plan) -> jax.Array:
     return jnp.moveaxis(kept.reshape(slices.shape), range(len(stack)), stack)
 
   keys = (None if key is None else jax.random.fold_in(key, k) for k in range(len(terms)))
-  placed = placed_by_compiler(sparse, like=0)
+  placed = placed_by_compiler(sparse, like=lambda x, key: x)
   return merging.total([placed(*pair) for pair in zip(weighted(terms), keys, strict=True)])
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import jaxlora
 from tests import helpers
+from tests.helpers import profiles
 
 KEY, P = jax.random.key(0), PartitionSpec
 WIDTH, INNER, LAYERS = 64, 128, 2
@@ -17,6 +18,7 @@ PARAMS = {
   "down": helpers.array(1, (LAYERS, INNER, WIDTH), np.float32, 0.2),
 }
 AXES = dict.fromkeys(PARAMS, "sio")
+EMBEDDED = jaxlora.LoraConfig(rank=2, targets="table", axes={"table": "oi"})
 X = helpers.array(2, (8, WIDTH), np.float32)
 # Each with the specs of `up` and of `down`: batches alone, weights in shards that are gathered, and Megatron's way.
 LAYOUTS = {
@@ -155,6 +157,68 @@ def test_explicit_meshes(alone):
     assert jax.typeof(base.codes).sharding == jax.typeof(down).sharding
     assert jax.typeof(base.scales.codes).sharding == jax.typeof(down).sharding
     np.testing.assert_array_equal(jax.device_get(base.codes), alone[0]["down"].base.codes)
+
+
+def dot(x, w, *spec):
+  """`x w`, which says how it lies where types do: of split inputs JAX asks."""
+  on_mesh = not jax.sharding.get_abstract_mesh().empty
+  return jnp.dot(x, w, out_sharding=P(*spec) if on_mesh else None)
+
+
+def explicit_layers(p, x):
+  layer = lambda x, w: (x + dot(jnp.tanh(dot(x, w["up"], "data", "model")), w["down"], "data"), None)
+  return lax.scan(layer, x, p)[0]
+
+
+def explicit_unrolled(p, x):
+  for k in range(LAYERS):
+    x = explicit_layers({name: w[k : k + 1] for name, w in p.items()}, x)
+  return x
+
+
+def on_explicit_axes(make, fn, specs, x):
+  """A step of a tree on one device, and the same on a mesh of Explicit axes with its parameters so."""
+  want = jax.device_get(step(fn)(make(PARAMS), x))
+  with jax.set_mesh(helpers.mesh_of(jax.sharding.AxisType.Explicit, data=4, model=2)):
+    there = {name: jax.device_put(leaf, spec) for (name, leaf), spec in zip(PARAMS.items(), specs, strict=True)}
+    got = jax.device_get(step(fn)(make(there), jax.device_put(x, P("data"))))
+  helpers.assert_close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-4)
+
+
+@pytest.mark.parametrize("fn", [explicit_layers, explicit_unrolled])
+@pytest.mark.parametrize("layout", profiles.some([*LAYOUTS], "both", "fsdp"))
+def test_steps_on_explicit_axes_are_those_of_one_device(layout, fn):
+  on_explicit_axes(lambda params: adapted(codes(params)), fn, LAYOUTS[layout], X)
+
+
+@pytest.mark.parametrize("format", profiles.some(["nf4", "int8", "int4", "q4_0", "fp8"], "int8", "q4_0"))
+def test_formats_on_explicit_axes(format):
+  make = lambda params: adapted(codes(params, format, double=False))
+  on_explicit_axes(make, explicit_layers, LAYOUTS["both"], X)
+
+
+def test_codes_without_an_adapter_on_explicit_axes():
+  config = jaxlora.LoraConfig(rank=2, targets="up", axes={"up": "sio"})
+  make = lambda params: helpers.trained(jaxlora.adapt(codes(params), config, KEY))
+  on_explicit_axes(make, explicit_layers, LAYOUTS["tensor"], X)
+
+
+def test_an_embedding_of_codes_that_is_the_head_too_on_explicit_axes():
+  """Its rows are looked up, and it is met transposed."""
+  table = {"table": helpers.array(0, (32, WIDTH), np.float32, 0.2)}
+  tokens = jnp.arange(8)
+
+  def fn(p, tokens):
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    rows = p["table"].at[tokens].get(out_sharding=P("data") if on_mesh else None)
+    return dot(jnp.tanh(rows), p["table"].T, "data", "model")
+
+  make = lambda params: helpers.trained(jaxlora.adapt(codes(params, axes={"table": "oi"}), EMBEDDED, KEY))
+  want = jax.device_get(step(fn)(make(table), tokens))
+  with jax.set_mesh(helpers.mesh_of(jax.sharding.AxisType.Explicit, data=4, model=2)):
+    there = {"table": jax.device_put(table["table"], P("model"))}
+    got = jax.device_get(step(fn)(make(there), jax.device_put(tokens, P("data"))))
+  helpers.assert_close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-4)
 
 
 @pytest.mark.nightly

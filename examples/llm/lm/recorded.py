@@ -10,7 +10,8 @@ import harness
 from . import comparisons, tables
 
 _LOSSES = ("loss_sums", "loss_counts")
-_KEPT = ("settings", "label", "trained", *tables.COLUMNS, "each", *_LOSSES, "aspects", "plain_text", "versions", "hardware")
+_FIGURES = (*tables.COLUMNS, "each", *_LOSSES, "aspects", "plain_text")
+_KEPT = ("settings", "label", "trained", *_FIGURES, "versions", "hardware")
 
 
 def compact(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
