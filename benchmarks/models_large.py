@@ -37,18 +37,32 @@ class Shape(NamedTuple):
 
 
 class Lies(NamedTuple):
-  """How activations lie: `tokens` (batch, time, width), and `experts` (experts, batch, places, width)."""
+  """How activations lie, and how weights do where they are multiplied.
+
+  Of a weight that is to be whole there its codes are gathered, where the compiler by itself would gather its floats.
+
+  Attributes:
+    tokens: (batch, time, width).
+    weights: of the blocks' kernels (in, out).
+    experts: (experts, batch, places, width).
+    expert_weights: (experts, in, out).
+  """
 
   tokens: NamedSharding
+  weights: NamedSharding
   experts: NamedSharding | None = None
+  expert_weights: NamedSharding | None = None
 
 
 def _constrained(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
   return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
-def _dense(size: int, name: str) -> nn.Dense:
-  return nn.Dense(size, use_bias=False, name=name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+def _dense(size: int, name: str, lies: Lies | None = None) -> nn.Dense:
+  met = lambda x, kernel, *args, **options: jax.lax.dot_general(
+    x, _constrained(kernel, lies and lies.weights), *args, **options
+  )
+  return nn.Dense(size, use_bias=False, name=name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, dot_general=met)
 
 
 def _norm(name: str) -> nn.RMSNorm:
@@ -59,27 +73,29 @@ class Attention(nn.Module):
   """Causal attention whose queries share keys and values in groups."""
 
   shape: Shape
+  lies: Lies | None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape, head = self.shape, self.shape.width // self.shape.heads
     query, key, value = (
-      _dense(count * head, name)(x).reshape(*x.shape[:-1], count, head)
+      _dense(count * head, name, self.lies)(x).reshape(*x.shape[:-1], count, head)
       for name, count in (("query", shape.heads), ("key", shape.keys), ("value", shape.keys))
     )
     y = jax.nn.dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
-    return _dense(shape.width, "out")(y.reshape(x.shape))
+    return _dense(shape.width, "out", self.lies)(y.reshape(x.shape))
 
 
 class Mlp(nn.Module):
   """A gated MLP."""
 
   hidden: int
+  lies: Lies | None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = nn.silu(_dense(self.hidden, "gate")(x)) * _dense(self.hidden, "up")(x)
-    return _dense(x.shape[-1], "down")(y)
+    y = nn.silu(_dense(self.hidden, "gate", self.lies)(x)) * _dense(self.hidden, "up", self.lies)(x)
+    return _dense(x.shape[-1], "down", self.lies)(y)
 
 
 class Experts(nn.Module):
@@ -97,7 +113,10 @@ class Experts(nn.Module):
     place = (jnp.cumsum(chosen, 1) - 1) * chosen
     mask = chosen[..., None] * jax.nn.one_hot(jnp.sum(place, -1).astype(jnp.int32), places)[..., None, :]
     mask = mask.astype(x.dtype)  # (batch, time, experts, places)
-    kernel = lambda name, *size: self.param(name, nn.initializers.lecun_normal(), (count, *size), jnp.bfloat16)
+    kernel = lambda name, *size: _constrained(
+      self.param(name, nn.initializers.lecun_normal(), (count, *size), jnp.bfloat16),
+      self.lies and self.lies.expert_weights,
+    )
     sent = _constrained(jnp.einsum("btec,btd->ebcd", mask, x), self.lies and self.lies.experts)
     gate, up = (jnp.einsum("ebcd,edf->ebcf", sent, kernel(name, width, hidden)) for name in ("gate", "up"))
     back = jnp.einsum("ebcf,efd->ebcd", nn.silu(gate) * up, kernel("down", hidden, width))
@@ -115,11 +134,11 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = x + Attention(self.shape, name="attention")(_norm("norm_attention")(x))
+    x = x + Attention(self.shape, self.lies, name="attention")(_norm("norm_attention")(x))
     y = _norm("norm_mlp")(x)
     if not self.sparse:
-      return _constrained(x + Mlp(self.shape.hidden, name="mlp")(y), self.lies and self.lies.tokens)
-    shared = Mlp(self.shape.expert_hidden, name="shared")(y)
+      return _constrained(x + Mlp(self.shape.hidden, self.lies, name="mlp")(y), self.lies and self.lies.tokens)
+    shared = Mlp(self.shape.expert_hidden, self.lies, name="shared")(y)
     return _constrained(x + shared + Experts(self.shape, self.lies, name="experts")(y), self.lies and self.lies.tokens)
 
 

@@ -95,7 +95,8 @@ def step_of(shape: Shape, method: str, mesh: Mesh, seq: int, sequences: int, ran
     rank: of LoRA.
   """
   there = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
-  model = Decoder(shape, Lies(there(BOTH), there("y", "x") if shape.experts else None))
+  of_experts = (there("y", "x"), there("y")) if shape.experts else ()
+  model = Decoder(shape, Lies(there(BOTH), there(), *of_experts))
   trained, frozen, logits = _halves(parameters(shape, mesh), model, method, rank)
   tx = optax.adamw(1e-4)
   state = optax.tree_utils.tree_map_params(

@@ -137,11 +137,16 @@ def _split(eqn: Any, params: dict[str, Any], w: Coded) -> list[Any]:
 
 
 def placed(w: Coded, sharding: Any) -> Coded:
-  """A coded value whose codes lie as its array is to; its other parts are small and follow the compiler."""
+  """A coded value whose parts lie along its array, which is to lie so.
+
+  All of them: of whole codes and scales in shards a compiler would form shards, and send floats.
+  """
   if not isinstance(w.node, QuantizedArray) or not w.moves or sharding is None:
     return w
   w = w.settled()
-  return w.moved(w.node.with_parts({"codes": lax.with_sharding_constraint(w.node.codes, sharding)}))
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return w.moved(w.node.with_parts({"codes": lax.with_sharding_constraint(w.node.codes, sharding)}))
+  return jax.tree.map(lambda part: lax.with_sharding_constraint(part, _along(part, w=w, sharding=sharding)), w)
 
 
 def _sent(value: Any, target: Any) -> Any:
@@ -169,7 +174,7 @@ def spec_of_part(spec: Any, part: Sequence[int], shape: Sequence[int], mesh: dic
   for n, k, names in zip(shape, part, (*spec, *[None] * (len(shape) - len(spec))), strict=True):
     count = 1
     for name in names if isinstance(names, tuple) else (names,):
-      count *= 1 if name is None else mesh[name]
+      count *= mesh.get(name, 1)  # neither nothing nor what is left to the compiler splits an axis
     if k == 1 != n:
       out.append(None)
     elif k % count:

@@ -1,5 +1,9 @@
 """Codes on meshes: values and gradients as on one device, parts along the axes of the floats, no block cut."""
 
+import functools
+import math
+import re
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -92,6 +96,35 @@ def test_steps_are_those_of_one_device(alone, layout, fn):
 
 def is_leaf(node):
   return isinstance(node, jaxlora.LoraWeight | jaxlora.QuantizedArray)
+
+
+def gathered_floats(fn, *args):
+  """The most elements that one collective of a step brings together as floats."""
+  text = step(fn).lower(*args).compile().as_text()
+  found = re.findall(r"= (?:f32|bf16)\[([\d,]*)\]\S* all-gather", text)
+  return max((math.prod(map(int, shape.split(","))) for shape in found), default=0)
+
+
+def test_codes_are_sent_where_a_weight_is_to_be_whole(alone):
+  """All parts follow the constraint. By itself a compiler forms the shards, and sends floats."""
+  whole = NamedSharding(mesh(), P())
+
+  def fn(p, x, constrained=True):
+    @jax.checkpoint
+    def layer(x, w):
+      w = {name: lax.with_sharding_constraint(leaf, whole) if constrained else leaf for name, leaf in w.items()}
+      return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    return lax.scan(layer, x, p)[0]
+
+  tree = jax.tree.map(
+    lambda node, base: node.with_parts({"base": base}), alone[0], codes(put(PARAMS, "fsdp")), is_leaf=is_leaf
+  )
+  x = jax.device_put(X, NamedSharding(mesh(), P("data")))
+  got = jax.device_get(step(fn)(tree, x))
+  helpers.assert_close(jax.tree.leaves(got), jax.tree.leaves(alone[1][scanned]), 1e-4)
+  assert gathered_floats(functools.partial(fn, constrained=False), tree, x) >= WIDTH * INNER
+  assert gathered_floats(fn, tree, x) <= WIDTH * INNER // 16  # scales, and factors
 
 
 def test_tensor_parallelism_by_hand(alone):
