@@ -48,7 +48,17 @@ def quantised(results: dict[str, Any]) -> str:
 
 def methods(results: dict[str, Any]) -> str:
   """The base, LoRA and full fine-tuning."""
-  return _compared(results, (comparisons.BASE, "LoRA r=8", comparisons.FULL), "LoRA r=8")
+  return _compared(results, (comparisons.BASE, comparisons.REFERENCE, comparisons.FULL), comparisons.REFERENCE)
+
+
+def brief(results: dict[str, Any]) -> str:
+  """The same in a few words: the best baseline, the base, LoRA and full fine-tuning."""
+  labels = ("sentence by aspect", comparisons.BASE, comparisons.REFERENCE, comparisons.FULL)
+  tests = [run for run in results["runs"] if run["settings"]["split"] == "test"]
+  names, rows = tables.by_label([run for label in labels for run in tests if run["label"] == label])
+  shown = [names.index(name) for name in ("method", "seeds", *tables.COLUMNS.values(), "trained")]
+  pick = lambda row: [row[k] for k in shown]
+  return harness.markdown(pick(names), [pick(row) for row in rows])
 
 
 def scaling(results: dict[str, Any]) -> str:
