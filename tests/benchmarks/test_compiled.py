@@ -129,20 +129,20 @@ def test_a_way_of_decoding_in_a_step(bench, tmp_path, monkeypatch):
 
 
 SPARSE = ["--quick", "--quiet", "--d=256", "--hidden=256", "--tokens=256", "--rounds=2"]
-LARGER = ["--d=512", "--hidden=1024", "--tokens=1024"]
+LARGER = ["--layers=3", "--d=512", "--hidden=1024", "--tokens=1024"]
 
 
 def test_factors_of_all_experts_are_met_side_by_side_on_a_tpu(bench, tmp_path):
   """Grouped thin products cost most of a step where XLA:TPU computes their gradients for each expert on all rows, and
-  copies and sums where it has a kernel for them, which counts no cycles.
+  copies and sums where it has a kernel for them, which counts no cycles. A step holds no more than the floor's.
   """
   needs(bench, "v5e:2x2")
   finished = bench_scripts.finish(bench.experts.main, [*SPARSE, *LARGER, "--chip=v5e:2x2", "--bf16"], tmp_path)
   rows = finished.results["rows"]
   floor, ours, grouped = (rows[name] for name in (bench.experts.FLOOR, bench.experts.OURS, bench.experts.GROUPED))
   assert ours["cycles"] < 1.7 * floor["cycles"]
-  assert ours["bytes"] < min(1.35 * floor["bytes"], grouped["bytes"])
-  assert ours["temp"] <= grouped["temp"]
+  assert ours["bytes"] < min(1.45 * floor["bytes"], grouped["bytes"])  # 1.38: rows are read again, and not kept
+  assert ours["temp"] <= floor["temp"] < grouped["temp"]
   assert "not run: these are no times" in finished.printed
 
 
