@@ -166,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if getattr(args, name) < 1:
       parser.error(f"--{name}: found {getattr(args, name)}, expected a whole number of at least 1")
   known = recorded.read(RECORDED) if args.continue_recorded else []
+  done = [result["settings"] for result in known]
   if not args.show:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       parser.error(str(error))
     for name in () if args.fill else names:
       runs = GROUPS[name](best_rates(args.out, known), range(args.seeds))
-      runs = [run for run in runs if run.settings not in [result["settings"] for result in known]]
+      runs = [run for run in runs if run.settings not in done]
       for number, run in enumerate(runs, 1):
         print(f"{name}, run {number} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
         do(setup, run, args.out, args.quiet)

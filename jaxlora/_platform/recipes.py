@@ -88,11 +88,10 @@ class _Cook:
     self.value = value
     self.elements = elements(jnp.shape(value))
     self.leaves: list[Any] = []
-    self.looks_up = False
 
   def recipe(self) -> Recipe | None:
     steps = self.back(self.value)
-    if steps is None or not any(self.is_large(leaf) and _is_float(leaf) for leaf in self.leaves) | self.looks_up:
+    if steps is None or not any(self.is_large(leaf) and _is_float(leaf) for leaf in self.leaves):
       return None
     return Recipe(tuple(map(jnp.asarray, self.leaves)), lambda leaves: _evaluate(steps, leaves), self.wait)
 
@@ -121,7 +120,6 @@ class _Cook:
     source, indices = origin.operands
     if SEVERAL * elements(jnp.shape(source)) > elements(jnp.shape(origin.value)):
       return None
-    self.looks_up = True
     again = Form(lambda source, indices, rows: origin.again([source, indices]), single_device=True)
     either = lambda operands: by_platform(_last, {EVERYWHERE: again}, *operands)
     return _Step(origin._replace(again=either), [self.leaf(source), self.leaf(indices), self.leaf(origin.value)])

@@ -117,11 +117,10 @@ def _rearranged(eqn: Any, params: dict[str, Any], args: Sequence[Any], w: Coded,
 
 
 def _resharded(eqn: Any, params: dict[str, Any], w: Coded) -> list[Any] | None:
-  """An array whose type is to say another sharding: each part lies along it; `None` where one could not."""
+  """An array whose type is to say another sharding: each part lies along it; `None` where it has no such parts."""
   if not isinstance(w.node, QuantizedArray) or not w.moves:
     return None
-  along = lambda part: bind(eqn, [part], dst_sharding=_along(part, w=w, sharding=params["dst_sharding"]))[0]
-  return [jax.tree.map(along, w)]
+  return [_each_along(w, params["dst_sharding"], lambda part, there: bind(eqn, [part], dst_sharding=there)[0])]
 
 
 def _split(eqn: Any, params: dict[str, Any], w: Coded) -> list[Any]:
@@ -146,7 +145,7 @@ def placed(w: Coded, sharding: Any) -> Coded:
   w = w.settled()
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return w.moved(w.node.with_parts({"codes": lax.with_sharding_constraint(w.node.codes, sharding)}))
-  return jax.tree.map(lambda part: lax.with_sharding_constraint(part, _along(part, w=w, sharding=sharding)), w)
+  return _each_along(w, sharding, lax.with_sharding_constraint)
 
 
 def _sent(value: Any, target: Any) -> Any:
@@ -156,14 +155,19 @@ def _sent(value: Any, target: Any) -> Any:
   if not isinstance(value, Coded) or target is None:
     return value if target is None else jax.device_put(value, target)
   if isinstance(target, jax.sharding.NamedSharding):
-    value = value.settled()
-    return jax.tree.map(lambda part: jax.device_put(part, _along(part, w=value, sharding=target)), value)
+    return _each_along(value.settled(), target, jax.device_put)
   return jax.tree.map(lambda part: jax.device_put(part, target), value)
 
 
-def _along(part: Any, w: Coded, sharding: Any) -> Any:
-  spec = spec_of_part(sharding.spec, jnp.shape(part), w.shape, dict(sharding.mesh.shape)) or ()
-  return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+def _each_along(w: Coded, sharding: jax.sharding.NamedSharding, put: Callable[[Any, Any], Any]) -> Coded:
+  """A coded value with each part put where its array is to lie, `put(part, its sharding)`; whole if blocks were cut."""
+  sizes = dict(sharding.mesh.shape)
+
+  def along(part: Any) -> Any:
+    spec = spec_of_part(sharding.spec, jnp.shape(part), w.shape, sizes) or ()
+    return put(part, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
+
+  return jax.tree.map(along, w)
 
 
 def spec_of_part(spec: Any, part: Sequence[int], shape: Sequence[int], mesh: dict[Any, int]) -> tuple[Any, ...] | None:

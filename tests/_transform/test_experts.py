@@ -201,9 +201,9 @@ def test_a_step_holds_no_more_than_the_floor_at_once():
   assert temps[1] <= temps[0]
 
 
-def looked_up(times, tokens=6):
-  """Experts on the rows of tokens, each token `times` times; and its gradient step."""
-  rows = jnp.repeat(jnp.arange(tokens), times)
+def looked_up(times):
+  """Experts on the rows of six tokens, each `times` times; and its gradient step."""
+  rows = jnp.repeat(jnp.arange(6), times)
   fn = lambda p, x: lax.ragged_dot(jnp.tanh(x)[rows], p["w"], jnp.array([5, 3, 4]))
   step = jax.grad(lambda tree, x: jnp.sum(jnp.sin(jaxlora.wrap(fn)(tree, x))), allow_int=True)
   return fn, step
