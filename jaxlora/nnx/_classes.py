@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxlora.nnx._view import view
+from jaxlora.nnx._view import read
 from jaxlora.nnx._walk import FACTORS, PLAIN
 
 Call = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]  # of a method: name, module, args, kwargs
@@ -66,9 +66,8 @@ def _method(name: str, plain: Any, call: Call) -> Callable[..., Any]:
 def _attribute(self: Any, name: str) -> Any:
   """An attribute; of an adapted weight, a Variable that reads as the merged weight, and that cannot be written."""
   held = vars(self) if not name.startswith("__") else {}
-  factors = held.get(FACTORS)
-  if factors is not None and name in vars(factors) and isinstance(held.get(name), nnx.Variable):
-    return view(held[name], vars(factors)[name], name)
+  if FACTORS in held and name in held and name != FACTORS:
+    return read(held[name], vars(held[FACTORS]), name)
   plain = getattr(type(self), PLAIN)
   return plain.__getattribute__(self, name)
 

@@ -173,6 +173,71 @@ def test_reads_outside_of_methods_are_of_the_merged_weight():
   assert bool(jnp.any(grads["down"]["jaxlora"]["kernel"]["b"][...] != 0))
 
 
+class Held(nnx.Module):
+  """Weights that are held in lists and dictionaries, and not in modules of them."""
+
+  def __init__(self, rngs):
+    weight = lambda: nnx.Param(jax.random.normal(rngs.params(), (5, 5)))
+    self.list = nnx.List([weight(), weight()])
+    self.dict = nnx.Dict({"one": weight(), "more": nnx.List([weight()])})
+    self.plain = nnx.data([{"one": weight()}, weight(), (weight(),)])
+    self.last = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    for weight in (
+      *self.list,
+      self.dict["one"],
+      self.dict.more[0],
+      self.plain[0]["one"],
+      self.plain[1],
+      *self.plain[2],
+    ):
+      x = jnp.tanh(x @ weight)
+    return self.last(x)
+
+  @property
+  def first(self):
+    return self.list[0][...]
+
+  def add(self, weight):
+    self.list.append(nnx.Param(weight))
+
+
+def test_weights_in_lists_and_dictionaries_read_as_the_merged_ones_too():
+  model = adapted(Held(nnx.Rngs(0)), jaxlora.LoraConfig(rank=2), probe=lambda model: model(X))
+  assert len(jaxlora.summary(model).leaves) == 7
+  plain = merged(model)
+  helpers.assert_close(Held.__call__(model, X), plain(X), 1e-5)  # reads each, without wrap
+  helpers.assert_close(model.first, plain.first, 1e-6)
+  helpers.assert_close(model.list[-1][...], plain.list[1][...], 1e-6)
+  assert (len(model.list), sorted(model.dict), isinstance(model.list, nnx.List)) == (2, ["more", "one"], True)
+  wrt = nnx.DiffState(0, jaxlora.nnx.Trainable)
+  grads = nnx.grad(lambda m: jnp.sum(m.dict.more[0][...]), argnums=wrt)(model)["jaxlora"]
+  assert [path for path, held in grads.items() if jnp.any(held["b"][...] != 0)] == ["dict/more/0"]
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda model: model.list.append(0),
+    lambda model: model.list.insert(0, 0),
+    lambda model: model.list.reverse(),
+    lambda model: model.list.pop(),
+    lambda model: model.dict.pop("one"),
+    lambda model: setattr(model.dict, "two", 0),
+  ],
+)
+def test_a_list_of_adapted_weights_is_changed_by_methods_alone(change):
+  model = adapted(Held(nnx.Rngs(0)), jaxlora.LoraConfig(rank=2), probe=lambda model: model(X))
+  before = model(X)
+  with pytest.raises(TypeError, match=r"(list|dict) holds adapted weights, and was changed.*in a method of its module"):
+    change(model)
+  np.testing.assert_array_equal(model(X), before)
+  model.add(jnp.eye(5))  # the remedy
+  assert len(model.list) == 3
+  helpers.assert_close(model(X), merged(model)(X), 1e-5)
+
+
 def test_a_closure_over_another_level_says_what_to_pass():
   model = adapted()
   with pytest.raises(errors.TraceContextError, match=r"closes over.*constants.*nnx.jit\(lambda model, x: model\(x\)\)"):
