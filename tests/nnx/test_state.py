@@ -75,6 +75,21 @@ def test_vmap_over_the_data_and_scan_over_steps():
   states_equal(model, plain, (nnx.BatchStat, nnx.RngState))
 
 
+@pytest.mark.nightly  # seconds
+def test_members_of_a_vmap_change_statistics_and_counts_of_their_own():
+  model = adapted()
+  plain = merged(model)
+  for module in (model, plain):
+    nnx.update(module, jax.tree.map(lambda x: jnp.stack([x, x]), nnx.state(module, (nnx.BatchStat, nnx.RngState))))
+  axes = nnx.StateAxes({nnx.BatchStat: 0, nnx.RngState: 0, ...: None})
+  both = nnx.vmap(lambda module, x: module(x), in_axes=(axes, 0))
+  batch = jnp.stack([X, 2 * X])
+  helpers.assert_close(both(model, batch), both(plain, batch), 1e-5)
+  states_equal(model, plain, (nnx.BatchStat, nnx.RngState))
+  np.testing.assert_array_equal(model.drop.rngs.count[...], [1, 1])
+  assert not np.array_equal(*model.norm.mean[...])
+
+
 class Block(nnx.Module):
   def __init__(self, rngs):
     self.linear = nnx.Linear(5, 5, rngs=rngs)
