@@ -2,17 +2,13 @@
 
 import doctest
 import importlib
-from pathlib import Path
 import pkgutil
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
 
 import jaxlora
-from tests import helpers
 from tests.helpers.blocks import python_blocks
 from tests.helpers.paths import README
 
@@ -41,24 +37,6 @@ def test_the_readme_is_a_door():
   lines = README.read_text().splitlines()
   assert len(lines) <= 150
   assert max(map(len, lines)) <= 120
-
-
-@pytest.mark.usefixtures("lenient")
-def test_the_page_on_many_devices_runs():
-  """On the eight devices that tests have."""
-  page = Path(jaxlora.__path__[0]) / "sharding" / "MANY_DEVICES.md"
-  scope = {}
-  for block in python_blocks(page):
-    exec(compile(block, str(page), "exec"), scope)
-  assert scope["tree"]["up"].a.sharding.spec == scope["P"](None, "data")
-  assert scope["losses"][-1] < scope["losses"][0]
-  assert scope["step"]._cache_size() == 1
-  want = scope["model"](jaxlora.merge(jaxlora.join(scope["frozen"], scope["trainable"])), scope["x"])
-  helpers.assert_close(np.asarray(scope["y"]), np.asarray(want), 1e-5)
-  assert scope["resumed"].step == 5
-  for new, old in zip(jax.tree.leaves(scope["resumed"].opt_state), jax.tree.leaves(scope["state"]), strict=True):
-    np.testing.assert_array_equal(new, old)
-    assert new.sharding.mesh == scope["other"]
 
 
 @pytest.mark.parametrize("module", MODULES)

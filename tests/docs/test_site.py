@@ -5,16 +5,19 @@ import inspect
 import pkgutil
 import re
 
+import jax
+import numpy as np
 import pytest
 
 import jaxlora
+from tests import helpers
 from tests.docs.test_long_pages import PACKAGES
 from tests.helpers.blocks import python_blocks
 from tests.helpers.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = (
-  "start", "training", "nnx", "nnx_lora", "targeting", "variants", "quantised", "experts", "devices", "head", "tokens",
+  "start", "training", "nnx", "nnx_lora", "targeting", "variants", "quantised", "experts", "head", "tokens",
   "preference", "saving", "serving", "arithmetic", "peft", "variant", "explain",
 )  # fmt: skip
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the site is not beside the tests")
@@ -44,8 +47,26 @@ def test_the_main_job_in_small_adapts_digits(capsys):
   assert float(scope["value"]) < 0.1
 
 
+@pytest.mark.usefixtures("lenient")
+def test_the_page_on_many_devices_runs():
+  """On the eight devices that tests have."""
+  page = DOCS / "devices.md"
+  scope = {}
+  for block in python_blocks(page):
+    exec(compile(block, str(page), "exec"), scope)
+  assert scope["tree"]["up"].a.sharding.spec == scope["P"](None, "data")
+  assert scope["losses"][-1] < scope["losses"][0]
+  assert scope["step"]._cache_size() == 1
+  want = scope["model"](jaxlora.merge(jaxlora.join(scope["frozen"], scope["trainable"])), scope["x"])
+  helpers.assert_close(np.asarray(scope["y"]), np.asarray(want), 1e-5)
+  assert scope["resumed"].step == 5
+  for new, old in zip(jax.tree.leaves(scope["resumed"].opt_state), jax.tree.leaves(scope["state"]), strict=True):
+    np.testing.assert_array_equal(new, old)
+    assert new.sharding.mesh == scope["other"]
+
+
 def test_no_page_has_python_that_does_not_run():
-  assert {file.stem for file in DOCS.glob("*.md") if python_blocks(file)} == {*PAGES, *PACKAGES, "digits"}
+  assert {file.stem for file in DOCS.glob("*.md") if python_blocks(file)} == {*PAGES, *PACKAGES, "digits", "devices"}
 
 
 def test_every_public_package_has_a_page_and_describes_its_names():
