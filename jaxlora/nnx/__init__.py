@@ -1,9 +1,11 @@
 """Flax NNX: modules with factors beside their weights, in NNX's own loop.
 
-model = jaxlora.nnx.adapt(model, jaxlora.LoraConfig(rank=8), key)
-optimizer = nnx.Optimizer(model, tx, wrt=jaxlora.nnx.Trainable)
-loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, jaxlora.nnx.Trainable))(model)
-optimizer.update(model, grads)
+The loop:
+
+    model = jaxlora.nnx.adapt(model, jaxlora.LoraConfig(rank=8), key)
+    optimizer = nnx.Optimizer(model, tx, wrt=jaxlora.nnx.Trainable)
+    loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, jaxlora.nnx.Trainable))(model)
+    optimizer.update(model, grads)
 """
 
 from jaxlora.nnx._adapt import adapt, from_tree

@@ -83,6 +83,14 @@ def test_every_public_package_has_a_page_and_describes_its_names():
     assert not bare, package
 
 
+def test_code_in_descriptions_of_packages_is_indented():
+  """Else the reference runs its lines together into one paragraph."""
+  for page in DOCS.glob("api/*.md"):
+    for package in re.findall(r"^::: (\S+)$", page.read_text(), re.M):
+      text = inspect.cleandoc(importlib.import_module(package).__doc__)
+      assert not re.findall(r"^\w[\w, ]* = \w.*|^\w+(?:\.\w+)+\(.*", text, re.M), package
+
+
 def test_every_page_is_in_the_navigation():
   named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
   assert named == {file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*.md")}
