@@ -143,13 +143,31 @@ def floor(base: Base, layout: Layout, mesh: Any, params: Any) -> Step:
   return Step(lambda eps, params, x: apply({"params": params}, x, eps), eps, params)
 
 
-def lora(base: Base, layout: Layout, mesh: Any, params: Any) -> Step:
-  """jaxlora, with factors where `adapt` puts them."""
-  apply = jaxlora.wrap(apply_on(layout, mesh, base.model))
+def adapted(base: Base, params: Any) -> Any:
+  """Shapes of an adapted tree, with factors where `adapt` puts them."""
   tokens = jnp.zeros((1, base.settings.seq), jnp.int32)
   config = jaxlora.LoraConfig(rank=base.settings.rank, alpha=base.settings.alpha, targets=models.TARGETS)
   probe = lambda params: base.model.apply({"params": params}, tokens)
-  frozen, trained = jaxlora.split(jaxlora.adapt(params, config, jax.random.key(0), probe=probe))
+  return jaxlora.adapt(params, config, jax.random.key(0), probe=probe)
+
+
+def lora(base: Base, layout: Layout, mesh: Any, params: Any) -> Step:
+  """jaxlora, with factors where `adapt` puts them."""
+  return factored(base, layout, mesh, adapted(base, params))
+
+
+def lora_replicated(base: Base, layout: Layout, mesh: Any, params: Any) -> Step:
+  """jaxlora, with factors whole on every device."""
+  tree = adapted(base, params)
+  lies = jaxlora.sharding.specs(tree, mesh, replicated=True)
+  moved = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return factored(base, layout, mesh, jax.tree.map(moved, tree, lies))
+
+
+def factored(base: Base, layout: Layout, mesh: Any, tree: Any) -> Step:
+  """A step of an adapted tree."""
+  apply = jaxlora.wrap(apply_on(layout, mesh, base.model))
+  frozen, trained = jaxlora.split(tree)
   return Step(lambda half, frozen, x: apply({"params": jaxlora.join(frozen, half)}, x), trained, frozen)
 
 
@@ -175,7 +193,7 @@ def qwix_lora(base: Base, layout: Layout, mesh: Any, params: Any) -> Step:
   return Step(lambda half, params, x: apply({"params": contestants.with_factors(params, half)}, x), factors, params)
 
 
-STEPS = {"frozen floor": floor, "jaxlora": lora, "full fine-tuning": full}
+STEPS = {"frozen floor": floor, "jaxlora": lora, "jaxlora, replicated": lora_replicated, "full fine-tuning": full}
 if harness.installed("qwix"):
   STEPS["qwix"] = qwix_lora
 

@@ -81,9 +81,14 @@ class _Mapped:
 
 
 def _devices(ctx: Any) -> int | None:
-  """How many devices a program that is being lowered runs on; `None` if it does not say."""
+  """How many devices a program that is being lowered runs on; `None` if it does not say.
+
+  What is under a `shard_map` over all axes of its mesh is each device's own, and no compiler splits it: that is one.
+  """
   context = getattr(ctx.module_context, "axis_context", None)
   mesh = getattr(context, "mesh", None)
+  if mesh is not None and getattr(context, "manual_axes", frozenset()) == {*mesh.axis_names}:
+    return 1
   return getattr(context, "num_devices", None) if mesh is None else mesh.size
 
 

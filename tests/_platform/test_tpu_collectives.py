@@ -49,26 +49,67 @@ def lies(tree):
   return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
+def squared(y):
+  return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+
+def placed(mesh, size, spec, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def compared(fn, params, x, *others, **fields):
+  """The bytes that a step of the factors sends, those of the floor, and the sizes of what the step reduces."""
+  config = jaxlora.LoraConfig(rank=RANK, **fields)
+  frozen, half = jaxlora.split(jaxlora.adapt(params, config, jax.random.key(0)))
+  wrapped = jaxlora.wrap(fn, on_materialize="error")
+  ours = lambda half, frozen, x, *others: squared(wrapped(jaxlora.join(frozen, half), x, *others))
+  step = compiled(jax.grad(ours), lies(half), half, frozen, x, *others)
+  floor = compiled(jax.grad(lambda x, p, *others: squared(fn(p, x, *others))), x.sharding, x, params, *others)
+  with bench_scripts.modules("hlo") as bench:
+    sent, least = (sum(bench.hlo.communicated(text, 1).values()) for text in (step, floor))
+    reduced = {
+      tuple(size)
+      for one in bench.hlo.inside(step, 1)
+      if one.instruction.opcode.startswith(("all-reduce", "reduce-scatter"))
+      for _, size in bench.hlo.arrays(one.instruction.type)
+    }
+  return sent, least, reduced
+
+
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_sends_what_its_floor_does_and_its_thin_products(mesh, layout):
   tokens, *specs = LAYOUTS[layout]
-  shape = lambda size, spec: jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
-  params = {name: shape(size, spec) for (name, size), spec in zip(SHAPES.items(), specs, strict=True)}
-  x = shape((BATCH, TIME, 512), tokens)
-  squared = lambda y: jnp.sum(jnp.square(y.astype(jnp.float32)))
-  frozen, half = jaxlora.split(jaxlora.adapt(params, jaxlora.LoraConfig(rank=RANK), jax.random.key(0)))
-  ours = lambda half, frozen, x: squared(jaxlora.wrap(fn)(jaxlora.join(frozen, half), x))
-  step = compiled(jax.grad(ours), lies(half), half, frozen, x)
-  floor = compiled(jax.grad(lambda x, p: squared(fn(p, x))), x.sharding, x, params)
-  with bench_scripts.modules("hlo") as bench:
-    sent, least = (sum(bench.hlo.communicated(text, 1).values()) for text in (step, floor))
-    reduced = [
-      size
-      for one in bench.hlo.inside(step, 1)
-      if one.instruction.opcode.startswith(("all-reduce", "reduce-scatter"))
-      for _, size in bench.hlo.arrays(one.instruction.type)
-    ]
+  params = {name: placed(mesh, size, spec) for (name, size), spec in zip(SHAPES.items(), specs, strict=True)}
+  sent, least, reduced = compared(fn, params, placed(mesh, (BATCH, TIME, 512), tokens))
   thin = 2 * RANK * sum(3 * sum(size) + 2 * BATCH * TIME for size in SHAPES.values())
   assert sent <= least + 1.1 * thin
-  assert not {tuple(size) for size in reduced} & {*SHAPES.values(), *(size[::-1] for size in SHAPES.values())}
+  assert not reduced & {*SHAPES.values(), *(size[::-1] for size in SHAPES.values())}
+
+
+EXPERTS = 8, 256, 512
+ROWS = 1024
+
+
+def grouped(p, x, sizes):
+  return jax.lax.ragged_dot(x, p["experts"], sizes)
+
+
+def on_each(mesh):
+  """Each device multiplies the rows that it has by the experts that it has, as after an exchange of tokens."""
+  return jax.shard_map(grouped, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("by_shard", [False, True])
+def test_experts_between_devices_send_what_their_floor_does_and_thin_factors(mesh, by_shard):
+  """Of rows and experts that are both split the compiler gathers all, and of the factors thin ones; under `shard_map`
+  nothing is sent.
+  """
+  params = {"experts": placed(mesh, EXPERTS, P("x"))}
+  sizes = placed(mesh, EXPERTS[:1], P("x") if by_shard else P(), jnp.int32)
+  x = placed(mesh, (ROWS, EXPERTS[1]), P("x"))
+  fn = on_each(mesh) if by_shard else grouped
+  sent, least, reduced = compared(fn, params, x, sizes, axes={"experts": "sio"})
+  assert sent <= (0 if by_shard else least + 1.1 * 2 * RANK * (3 * EXPERTS[0] * sum(EXPERTS[1:]) + 2 * ROWS))
+  assert not {size for size in reduced if len(size) > 1 and RANK not in size}

@@ -158,13 +158,16 @@ class ThinProduct:
     on TPUs in the derivative along the factors. Side by side there is one product, and no copy. A TPU's products of the
     forward pass are kernels that meet each row's expert alone; their `rank` terms fill 128 lanes, and nothing fuses
     with them: they are better for many terms.
+
+    Of experts that are split between devices the masks would make a compiler gather rows as often as they are used:
+    programs of several devices have a TPU's grouped products, of which it gathers factors alone.
     """
     grouping = self.grouping
     one_form = grouping.offset is not None or grouping.sizes_of > len(grouping.batched) or self.result.sharding
     if one_form or grouping.experts not in self.factor:
       return self
-    each = Forms(flat=self.side_by_side, in_tiles=self.side_by_side)
-    forward = each if experts * rank <= WIDEST else each._replace(in_tiles=self)
+    each = Forms(flat=self.side_by_side, joined=self.side_by_side)
+    forward = each if experts * rank <= WIDEST else each._replace(joined=self)
     return InForms(self, policy, forward, each)
 
 
