@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 from jax import lax
@@ -256,15 +257,30 @@ def test_experts_of_codes_are_formed_in_their_product_alone(targets):
   assert not any(leaf.shape[-3:] in ((3, 32, 64), (3, 64, 32)) for leaf in floats)
 
 
-@pytest.mark.parametrize(("experts", "grouped"), [(3, 1), (90, 4)])
-def test_programs_for_tpus_compute_the_factors_of_all_experts_side_by_side(experts, grouped):
-  """But for many terms in the forward pass: two thin products beside the base's, and the transpose of one."""
+def lowered_for_tpus(experts, x):
+  """A step with the factors of 3 terms for each expert."""
   tree = jaxlora.adapt({"w": single(1, (experts, 5, 7))}, jaxlora.LoraConfig(rank=3, axes={"w": "sio"}), KEY)
   fn = lambda p, x: lax.ragged_dot(x, p["w"], jnp.full(experts, 1))
   step = jax.jit(jaxlora.grad(lambda tree, x: jnp.sum(jnp.sin(jaxlora.wrap(fn, platform="tpu")(tree, x)))))
-  text = step.trace(tree, single(2, (4, 5))).lower(lowering_platforms=("tpu",)).as_text()
+  return step.trace(tree, x).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(("experts", "grouped"), [(3, 1), (90, 1), (180, 4)])
+def test_programs_for_tpus_compute_the_factors_of_all_experts_side_by_side(experts, grouped):
+  """But for many terms in the forward pass: two thin products beside the base's, and the transpose of one."""
+  text = lowered_for_tpus(experts, single(2, (4, 5)))
   assert text.count('"chlo.ragged_dot"') == grouped
   assert f"{experts}x4x5" not in text  # no copy of the rows for each expert
+  # Rows times rank, turned before anything reads them.
+  turned = re.search(r"(%\S+) = stablehlo.custom_call @LayoutConstraint.*dense<\[0, 1\]>.*-> tensor<4x3xf32>", text)
+  assert re.search(rf"optimization_barrier {re.escape(turned[1])} : tensor<4x3xf32>", text)
+
+
+def test_programs_of_several_devices_for_tpus_group_all_thin_products():
+  """Side by side a compiler would gather rows, where experts are split."""
+  x = helpers.place(helpers.mesh_of(data=4), single(2, (4, 5)), "data")
+  assert lowered_for_tpus(3, x).count('"chlo.ragged_dot"') > 2
+  assert "LayoutConstraint" not in lowered_for_tpus(3, x)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "none"])

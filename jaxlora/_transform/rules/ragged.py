@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.explicit import explicitly_sharded
 from jaxlora._base.labelled import Labelled, Result, contract
+from jaxlora._platform.layouts import kept_small
 from jaxlora._platform.policy import Forms, Policy
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, dropped
 from jaxlora._transform.pairing import Pairing, meeting
@@ -31,7 +32,7 @@ from jaxlora._weight.roles import RANK, factor_axes, laid_along
 # ----------------------------------------------------------------------------------------------------------------------
 # How a grouped product meets a weight.
 
-WIDEST = 256  # terms of all experts' factors that a TPU computes side by side in the forward pass, too
+WIDEST = 512  # terms of all experts' factors that a TPU computes side by side in the forward pass, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +226,7 @@ def _ragged_dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   sides = w.shape[grouping.experts], w.rank
   first = ThinProduct(grouping, labels, factor_axes(w.roles, "i"), inputs, thin)
   h = op.shrink(first.in_forms(op.policy, *sides), u, w.a, recipe, sizes)
+  h = dataclasses.replace(h, array=kept_small(h.array))
   stack = tuple(d for d in pairing.contracted if w.roles[d] == "s")
   last = thin._replace(dtype=base.dtype)
   second = ThinProduct(grouping, h.labels, factor_axes(w.roles, "o"), (RANK, *stack), last)
