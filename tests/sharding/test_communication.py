@@ -82,6 +82,20 @@ def test_experts_on_devices_of_their_own_send_nothing(variant):
   assert max(sizes) <= (1 if variant in ("lora", "lora_fa", "dora", "dora_exact", "loha") else 8 * RANK * 16)
 
 
+def test_groups_of_rows_beside_their_experts_send_nothing():
+  """`ragged_dot` under `shard_map`, as after an exchange of tokens: but for the loss, which is one number."""
+  mesh = helpers.mesh_of(data=8)
+  frozen, trainable = jaxlora.split(adapter(params_on(mesh, ("experts",))))
+  x = helpers.place(mesh, helpers.normal(2, (128, 64), jnp.float32), "data")
+  sizes = helpers.place(mesh, np.full(8, 16, np.int32), "data")
+  each = lambda p, x, sizes: jax.lax.ragged_dot(x, p["experts"], sizes)
+  fn = jaxlora.wrap(jax.shard_map(each, mesh=mesh, in_specs=P("data"), out_specs=P("data")), on_materialize="error")
+  loss = lambda half, x, frozen, sizes: jnp.sum(jnp.sin(fn(jaxlora.join(frozen, half), x, sizes)))
+  lies = NamedSharding(mesh, P()), (jax.tree.map(lambda leaf: leaf.sharding, trainable), x.sharding)
+  step = jax.value_and_grad(loss, argnums=(0, 1))
+  assert sent(step, trainable, x, frozen, sizes, out_shardings=lies) == [1]
+
+
 def mlp(p, x):
   return jnp.tanh(x @ p["up"]) @ p["down"]
 
