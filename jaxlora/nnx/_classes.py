@@ -66,8 +66,10 @@ def _method(name: str, plain: Any, call: Call) -> Callable[..., Any]:
 def _attribute(self: Any, name: str) -> Any:
   """An attribute; of an adapted weight, a Variable that reads as the merged weight, and that cannot be written."""
   held = vars(self) if not name.startswith("__") else {}
-  if FACTORS in held and name in held and name != FACTORS:
-    return read(held[name], vars(held[FACTORS]), name)
+  if FACTORS in held and name in held:
+    shown = read(held[name], vars(held[FACTORS]), name)
+    if shown is not held[name]:
+      return shown
   plain = getattr(type(self), PLAIN)
   return plain.__getattribute__(self, name)
 

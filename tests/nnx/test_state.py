@@ -197,6 +197,7 @@ class Held(nnx.Module):
     self.dict = nnx.Dict({"one": weight(), "more": nnx.List([weight()])})
     self.plain = nnx.data([{"one": weight()}, weight(), (weight(),)])
     self.last = nnx.Linear(5, 3, rngs=rngs)
+    self.seven = 6
 
   def __call__(self, x):
     for weight in (
@@ -217,6 +218,9 @@ class Held(nnx.Module):
   def add(self, weight):
     self.list.append(nnx.Param(weight))
 
+  def __getattribute__(self, name):
+    return 7 if name == "seven" else super().__getattribute__(name)
+
 
 def test_weights_in_lists_and_dictionaries_read_as_the_merged_ones_too():
   model = adapted(Held(nnx.Rngs(0)), jaxlora.LoraConfig(rank=2), probe=lambda model: model(X))
@@ -225,6 +229,7 @@ def test_weights_in_lists_and_dictionaries_read_as_the_merged_ones_too():
   helpers.assert_close(Held.__call__(model, X), plain(X), 1e-5)  # reads each, without wrap
   helpers.assert_close(model.first, plain.first, 1e-6)
   helpers.assert_close(model.list[-1][...], plain.list[1][...], 1e-6)
+  assert model.seven == 7  # what is not adapted is read in the class's own way
   assert (len(model.list), sorted(model.dict), isinstance(model.list, nnx.List)) == (2, ["more", "one"], True)
   wrt = nnx.DiffState(0, jaxlora.nnx.Trainable)
   grads = nnx.grad(lambda m: jnp.sum(m.dict.more[0][...]), argnums=wrt)(model)["jaxlora"]
