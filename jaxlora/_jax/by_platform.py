@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jex_core
+from jax.sharding import AxisType
 
 try:
   from jax.extend.core import Primitive
@@ -17,6 +18,14 @@ except (ImportError, AttributeError):  # a JAX that moved them: every platform i
   Primitive = None  # type: ignore[assignment,misc]
 
 
+try:
+  from jax._src.sharding_impls import GSPMDSharding
+
+  GSPMDSharding.get_replicated  # noqa: B018
+except (ImportError, AttributeError):  # a JAX that moved it: nothing is said of devices, and compilers choose
+  GSPMDSharding = None  # type: ignore[assignment,misc]
+
+
 class Form(NamedTuple):
   """Another way to compute the same, for one platform.
 
@@ -25,12 +34,19 @@ class Form(NamedTuple):
     single_device: whether it is only for programs that run on one device.
     shared: numbers of the flat operands that `jax.vmap` may not map: where it does, the default form is used.
     exported: whether `jax.export` can write it down.
+    split: what is taken for one that is for one device alone, in programs that a compiler splits between several. It
+      may call `whole`. Without one they have the default form.
   """
 
   fn: Callable[..., Any]
   single_device: bool = False
   shared: tuple[int, ...] = ()
   exported: bool = True
+  split: Callable[..., Any] | None = None
+
+  def mapped(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "Form":
+    """The form whose functions are changed."""
+    return self._replace(fn=change(self.fn), split=self.split and change(self.split))
 
 
 EVERYWHERE = "everywhere"  # in a platform's place: a form for all platforms that have none of their own
@@ -53,9 +69,17 @@ def by_platform(default: Callable[..., Any], forms: Mapping[str, Form], *args: A
   traced, like = jax.make_jaxpr(lambda *leaves: default(*jax.tree.unflatten(treedef, leaves)), return_shape=True)(
     *leaves
   )
-  flat = tuple((name, form._replace(fn=_Flat(form.fn, treedef))) for name, form in forms.items())
+  flat = tuple((name, form.mapped(lambda fn: _Flat(fn, treedef))) for name, form in forms.items())
   out = _by_platform_p(tuple(forms)).bind(*leaves, default=traced, forms=flat)
   return jax.tree.unflatten(jax.tree.structure(like), out)
+
+
+def whole(x: jax.Array) -> jax.Array:
+  """`x`, of which each device has all: for forms that are for programs which a compiler splits.
+
+  It says so of any devices. Which ones a program is for is not known where its forms are lowered.
+  """
+  return jax.lax.with_sharding_constraint(x, GSPMDSharding.get_replicated(tuple(jax.devices())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +116,34 @@ def _devices(ctx: Any) -> int | None:
   return getattr(context, "num_devices", None) if mesh is None else mesh.size
 
 
+def _is_split(ctx: Any) -> bool:
+  """Whether a compiler splits a program that is being lowered between several devices, as it sees fit.
+
+  Of a mesh with explicit axes types say how arrays lie, and under a `shard_map` over some axes other rules hold.
+  """
+  several = (getattr(getattr(ctx.module_context, "axis_context", None), "num_devices", None) or 1) > 1
+  meshes = [getattr(getattr(aval, "sharding", None), "mesh", None) for aval in ctx.avals_in]
+  free = not any(AxisType.Explicit in (getattr(mesh, "axis_types", None) or ()) for mesh in meshes)
+  return GSPMDSharding is not None and several and free
+
+
 def _is_export(ctx: Any) -> bool:
   """Whether a program is being lowered to be written down."""
   return bool(getattr(getattr(ctx.module_context, "lowering_parameters", None), "for_export", False))
 
 
-def _fits(form: Form, ctx: Any) -> bool:
-  return (not form.single_device or _devices(ctx) == 1) and (form.exported or not _is_export(ctx))
+def _written(form: Form, ctx: Any) -> Callable[..., Any] | None:
+  """The function that a program is given of a form; `None` where the form is not for such a program."""
+  if not form.exported and _is_export(ctx):
+    return None
+  if not form.single_device or _devices(ctx) == 1:
+    return form.fn
+  return form.split if _is_split(ctx) else None
 
 
 def _lower(platform: str | None, ctx: Any, *args: Any, default: Any, forms: Sequence[Any]) -> Any:
-  fitting = (form.fn for name, form in forms if name in (platform, EVERYWHERE) and _fits(form, ctx))
-  form = next(fitting, None) or jex_core.jaxpr_as_fun(default)
+  written = (_written(form, ctx) for name, form in forms if name in (platform, EVERYWHERE))
+  form = next(filter(None, written), None) or jex_core.jaxpr_as_fun(default)
   wide = any(getattr(getattr(aval, "dtype", None), "itemsize", 0) == 8 for aval in ctx.avals_in)
   with jax.enable_x64(wide or jax.config.read("jax_enable_x64")):  # as it was traced, wherever it is lowered
     return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
@@ -139,7 +179,7 @@ def _by_platform_p(platforms: tuple[str, ...]) -> Any:
     axes = tuple(dims)
     mapped = jax.make_jaxpr(jax.vmap(jex_core.jaxpr_as_fun(default), in_axes=axes))(*args)
     others = tuple(
-      (name, form._replace(fn=_Mapped(form.fn, axes)))
+      (name, form.mapped(lambda fn: _Mapped(fn, axes)))
       for name, form in forms
       if all(axes[k] is None for k in form.shared)
     )

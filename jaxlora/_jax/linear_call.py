@@ -71,7 +71,7 @@ def linear_call(
   kept = [value for value, use in zip(kept, used, strict=True) if use]
   gone = tuple(None if use else jax.typeof(value) for value, use in zip(all_kept, used, strict=True))
   forms = tuple(
-    (name, form._replace(fn=_Given(form.fn, kept_def, gone, out_def))) for name, form in (transposes or {}).items()
+    (name, form.mapped(lambda fn: _Given(fn, kept_def, gone, out_def))) for name, form in (transposes or {}).items()
   )
   out = _linear_call_p().bind(*kept, *moving, jaxpr=jaxpr, before=before, count=len(kept), transposes=forms)
   return jax.tree.unflatten(out_def, out)
@@ -106,7 +106,7 @@ class _Transpose:
   def __call__(self, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
     if not self.given:
       return self.default(residuals, cotangents)
-    forms = {name: form._replace(fn=functools.partial(self.by, form.fn)) for name, form in self.given}
+    forms = {name: form.mapped(lambda fn: functools.partial(self.by, fn)) for name, form in self.given}
     if EVERYWHERE in forms and not forms[EVERYWHERE].single_device:
       return forms[EVERYWHERE].fn(residuals, cotangents)
     return by_platform(self.default, forms, residuals, cotangents)

@@ -29,6 +29,7 @@ class Forms(NamedTuple):
     joined: the same for programs of one device: what is joined to a weight makes devices between which that is split
       send it to each other.
     merged: where the platform's compiler merges products of one input.
+    split: in the place of those for one device, where a compiler splits the program between several.
   """
 
   default: Any = None
@@ -36,6 +37,7 @@ class Forms(NamedTuple):
   in_tiles: Any = None
   joined: Any = None
   merged: Any = None
+  split: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +145,11 @@ class Policy:
     """The forms for platforms, those for one device alone behind the others."""
     found = {} if forms.in_tiles is None else {name: for_tiles(forms.in_tiles) for name in self.tiled}
     if forms.joined is not None:
-      found |= {name: for_tiles(forms.joined)._replace(single_device=True) for name in self.tiled}
+      joined = for_tiles(forms.joined)._replace(single_device=True, split=forms.split)
+      found |= dict.fromkeys(self.tiled, joined)
     found |= {} if forms.merged is None else dict.fromkeys(self.merges, _on_one_device(forms.merged))
     if forms.flat is not None and self.flattens:
-      found.setdefault(EVERYWHERE, _on_one_device(forms.flat))
+      found.setdefault(EVERYWHERE, _on_one_device(forms.flat)._replace(split=forms.split))
     return found
 
   def sum(self, base: jax.Array, delta: jax.Array, looping: bool) -> jax.Array:

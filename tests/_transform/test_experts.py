@@ -276,11 +276,14 @@ def test_programs_for_tpus_compute_the_factors_of_all_experts_side_by_side(exper
   assert re.search(rf"optimization_barrier {re.escape(turned[1])} : tensor<4x3xf32>", text)
 
 
-def test_programs_of_several_devices_for_tpus_group_all_thin_products():
-  """Side by side a compiler would gather rows, where experts are split."""
-  x = helpers.place(helpers.mesh_of(data=4), single(2, (4, 5)), "data")
-  assert lowered_for_tpus(3, x).count('"chlo.ragged_dot"') > 2
-  assert "LayoutConstraint" not in lowered_for_tpus(3, x)
+@pytest.mark.parametrize("experts", [3, 180])
+def test_so_do_programs_of_several_devices_each_with_the_factors_of_all(experts):
+  """Of factors that are split a compiler would gather rows for, or sum results over the devices once more."""
+  text = lowered_for_tpus(experts, helpers.place(helpers.mesh_of(data=4), single(2, (4, 5)), "data"))
+  assert text.count('"chlo.ragged_dot"') == 1
+  assert "LayoutConstraint" not in text
+  held = re.findall(r"sdy.sharding_constraint .*<@empty_mesh, \[{}, {}, {}\]> : (tensor<\S+>)", text)
+  assert {*held} == {f"tensor<{experts}x3x5xf32>", f"tensor<{experts}x3x7xf32>"}
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "none"])

@@ -96,6 +96,28 @@ def test_groups_of_rows_beside_their_experts_send_nothing():
   assert sent(step, trainable, x, frozen, sizes, out_shardings=lies) == [1]
 
 
+@pytest.mark.parametrize("variant", by_default(["lora", "dora_exact"], "lora", "dora_exact"))
+@pytest.mark.parametrize("rows", by_default([(), ("data",)], ()))
+def test_experts_that_a_compiler_splits_send_what_the_floor_does_and_thin_factors(rows, variant):
+  """Of rows that are whole on each device its outputs are summed over the devices: the thin products add nothing."""
+  mesh = helpers.mesh_of(data=8)
+  params = params_on(mesh, ("experts",))
+  frozen, trainable = jaxlora.split(adapter(params, variant=variant))
+  x, sizes = helpers.place(mesh, helpers.normal(2, (128, 64), jnp.float32), *rows), np.full(8, 16, np.int32)
+  each = lambda p, x: jax.lax.ragged_dot(x, p["experts"], sizes)
+  fn = jaxlora.wrap(each, on_materialize="error")
+  sine = lambda y: jnp.sum(jnp.sin(y))
+  loss = lambda half, x, frozen: sine(fn(jaxlora.join(frozen, half), x))
+  lies = jax.tree.map(lambda leaf: leaf.sharding, (trainable, x))
+  floor = jax.grad(lambda x, params: sine(each(params, x)))
+  large = lambda sizes: sorted(size for size in sizes if size > 8)
+  factors = [leaf.size for leaf in jax.tree.leaves(trainable)]
+  gradients = factors if rows else []
+  assert large(sent(jax.grad(loss, argnums=(0, 1)), trainable, x, frozen, out_shardings=lies)) == sorted(
+    [*large(sent(floor, x, params, out_shardings=x.sharding)), *factors, *gradients]
+  )
+
+
 def mlp(p, x):
   return jnp.tanh(x @ p["up"]) @ p["down"]
 

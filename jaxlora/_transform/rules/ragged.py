@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxlora._base.dtypes import wider_dtype
 from jaxlora._base.explicit import explicitly_sharded
 from jaxlora._base.labelled import Labelled, Result, contract
+from jaxlora._jax.by_platform import whole
 from jaxlora._platform.layouts import kept_small
 from jaxlora._platform.policy import Forms, Policy
 from jaxlora._transform.factored import Factored, TracedWeight, Unfactorable, dropped
@@ -152,6 +153,10 @@ class ThinProduct:
       y = Labelled(y.array.sum(axis), (*y.labels[:axis], *y.labels[axis + 1 :]))
     return y
 
+  def gathered(self, x: jax.Array, factor: jax.Array, sizes: jax.Array) -> Labelled:
+    """The same where experts may be split between devices: each device has the factors of all."""
+    return self.side_by_side(x, whole(factor), sizes)
+
   def in_forms(self, policy: Policy, experts: int, rank: int) -> "ThinProduct | InForms":
     """The product in the forms that programs are given: side by side, but for some on TPUs.
 
@@ -160,14 +165,14 @@ class ThinProduct:
     forward pass are kernels that meet each row's expert alone; their `rank` terms fill 128 lanes, and nothing fuses
     with them: they are better for many terms.
 
-    Of experts that are split between devices the masks would make a compiler gather rows as often as they are used:
-    programs of several devices have a TPU's grouped products, of which it gathers factors alone.
+    In programs of several devices, between which experts may be split, each device has the factors of all. Else a
+    compiler would sum outputs over the devices once more, or gather rows as often as they are used.
     """
     grouping = self.grouping
     one_form = grouping.offset is not None or grouping.sizes_of > len(grouping.batched) or self.result.sharding
     if one_form or grouping.experts not in self.factor:
       return self
-    each = Forms(flat=self.side_by_side, joined=self.side_by_side)
+    each = Forms(flat=self.side_by_side, joined=self.side_by_side, split=self.gathered)
     forward = each if experts * rank <= WIDEST else each._replace(joined=self)
     return InForms(self, policy, forward, each)
 
@@ -183,11 +188,17 @@ def _where(mask: Labelled, x: Labelled) -> Labelled:
 
 
 def gain_of_rows(
-  w: Factored, grouping: Grouping, x: Labelled, sizes: jax.Array, summed: Sequence[Hashable], wanted: Sequence[Hashable]
+  w: Factored,
+  grouping: Grouping,
+  x: Labelled,
+  sizes: jax.Array,
+  summed: Sequence[Hashable],
+  wanted: Sequence[Hashable],
+  policy: Policy,
 ) -> jax.Array:
   """The gain that each row's expert has, beside an array with these labels.
 
-  Where experts have gains of their own, it is a grouped product with ones, exact in any precision.
+  Where experts have gains of their own, it is a thin product with ones, exact in any precision.
   """
   gain = Labelled(w.gain, factor_axes(w.roles, w.gained))
   if set(gain.labels) - {RANK, grouping.experts} - set(wanted):
@@ -197,7 +208,9 @@ def gain_of_rows(
   labels = (*(label for label in x.labels if label not in summed), RANK)
   kept = [n for n, label in zip(x.array.shape, x.labels, strict=True) if label not in summed]
   ones = Labelled(jnp.ones((*kept, 1), gain.array.dtype), labels)
-  of_rows = grouping.product(ones, gain, sizes, [RANK], Result(gain.array.dtype, lax.Precision.HIGHEST))
+  product = ThinProduct(grouping, labels, gain.labels, (RANK,), Result(gain.array.dtype, lax.Precision.HIGHEST))
+  forms = product.in_forms(policy, w.shape[grouping.experts], 1)
+  of_rows = shrink_by(forms, ones.array, gain.array, None, sizes)
   return laid_along(of_rows.array[..., None], (*of_rows.labels, RANK), wanted)
 
 
@@ -214,7 +227,8 @@ def _ragged_dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   if w.gain is not None and w.gained == "i":
     if not jnp.issubdtype(x.dtype, jnp.inexact):
       raise Unfactorable("integers meet a weight along the axes that its variant scales")
-    x, recipe = times(x, gain_of_rows(w, grouping, Labelled(x, labels), sizes, tuple(pairing.contracted), labels)), None
+    gain = gain_of_rows(w, grouping, Labelled(x, labels), sizes, tuple(pairing.contracted), labels, op.policy)
+    x, recipe = times(x, gain), None
   x, *factors = with_prompt_gradients((x, w.a, w.b), op.policy)
   w = w.replace(a=factors[0], b=factors[1])
   base = op.bind(x, w.base, sizes)[0]
@@ -233,6 +247,6 @@ def _ragged_dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   delta = shrink_by(second.in_forms(op.policy, *sides), h.array, w.b, None, sizes)
   result = op.policy.sum(base, delta.ordered(wanted), op.looping)
   if w.gain is not None and w.gained == "o":
-    x_labels = Labelled(x, labels)
-    result = times(result, gain_of_rows(w, grouping, x_labels, sizes, tuple(pairing.contracted), wanted))
+    gain = gain_of_rows(w, grouping, Labelled(x, labels), sizes, tuple(pairing.contracted), wanted, op.policy)
+    result = times(result, gain)
   return [result]
