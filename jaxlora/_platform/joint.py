@@ -65,17 +65,23 @@ def beside_norm(wider: Labelled, along: Hashable, h: Labelled, rank: Hashable) -
   return Labelled(jnp.where(column < width, wider.array, placed), wider.labels)
 
 
-def thin_and_second(m: Matrices, thin: Sequence[Labelled], place: int) -> tuple[Labelled, Labelled]:
-  """`h` and B of one product of an input that has several; both with the other products' ranks, where those are free.
+def own_thin_and_second(m: Matrices, thin: Sequence[Labelled], place: int) -> tuple[Labelled, Labelled]:
+  """`h` and B of one product of an input that has several."""
+  return thin[place], m.b
 
-  `[h_1, h_2, ..]` is made as one array, and to part it takes a pass. The rows of B that meet the other products' parts
-  are zeros, and cost nothing where all ranks together take no more of the matrix units' rows than one does.
+
+def whole_thin_and_second(m: Matrices, thin: Sequence[Labelled], place: int) -> tuple[Labelled, Labelled]:
+  """The same, both with the other products' ranks, where those are free.
+
+  `[h_1, h_2, ..]` is made as one array, and where a backward pass reads that again, to part it here takes a pass more.
+  The rows of B that meet the other products' parts are zeros, and cost nothing where all ranks together take no more of
+  the matrix units' rows than one does.
   """
-  h, ranks = thin[place], [one.array.shape[one.labels.index(m.r)] for one in thin]
+  ranks = [one.array.shape[one.labels.index(m.r)] for one in thin]
   inputs = m.w.array.shape[m.w.labels.index(m.k)]
   alike = len({one.labels for one in thin}) == 1 and len({one.array.dtype for one in thin}) == 1
   if not alike or -(-(inputs + sum(ranks)) // _UNIT) > -(-(inputs + ranks[place]) // _UNIT):
-    return h, m.b
+    return own_thin_and_second(m, thin, place)
   axis, before = m.b.labels.index(m.r), sum(ranks[:place])
   after = sum(ranks) - before - ranks[place]
   edges = [(before, after, 0) if k == axis else (0, 0, 0) for k in range(m.b.array.ndim)]

@@ -8,7 +8,7 @@ GPUs take all products of one input as two (`merged.py`).
 Reading order: what is known of a product -> one product -> the products of one input -> transposes.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 from typing import Any, Protocol
 
@@ -73,18 +73,20 @@ class Joined:
     product: how the input meets the weight.
     norm: the region that the input is the result of, where it is a norm.
     place: which of the products of the input it is.
+    thin_and_second: what it has of `h` and B, outside of loops (`joint.py`).
   """
 
   product: Product
   norm: Any
   place: int
+  thin_and_second: Callable[..., tuple[Labelled, Labelled]]
 
   def __call__(self, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[jax.Array]) -> jax.Array:
     product, matrices = self.product, self.product.as_matrices(x, weight)
     if product.result.looping:
       h, b = thin[self.place], matrices.b  # they lie with tokens as the fastest axis there, and to part them is free
     else:
-      h, b = joint.thin_and_second(matrices, thin, self.place)
+      h, b = self.thin_and_second(matrices, thin, self.place)
     flat = Labelled(x, product.labels).flattened(product.contracted)
     short = summed.is_short(h, matrices.r)
     if short and read_in_place([product], [weight]):

@@ -17,7 +17,7 @@ Reading order: the products -> their derivative -> one product alone.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.custom_derivatives import SymbolicZero
@@ -28,7 +28,7 @@ from jaxlora._base.labelled import Labelled, contract
 from jaxlora._jax.sizes import elements
 from jaxlora._jax.trace_cache import traced_once
 from jaxlora._platform import merged
-from jaxlora._platform.joint import Weight
+from jaxlora._platform.joint import Weight, own_thin_and_second, whole_thin_and_second
 from jaxlora._platform.kept_sum import plain_sum
 from jaxlora._platform.policy import Forms, Policy
 from jaxlora._platform.product_forms import Joined, Moving, SideBySide, TransposeJoined, TransposeSideBySide
@@ -38,6 +38,20 @@ from jaxlora._transform.coded import Coded, along_leaves, formed
 from jaxlora._transform.product import Product
 from jaxlora._transform.thin import Shrink, Shrinks
 from jaxlora._transform.thin_derivative import shrink_along_factor
+
+
+class Written(NamedTuple):
+  """How the two products and their sum are written.
+
+  Attributes:
+    expand: the second thin product.
+    add: the sum.
+    thin_and_second: what one product for TPUs has of `h` and B (`_platform/joint.py`).
+  """
+
+  expand: Callable[..., Labelled]
+  add: Callable[[jax.Array, jax.Array], jax.Array]
+  thin_and_second: Callable[..., tuple[Labelled, Labelled]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +79,16 @@ class Products:
   ) -> list[jax.Array]:
     """The products; `sources` are what `norm` is made of."""
     add, add_once = (plain_sum, plain_sum) if self.each[0].result.looping else (self.policy.add, self.policy.add_once)
+    alone = Written(self.policy.expand, add, own_thin_and_second)
+    before_backward = Written(contract, add_once, whole_thin_and_second)
 
     @jax.custom_jvp
     def products(x, thin, weights, sources):
-      return self.forward(x, thin, weights, sources, self.policy.expand, add)
+      return self.forward(x, thin, weights, sources, alone)
 
     @jax.custom_jvp
     def differentiated(x, thin, weights, sources):
-      return self.forward(x, thin, weights, sources, contract, add_once)
+      return self.forward(x, thin, weights, sources, before_backward)
 
     def jvp(primals, tangents):
       ys = differentiated(*primals)
@@ -85,12 +101,12 @@ class Products:
     return products(x, list(thin), list(weights), list(sources))
 
   def forward(
-    self, x: jax.Array, thin: Sequence[Labelled], weights: Sequence[Weight], sources: Sequence[Any], *how: Any
+    self, x: jax.Array, thin: Sequence[Labelled], weights: Sequence[Weight], sources: Sequence[Any], written: Written
   ) -> list[jax.Array]:
     """The products."""
 
     def apart(x, thin, weights, sources):
-      return [self.one(k, x, thin, weight, sources, *how) for k, weight in enumerate(weights)]
+      return [self.one(k, x, thin, weight, sources, written) for k, weight in enumerate(weights)]
 
     if not self.merges(x, weights):
       return apart(x, thin, weights, sources)
@@ -113,7 +129,7 @@ class Products:
     )
 
   def one(
-    self, k: int, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[Any], expand: Any, add: Any
+    self, k: int, x: jax.Array, thin: Sequence[Labelled], weight: Weight, sources: Sequence[Any], written: Written
   ) -> jax.Array:
     """One of them: two products and a sum, or one product."""
     product = self.each[k]
@@ -121,10 +137,10 @@ class Products:
     def separately(product, x, thin, weight, sources):
       del sources
       base = product.plain(x, formed(weight[0], x, product.policy, product.result.looping))
-      return add(base, product.expand(thin[k], weight[2], expand))
+      return written.add(base, product.expand(thin[k], weight[2], written.expand))
 
     apart, flat = (functools.partial(separately, form) for form in (product, product.flat()))
-    joined = Joined(product, self.norm, k) if product.joins(x, weight) else None
+    joined = Joined(product, self.norm, k, written.thin_and_second) if product.joins(x, weight) else None
     first = 1 + len(thin)  # the weight and its factors are behind x and every h
     shared = range(first, first + len(jax.tree.leaves(weight)))
     return self.policy.lowered(Forms(apart, flat, joined=joined), x, list(thin), weight, sources, shared=shared)
