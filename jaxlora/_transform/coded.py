@@ -22,6 +22,7 @@ from jaxlora._jax.jaxpr import bind
 from jaxlora._jax.primitives import CASTS, NEGATIONS, ROUNDINGS, SCALINGS
 from jaxlora._jax.trace_cache import traced_once
 from jaxlora._platform.codes import LookUp
+from jaxlora._platform.layouts import fetched_in_rows
 from jaxlora._platform.wait import Wait, by_barrier, by_first_element, late
 from jaxlora._quant.array import QuantizedArray
 
@@ -138,7 +139,11 @@ class Coded:
 
   def fetched(self) -> "Coded":
     """The same with its codes on the device."""
-    return self.replace(node=on_device(self.node)) if self.rests else self
+    return self.replace(node=self.here()) if self.rests else self
+
+  def here(self) -> Any:
+    """The node with its parts on the device."""
+    return jax.tree.map(fetched_in_rows, on_device(self.node)) if self.rests else self.node
 
   def replace(self, **changes: Any) -> "Coded":
     return dataclasses.replace(self, **changes)
@@ -169,7 +174,7 @@ class Coded:
 
   def dequantize(self, policy: "HowCodes | None" = None) -> jax.Array:
     """The array in floats."""
-    here = on_device(self.node)
+    here = self.here()
     how = () if policy is None or not isinstance(here, QuantizedArray) else (policy.look_up,)
     decode, first = _Decoded(how, self.turn), 0
     x = decode(here) if policy is None or self.turn is None else policy.lowered_turned(decode, decode.first, here)

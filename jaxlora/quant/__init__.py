@@ -3,6 +3,7 @@
 from jaxlora._quant.array import QuantizedArray
 from jaxlora._quant.reordered import ReorderedArray
 from jaxlora.quant._gguf import from_gguf
+from jaxlora.quant._host import rest_on_host
 from jaxlora.quant._merge import merge_and_requantize
 from jaxlora.quant._quantize import dequantize, quantize, quantize_with_report
 from jaxlora.quant._qwix import from_qwix
@@ -21,4 +22,5 @@ __all__ = [
   "merge_and_requantize",
   "quantize",
   "quantize_with_report",
+  "rest_on_host",
 ]

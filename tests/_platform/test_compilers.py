@@ -255,33 +255,66 @@ def on_the_host(device, lenient):
   on = lambda where: lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
   x = jax.ShapeDtypeStruct((64, WIDTH), jnp.bfloat16, sharding=placed)
 
-  def compiled(layer, quantised):
+  def compiled(layer, resting):
     params = {"w": jax.ShapeDtypeStruct((layers, WIDTH, WIDTH), jnp.bfloat16)}
     config = jaxlora.LoraConfig(rank=8, targets="w", axes={"w": "sio"})
-    frozen, trainable = jaxlora.split(jaxlora.adapt(quantised(params), config, jax.random.key(0)))
+    frozen, trainable = jaxlora.split(jaxlora.adapt(resting(params), config, jax.random.key(0)))
     scanned = lambda p, x: jax.lax.scan(lambda x, w: (x + jnp.tanh(layer(x, w)), None), x, p["w"])[0]
     wrapped = jaxlora.wrap(scanned, on_materialize="error")
 
-    def loss(half, frozen, x):
-      resting = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Host), frozen)
-      return jnp.sum(jnp.square(wrapped(jaxlora.join(resting, half), x).astype(jnp.float32)))
+    rests = jax.tree.map(lambda leaf: leaf.sharding.memory_kind == "pinned_host", frozen)
 
-    args = jax.tree.map(on(placed), trainable), jax.tree.map(on(host), frozen), x
+    def loss(half, frozen, x):
+      there = jax.tree.map(lambda x, rest: jax.device_put(x, jax.memory.Space.Host) if rest else x, frozen, rests)
+      return jnp.sum(jnp.square(wrapped(jaxlora.join(there, half), x).astype(jnp.float32)))
+
+    args = jax.tree.map(on(placed), trainable), frozen, x
     memory = jax.jit(jax.grad(loss)).trace(*args).lower(lowering_platforms=("tpu",)).compile().memory_analysis()
     stack = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen))
     return stack, memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
+  compiled.floats = lambda params: jax.tree.map(on(host), params)
+  compiled.codes = lambda codes: jaxlora.quant.rest_on_host(jax.tree.map(on(placed), codes))
   return compiled
 
 
 def test_floats_on_the_host_are_fetched_layer_by_layer(on_the_host):
   """A scan over layers that rest on the host has a few of them on the chip at a time, never the stack."""
-  stack, here = on_the_host(lambda x, w: x @ jax.device_put(w, jax.memory.Space.Device), lambda params: params)
+  stack, here = on_the_host(lambda x, w: x @ jax.device_put(w, jax.memory.Space.Device), on_the_host.floats)
   assert here < stack / 8
 
 
-@pytest.mark.xfail(strict=True, reason="XLA:TPU copies the stack whole: it lays one layer of 8-bit codes out anew")
-def test_codes_on_the_host_are_fetched_layer_by_layer(on_the_host):
-  options = {"targets": "w", "axes": {"w": "sio"}, "block_size": None, "double": False}
-  stack, here = on_the_host(lambda x, w: x @ w, lambda params: jaxlora.quantize(params, "int8", **options))
+FORMATS = {
+  "int8 per output": {"format": "int8", "block_size": None, "double": False},
+  "int8": {"format": "int8"},
+  "nf4": {"format": "nf4", "double": False},
+  "nf4, double": {"format": "nf4"},
+  "q4_0": {"format": "q4_0"},
+  "fp8": {"format": "fp8"},
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_on_the_host_are_fetched_layer_by_layer(on_the_host, format, turned):
+  codes = lambda params: jaxlora.quantize(params, targets="w", axes={"w": "sio"}, **FORMATS[format])
+  layer = (lambda x, w: x @ w.T) if turned else lambda x, w: x @ w
+  stack, here = on_the_host(layer, lambda params: on_the_host.codes(codes(params)))
   assert here < stack / 2
+
+
+def test_codes_that_a_chip_cannot_fetch_stay_there_and_are_named(device):
+  """Of a kernel whose outputs have an axis of heads; with these flattened, as the warning says, it rests."""
+  on = lambda leaf: jax.ShapeDtypeStruct(
+    leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(device, memory_kind="device")
+  )
+
+  def resting(*outputs):
+    params = {"query": jax.ShapeDtypeStruct((4, WIDTH, *outputs), jnp.bfloat16)}
+    axes = {"query": "sio" + "o" * (len(outputs) - 1)}
+    codes = jaxlora.quantize(params, "int8", block_size=None, double=False, targets="query", axes=axes)
+    return jaxlora.quant.rest_on_host(jax.tree.map(on, codes))["query"].codes.sharding.memory_kind
+
+  with pytest.warns(UserWarning, match=r"leaves stay on the chip: query \(4, 1024, 16, 64\).*Flatten heads"):
+    assert resting(16, 64) == "device"
+  assert resting(16 * 64) == "pinned_host"

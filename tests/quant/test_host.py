@@ -119,6 +119,30 @@ def kinds(node):
   return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(node)}
 
 
+WIDE = {"w": helpers.array(0, (LAYERS, 128, 128), np.float32, 0.2), "b": helpers.array(1, (LAYERS, 128), np.float32)}
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_codes_alone_are_put_to_rest(format):
+  """Wide ones, too, which programs for a TPU fetch along their rows: a step's values and gradients are the same."""
+  codes = jaxlora.quantize(WIDE, format, targets="w", axes={"w": "sio"})
+  tree = helpers.trained(adapted(codes))
+  rests = jaxlora.quant.rest_on_host(tree)
+  assert (kinds(rests["w"].base), kinds((rests["w"].a, rests["w"].b, rests["b"]))) == ({"pinned_host"}, {"device"})
+  assert jax.tree.structure(rests) == jax.tree.structure(tree)
+  biased = lambda p, x: lax.scan(lambda x, w: (layer(x, w[0]) + w[1][None], None), x, (p["w"], p["b"]))[0]
+  x = helpers.array(2, (4, 128), np.float32)
+  got, want = (jax.jit(step(biased))(t, x) for t in (rests, tree))
+  helpers.assert_close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
+
+
+def test_shapes_are_put_to_rest_as_arrays_are():
+  codes = jaxlora.quantize(jax.eval_shape(lambda: WIDE), "nf4", targets="w", axes={"w": "sio"})
+  rests = jaxlora.quant.rest_on_host(codes)
+  assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(rests["w"])} == {"pinned_host"}
+  assert rests["b"] is codes["b"]
+
+
 def test_where_trees_lie():
   tree = helpers.trained(adapted(jax.device_put(CODES, host())))
   assert (kinds(tree["w"].base), kinds((tree["w"].a, tree["w"].b))) == ({"pinned_host"}, {"device"})
