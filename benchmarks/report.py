@@ -64,7 +64,7 @@ TABLES = {
   "dpo": _study("dpo", "preferences.tables:tables"),
   **{
     f"llm_{name}": Table("examples/llm/sweep.py", "sweep.json", f"lm.recorded:{name}")
-    for name in ("brief", "methods", "quantised", "rates", "scaling")
+    for name in ("brief", "methods", "quantised", "ranks", "rates", "scaling")
   },
   "train_step": _benchmark("train_step"),
   "door": Table(

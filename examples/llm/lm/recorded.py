@@ -61,6 +61,11 @@ def brief(results: dict[str, Any]) -> str:
   return harness.markdown(pick(names), [pick(row) for row in rows])
 
 
+def ranks(results: dict[str, Any]) -> str:
+  """LoRA of several ranks at one rate."""
+  return _compared(results, [f"LoRA r={rank}" for rank in (1, 4, 8, 16, 32, 64)], "LoRA r=8")
+
+
 def scaling(results: dict[str, Any]) -> str:
   """Ranks 8 and 64 with alpha / rank, and 64 with rsLoRA's alpha / sqrt(rank)."""
   return _compared(results, ("LoRA r=64, rslora", "LoRA r=64", "LoRA r=8"), "LoRA r=64")
