@@ -16,8 +16,8 @@ def rest_on_host(tree: Any) -> Any:
 
   Everything else of the tree stays where it is: floats, factors, biases. On TPUs a scan would copy a whole stack of 4-
   or 8-bit codes to the chip as these lie by default. So they rest in tiles of eight rows there, and codes and scales
-  whose last axis is no multiple of 128, or the one before no multiple of 8, stay on the chip; so do those on several
-  TPUs.
+  whose last axis is no multiple of 128, or the one before no multiple of 8, stay on the chip; so do all on
+  several TPUs.
 
   Args:
     tree: base parameters or a combined tree, of arrays or of `jax.ShapeDtypeStruct`s with shardings; codes are
@@ -27,8 +27,7 @@ def rest_on_host(tree: Any) -> Any:
     A tree of the same structure.
 
   Warns:
-    UserWarning: names the leaves that stay on TPUs with most of their bytes, as a kernel does whose outputs have an
-      axis of heads.
+    UserWarning: names the leaves whose codes stay on a TPU, as a kernel's do whose outputs have an axis of heads.
 
   Example:
     >>> import jax.numpy as jnp
@@ -39,12 +38,12 @@ def rest_on_host(tree: Any) -> Any:
     ('pinned_host', 'device')
   """
   nodes, treedef = flatten(tree, is_leaf=is_coded)
-  moved, staying = [], []
-  for path, node in nodes:
-    after = jax.tree.map(_resting, node) if is_coded(node) else node
-    moved.append(after)
-    if is_coded(node) and 2 * _bytes_on_host(after) < sum(map(_bytes, jax.tree.leaves(after))):
-      staying.append(f"{path} {tuple(node.shape)}")
+  moved = [_resting(node) if is_coded(node) else node for _, node in nodes]
+  staying = [
+    f"{path} {tuple(node.shape)}"
+    for (path, node), after in zip(nodes, moved, strict=True)
+    if is_coded(node) and after is node
+  ]
   if staying:
     warnings.warn(
       f"rest_on_host: the codes of these leaves stay on the chip: {', '.join(staying)}. Loops on one TPU"
@@ -55,16 +54,15 @@ def rest_on_host(tree: Any) -> Any:
   return jax.tree.unflatten(treedef, moved)
 
 
-def _resting(part: Any) -> Any:
-  sharding = getattr(part, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  there = at_rest(part, sharding.with_memory_kind("pinned_host"))
-  return part if there is None else put_on(part, there)
+def _resting(node: Any) -> Any:
+  """The node with its parts at rest; the very node where its first part, its codes, had better stay."""
+  parts, treedef = jax.tree.flatten(node)
+  places = [at_rest(part, _sharding_of(part).with_memory_kind("pinned_host")) for part in parts]
+  if places[0] is None:
+    return node
+  rest = [part if there is None else put_on(part, there) for part, there in zip(parts, places, strict=True)]
+  return jax.tree.unflatten(treedef, rest)
 
 
-def _bytes(part: Any) -> int:
-  return part.size * part.dtype.itemsize
-
-
-def _bytes_on_host(node: Any) -> int:
-  parts = jax.tree.leaves(node)
-  return sum(_bytes(part) for part in parts if getattr(part.sharding, "memory_kind", None) == "pinned_host")
+def _sharding_of(part: Any) -> Any:
+  return getattr(part, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])

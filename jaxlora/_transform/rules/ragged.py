@@ -224,11 +224,13 @@ def _ragged_dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   x, _, sizes = args
   recipe, labels = op.recipe(x), pairing.input_labels(x.ndim)
   wanted = [label for label in pairing.result_labels(x.ndim, len(w.roles)) if label != grouping.experts]
+  gain_beside = lambda wanted: gain_of_rows(
+    w, grouping, Labelled(x, labels), sizes, tuple(pairing.contracted), wanted, op.policy
+  )
   if w.gain is not None and w.gained == "i":
     if not jnp.issubdtype(x.dtype, jnp.inexact):
       raise Unfactorable("integers meet a weight along the axes that its variant scales")
-    gain = gain_of_rows(w, grouping, Labelled(x, labels), sizes, tuple(pairing.contracted), labels, op.policy)
-    x, recipe = times(x, gain), None
+    x, recipe = times(x, gain_beside(labels)), None
   x, *factors = with_prompt_gradients((x, w.a, w.b), op.policy)
   w = w.replace(a=factors[0], b=factors[1])
   base = op.bind(x, w.base, sizes)[0]
@@ -247,6 +249,5 @@ def _ragged_dot_general(op: Op, args: Sequence[Any]) -> list[Any]:
   delta = shrink_by(second.in_forms(op.policy, *sides), h.array, w.b, None, sizes)
   result = op.policy.sum(base, delta.ordered(wanted), op.looping)
   if w.gain is not None and w.gained == "o":
-    gain = gain_of_rows(w, grouping, Labelled(x, labels), sizes, tuple(pairing.contracted), wanted, op.policy)
-    result = times(result, gain)
+    result = times(result, gain_beside(wanted))
   return [result]
