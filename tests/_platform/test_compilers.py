@@ -303,6 +303,15 @@ def test_codes_on_the_host_are_fetched_layer_by_layer(on_the_host, format, turne
   assert here < stack / 2
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_codes_of_another_library_are_fetched_layer_by_layer(on_the_host, turned):
+  bf16 = jnp.dtype(jnp.bfloat16)
+  codes = lambda params: {"w": helpers.Eighths(jax.ShapeDtypeStruct(params["w"].shape, jnp.int8), bf16)}
+  layer = (lambda x, w: x @ w.T) if turned else lambda x, w: x @ w
+  stack, here = on_the_host(layer, lambda params: on_the_host.codes(codes(params)))
+  assert here < stack / 2
+
+
 def test_codes_that_a_chip_cannot_fetch_stay_there_and_are_named(device):
   """Of a kernel whose outputs have an axis of heads; with these flattened, as the warning says, it rests."""
   on = lambda leaf: jax.ShapeDtypeStruct(

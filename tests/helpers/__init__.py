@@ -25,6 +25,7 @@ from tests.helpers.compiled import (
   traced,
   weight_shaped_products,
 )
+from tests.helpers.foreign import Eighths
 from tests.helpers.meshes import DEVICES, mesh_of, place
 from tests.helpers.oracle import TOLERANCE, assert_close, check, frozen_step, loss_of, oracle, sine_step
 from tests.helpers.policies import POLICIES, Under, on_devices
@@ -41,6 +42,7 @@ __all__ = [
   "TOLERANCE",
   "WRAPPERS",
   "Case",
+  "Eighths",
   "Under",
   "adapted",
   "adapted_paths",

@@ -136,6 +136,19 @@ def test_codes_alone_are_put_to_rest(format):
   helpers.assert_close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
 
 
+@pytest.mark.parametrize("library", ["ours", "another"])
+def test_codes_in_numpy_are_put_to_rest(library):
+  """As a file gives them: they are no arrays of a device yet."""
+  eighths = helpers.Eighths(np.arange(LAYERS * 128 * 128, dtype=np.int8).reshape(LAYERS, 128, 128) % 8)
+  quantised = jaxlora.quantize(WIDE, "int8", targets="w", axes={"w": "sio"})
+  codes = {"w": jax.tree.map(np.asarray, quantised["w"]) if library == "ours" else eighths}
+  rests = jaxlora.quant.rest_on_host(codes)
+  assert kinds(rests) == {"pinned_host"}
+  got = jax.jit(step(scanned))(helpers.trained(adapted(rests)), helpers.array(2, (4, 128), np.float32))
+  want = step(scanned)(helpers.trained(adapted(jaxlora.dequantize(codes))), helpers.array(2, (4, 128), np.float32))
+  helpers.assert_close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-4)
+
+
 def test_shapes_are_put_to_rest_as_arrays_are():
   codes = jaxlora.quantize(jax.eval_shape(lambda: WIDE), "nf4", targets="w", axes={"w": "sio"})
   rests = jaxlora.quant.rest_on_host(codes)
