@@ -17,7 +17,7 @@ import subprocess
 import sys
 from typing import Any
 
-from lm import beside
+from lm import beside, memory
 from lm.beside import harness  # of benchmarks/, where `lm` has found it
 from lm.methods import Method
 from lm.runs import prepare, resumable
@@ -66,7 +66,8 @@ def run(side: str, inputs: Path, out: Path, threads: int) -> dict[str, Any]:
     partial = out.with_suffix(".partial")
     command = [sys.executable, "-m", module, str(inputs), str(partial), argument or str(threads)]
     # What the other side brings is not loaded: its memory would count.
-    environment = os.environ | {"PYTHONPATH": path, "USE_TF": "0", "USE_JAX": "0", "USE_TORCH": "1"}
+    frameworks = {"USE_TF": "0", "USE_JAX": "0", "USE_TORCH": "1"}
+    environment = memory.huge_pages(os.environ) | {"PYTHONPATH": path, **frameworks}
     if subprocess.run(command, env=environment).returncode:
       raise RuntimeError(f"{side}: its process failed, see above; what is done is kept, the same command goes on")
     partial.replace(out)

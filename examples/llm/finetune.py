@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from lm import baselines, packing, tables
+from lm import baselines, memory, packing, tables
 from lm.methods import CODES, METHODS, Method
 from lm.rows import training_order
 from lm.runs import Run, Setup, do, prepare, resumable
@@ -122,4 +122,5 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+  memory.with_huge_pages()
   resumable(main)

@@ -23,7 +23,7 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from lm import comparisons, evidence, plots, recorded, tables
+from lm import comparisons, evidence, memory, plots, recorded, tables
 from lm.methods import HEAD, Method
 from lm.runs import Run, do, fill, prepare, resumable
 from lm.training import Schedule
@@ -208,4 +208,5 @@ def report(out: Path) -> str:
 
 
 if __name__ == "__main__":
+  memory.with_huge_pages()
   resumable(main)

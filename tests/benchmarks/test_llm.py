@@ -1,6 +1,7 @@
 """examples/llm from end to end on a tiny model in a GGUF file, its decoding and its loop against plain oracles."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -412,6 +413,24 @@ def test_a_command_whose_run_cannot_go_on_says_why(llm, capsys):
   with pytest.raises(SystemExit) as stop:
     llm.runs.resumable(main)
   assert (stop.value.code, capsys.readouterr().err) == (2, "error: holds a run of other data\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize(
+  ("said", "want"),
+  [
+    ("", "glibc.malloc.hugetlb=1"),
+    ("glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+    ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),  # the user's word
+  ],
+)
+def test_a_program_begins_anew_where_arrays_get_huge_pages(said, want):
+  shown = "print(os.environ['GLIBC_TUNABLES'], sys.argv)"
+  code = f"import os, sys; from lm import memory; memory.with_huge_pages(); {shown}"
+  environment = {**os.environ, "PYTHONPATH": str(tiny_llm.FOLDER), "GLIBC_TUNABLES": said}
+  words = [sys.executable, "-c", code, "--steps=3"]
+  ran = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+  assert ran.stdout == f"{want} ['-c', '--steps=3']\n"
 
 
 @pytest.mark.nightly
