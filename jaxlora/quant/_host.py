@@ -16,9 +16,9 @@ def rest_on_host(tree: Any) -> Any:
 
   Everything else of the tree stays where it is: floats, factors, biases. On TPUs a scan would copy a whole stack of 4-
   or 8-bit codes to the chip as these lie by default. So they rest in tiles of eight rows there, and codes and scales
-  whose last axis is no multiple of 128, or the one before no multiple of 8, stay on the chip; so do all on
-  several TPUs. Values and gradients are those of the tree as it was; a layer's codes cross from the host once in the
-  forward pass and once in the backward pass.
+  whose last axis is no multiple of 128, or the one before no multiple of 8, stay on the chip; so do all on several
+  TPUs. Values and gradients are those of the tree as it was; codes cross from the host anew in each pass that needs
+  them.
 
   Args:
     tree: base parameters or a combined tree, of arrays or of `jax.ShapeDtypeStruct`s with shardings; codes are

@@ -1,4 +1,4 @@
-"""The memory of this process, from Linux: its peak, and its pages; imports nothing, so that every process has it."""
+"""The memory of this process, from Linux: its peak and its pages. No framework is imported: it would count, too."""
 
 from collections.abc import Mapping
 import os
